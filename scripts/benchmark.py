@@ -1,0 +1,403 @@
+"""Compare the speed and memory of vit_cls with timm, same weights and inputs, in interleaved pairs.
+
+Run: ``python scripts/benchmark.py [model] [train] --device cpu|cuda [--json FILE]``; no suite means all.
+
+A ratio is timm's seconds over ours, so above 1 we are faster. Nothing is timed before both sides have been
+seen to compute the same. Exit status: 0 done, 1 the sides differ, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if importlib.util.find_spec("vit_cls") is None:  # run from a checkout, not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once: the profiler talks on stderr otherwise
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vit_cls
+from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.presets import PRESETS, create_model
+from vit_cls.model.vit import VisionTransformer
+
+SCHEMA_VERSION = 1
+TIMM_POOLS = {"cls": "token", "gap": "avg", "max": "max"}
+CHECK_STEPS = 3  # warm-up steps whose results are compared; more than one, so that gradients count too
+BATCH_SIZES = {"cpu": (16, 768), "cuda": (256, 1024)}  # images a step; the width from which it is half that
+TOLERANCE = {"32": 1e-4, "bf16": 5e-2}  # of the largest magnitude; weights that differ are far outside
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+MEMORY = "weights, optimizer state and batch of that side and, in one step, the peak growth of what is "
+MEMORY_MEASURED = {
+    "cpu": MEMORY + "handed out by torch's CPU allocator (torch.profiler; not the scratch of MKL and oneDNN)",
+    "cuda": MEMORY + "allocated (torch.cuda.max_memory_allocated, reset before the step)",
+}
+
+Row = dict[str, Any]
+Step = Callable[[], Tensor]
+Settings = argparse.Namespace  # what `parse` returns
+
+
+class Mismatch(Exception):
+    """Both sides do not compute the same, so their times would mean nothing."""
+
+
+def build_pair(name: str, pool: str, num_classes: int = 1000) -> tuple[VisionTransformer, nn.Module]:
+    """Our model and timm's, with the same weights, on the CPU.
+
+    Args:
+        name: A row of `PRESETS`. A name that timm does not know is built from timm's class with our sizes.
+        pool: A row of `TIMM_POOLS`.
+        num_classes: Classes of both heads.
+
+    Raises:
+        Mismatch: If their parameters differ in name, shape or count.
+    """
+    ours = create_model(name, pool=pool, num_classes=num_classes)
+    theirs: nn.Module
+    if timm.is_model(name):
+        theirs = timm.create_model(name, global_pool=TIMM_POOLS[pool], num_classes=num_classes)
+    else:
+        fields = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes")
+        sizes: Row = {field: getattr(ours.config, field) for field in fields}
+        sizes |= {"img_size": ours.config.image_hw, "global_pool": TIMM_POOLS[pool]}
+        theirs = timm.models.VisionTransformer(**sizes)
+    shapes = [{key: value.shape for key, value in model.named_parameters()} for model in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+        raise Mismatch(f"{name}: the parameters of ours and timm's differ: {', '.join(odd)}.")
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def gflop_per_image(config: ViTConfig, *, train: bool) -> float:
+    """Arithmetic of the whole model on one image, in GFLOP; a multiply-add is two.
+
+    Both sides are charged this, so work that a side manages to skip counts as speed. The backward pass is
+    twice the forward, less the gradient of the pixels, which nobody needs.
+    """
+    patches, dim = config.grid_size[0] * config.grid_size[1], config.embed_dim
+    tokens = patches + config.class_token + config.reg_tokens
+    block = (4 + 2 * config.mlp_ratio) * tokens * dim**2 + 2 * tokens**2 * dim
+    embed = patches * config.in_chans * config.patch_size**2 * dim
+    forward = config.depth * block + embed + dim * config.num_classes
+    return 2e-9 * (3 * forward - embed if train else forward)
+
+
+def make_step(model: nn.Module, images: Tensor, targets: Tensor, settings: Settings, *, train: bool) -> Step:
+    """What is timed; it holds no gradients between calls.
+
+    Args:
+        model: Its weights are trained in place if ``train``.
+        images: One batch, used in every step.
+        targets: Classes of the images.
+        settings: From `parse`.
+        train: False for a forward pass that returns the logits; True for forward, cross entropy, backward
+            and AdamW, returning the loss.
+    """
+    forward = torch.compile(model.train(train), dynamic=False) if settings.compile else model.train(train)
+    autocast = torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+
+    def infer() -> Tensor:
+        with torch.inference_mode(), autocast:
+            return forward(images)
+
+    def fit() -> Tensor:
+        with autocast:
+            loss = F.cross_entropy(forward(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return fit if train else infer
+
+
+def difference(ours: Tensor, theirs: Tensor, *, what: str, precision: str) -> float:
+    """The largest absolute difference, if rounding can explain it; else, `Mismatch` about ``what``."""
+    found = (ours.float() - theirs.float()).abs().max().item()
+    allowed = TOLERANCE[precision] * theirs.float().abs().max().item()
+    if not found <= allowed:
+        raise Mismatch(f"{what} differ by {found:.3g}; rounding explains {allowed:.3g}. Nothing was timed.")
+    return found
+
+
+def paired_stats(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """How much faster ours is, from seconds measured in pairs, two at least.
+
+    The ratio is taken within each pair: a slow spell of the machine hits both halves of a pair alike.
+
+    Example:
+        >>> paired_stats([1.0, 2.0, 4.0], [2.0, 3.0, 4.0])["median"]
+        1.5
+    """
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+    spread = {"min": min(ratios), "q1": q1, "median": median, "q3": q3, "max": max(ratios)}
+    return spread | {"pairs": len(ratios), "ours_faster": sum(ratio > 1 for ratio in ratios)}
+
+
+def time_pairs(ours: Step, theirs: Step, settings: Settings) -> tuple[list[float], list[float]]:
+    """Seconds a step of both sides in turn; who goes first alternates, so that drift cancels."""
+    for step in (ours, theirs):
+        _time_once(step, settings)
+    gc.collect()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(settings.rounds):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            seconds[side].append(_time_once((ours, theirs)[side], settings))
+    return seconds
+
+
+def _time_once(step: Step, settings: Settings) -> float:
+    synchronize = getattr(torch, settings.device).synchronize
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(settings.steps):
+        step()
+    synchronize()
+    return (time.perf_counter() - start) / settings.steps
+
+
+def peak_step_bytes(step: Step, device: str) -> int:
+    """Peak bytes that one step allocates beyond what was held before it; see `MEMORY_MEASURED`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:  # the trace file is the public way to single allocations
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    return max(itertools.accumulate(e["args"]["Bytes"] for e in changes))
+
+
+def gemm_tflops(settings: Settings) -> float:
+    """Median rate of a large square product of random matrices: the ceiling of this device, now."""
+    side = GEMM_SIDE[settings.device]
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=settings.device).to(dtype) for _ in range(2))
+    seconds = [_time_once(lambda: a @ b, settings) for _ in range(13)]
+    return 2e-12 * side**3 / statistics.median(seconds[2:])  # two to warm up
+
+
+def compare(name: str, settings: Settings, *, train: bool) -> Row:
+    """Check, time and weigh one architecture on both sides; raises `Mismatch` if they differ."""
+    torch.manual_seed(settings.seed)
+    torch.compiler.reset()  # else all rows share one limit of recompilations
+    pair = build_pair(name, settings.pool)
+    config, device, precision = pair[0].config, settings.device, settings.precision
+    full, wide = BATCH_SIZES[device]
+    batch_size = settings.batch_size or (full if config.embed_dim < wide else full // 2)
+    images = torch.randn(batch_size, config.in_chans, *config.image_hw).to(device)
+    targets = torch.randint(config.num_classes, (batch_size,)).to(device)
+    models = [model.to(device) for model in pair]
+    eager = argparse.Namespace(**{**vars(settings), "compile": False})
+    logits = [make_step(model, images, targets, eager, train=False)() for model in models]
+    logits_diff = difference(*logits, what=f"{name}: the logits", precision=precision)
+
+    steps = [make_step(model, images, targets, settings, train=train) for model in models]
+    output = "loss" if train else "logits"
+    what = f"{name}: the {output} of the timed steps"
+    pairs = ([step() for step in steps] for _ in range(CHECK_STEPS))
+    step_diff = max(difference(*results, what=what, precision=precision) for results in pairs)
+    seconds = time_pairs(*steps, settings)
+    gflop = gflop_per_image(config, train=train)
+    weights = sum(p.nbytes for p in models[0].parameters()) * (
+        3 if train else 1
+    )  # AdamW has two moments each
+    row: Row = {
+        "model": name,
+        "batch_size": batch_size,
+        "parameters": sum(p.numel() for p in models[0].parameters()),
+        "gflop_per_image": gflop,
+        "agreement": {"logits_max_abs_diff": logits_diff, f"step_{output}_max_abs_diff": step_diff},
+        "ratio": paired_stats(*seconds),
+    }
+    for side, step, taken in zip(("ours", "timm"), steps, seconds, strict=True):
+        median = statistics.median(taken)
+        row[side] = {
+            "median_seconds": median,
+            "images_per_second": batch_size / median,
+            "tflops": 1e-3 * gflop * batch_size / median,
+            "peak_bytes": weights + images.nbytes + targets.nbytes + peak_step_bytes(step, device),
+            "seconds": taken,
+        }
+    return row
+
+
+# What yields the rows of each suite, one at a time.
+SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
+    "model": lambda settings: (compare(name, settings, train=False) for name in settings.models),
+    "train": lambda settings: (compare(name, settings, train=True) for name in settings.models),
+}
+
+
+def run(settings: Settings) -> Row:
+    """Measure everything that was asked for, into plain data that JSON can hold; may raise `Mismatch`."""
+    torch.backends.cudnn.allow_tf32 = False  # so that `32` means it: the patch embedding is a convolution
+    torch.manual_seed(settings.seed)
+    ceiling = gemm_tflops(settings)
+    rows: list[Row] = []
+    for suite in settings.suites:
+        for row in SUITES[suite](settings):
+            for side in ("ours", "timm"):
+                row[side]["gemm_fraction"] = row[side]["tflops"] / ceiling
+            rows.append({"suite": suite, **row})
+            print(f"{suite} {row['model']}: {row['ratio']['median']:.3f}", file=sys.stderr, flush=True)
+    versions = {module.__name__: str(module.__version__) for module in (torch, timm, vit_cls)}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions},
+        "device_name": _device_name(settings.device),
+        "threads": torch.get_num_threads(),
+        "settings": {key: value for key, value in vars(settings).items() if key != "json"},
+        "memory_measured": MEMORY_MEASURED[settings.device],
+        "gemm_ceiling": {"tflops": ceiling, "side": GEMM_SIDE[settings.device]},
+        "rows": rows,
+    }
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return names[0] if names else platform.machine()
+
+
+def table(report: Row) -> str:
+    """The report as text: two lines a row, ours and timm's."""
+    settings, gemm = report["settings"], report["gemm_ceiling"]
+    asked = ", ".join(f"{key} {settings[key]}" for key in ("precision", "compile", "pool", "seed", "steps"))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    heads = "".join(f"{head:>9}" for head in ("s/step", "images/s", "peak MiB", "TFLOP/s", "of GEMM"))
+    lines = [
+        f"{report['date']}: {report['device_name']}, {report['threads']} threads, {asked}; {versions}",
+        f"GEMM ceiling {gemm['tflops']:.4g} TFLOP/s ({gemm['side']} cubed)",
+        f"{'suite':<6}{'model':<23}batch side{heads}  timm/ours: median (quartiles; range; ours faster)",
+    ]
+    for row in report["rows"]:
+        r = row["ratio"]
+        spread = f"{r['q1']:.3f}-{r['q3']:.3f}; {r['min']:.3f}-{r['max']:.3f}"
+        differ = ", ".join(f"{key.split('_max')[0]} {value:.1e}" for key, value in row["agreement"].items())
+        pairs = f"{r['ours_faster']} of {r['pairs']}"
+        notes = {"ours": f"{r['median']:.3f} ({spread}; {pairs})", "timm": f"largest difference: {differ}"}
+        name = f"{row['suite']:<6}{row['model']:<23}{row['batch_size']:>5}"
+        for side, note in notes.items():
+            c = row[side]
+            cells = f"{c['median_seconds']:>9.4f}{c['images_per_second']:>9.1f}"
+            cells += f"{c['peak_bytes'] / 2**20:>9.0f}{c['tflops']:>9.4g}{c['gemm_fraction']:>9.1%}"
+            lines.append(f"{name if side == 'ours' else '':<34} {side}{cells}  {note}")
+    return "\n".join([*lines, f"peak MiB: {report['memory_measured']}."])
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Read and check the command line, and fill in the defaults that depend on the device.
+
+    Args:
+        argv: Arguments after the program's name; None means those of this process.
+
+    Raises:
+        ConfigError: If a value is unknown, or impossible here.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("suites", nargs="*", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)} (default: all)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--json", type=Path, metavar="FILE", help="also write the report, and every measurement, here")
+    add("--models", nargs="+", metavar="NAME", default=["vit_tiny_patch16_224", "vit_small_patch16_224"])
+    add("--pool", choices=tuple(TIMM_POOLS), default="cls")
+    add("--precision", choices=tuple(TOLERANCE), help="bf16 is autocast (default: 32 on cpu, bf16 on cuda)")
+    add("--batch_size", type=int, help="images a step (default: 16 on cpu, 256 on cuda, half if wide)")
+    add("--rounds", type=int, default=15, help="pairs of measurements (default: 15)")
+    add("--steps", type=int, help="steps in each measurement (default: 1 on cpu, 10 on cuda)")
+    on_or_off = argparse.BooleanOptionalAction
+    add("--compile", action=on_or_off, help="torch.compile both sides (default: on cuda only)")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_intermixed_args(argv)
+    for names, known, what in ((args.suites, SUITES, "SUITE"), (args.models, PRESETS, "--models")):
+        for name in names:
+            if name not in known:
+                hint = did_you_mean(name, known) or f" Choose from {', '.join(known)}."
+                raise ConfigError(f"{what} {name!r} is not known.{hint}")
+    for option, least in (("batch_size", 1), ("rounds", 2), ("steps", 1), ("threads", 1)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise ConfigError(f"--{option} must be at least {least}; got {value}.")
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("--device cuda needs a GPU that torch can use, and there is none here.")
+    args.suites = args.suites or list(SUITES)
+    args.precision = args.precision or ("bf16" if cuda else "32")
+    args.steps = args.steps or (10 if cuda else 1)
+    args.compile = cuda if args.compile is None else args.compile
+    return args
+
+
+def _scratch_file(target: Path) -> Path:
+    """An empty file beside ``target``, to become it once it is whole."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder")
+        scratch.touch()
+    except OSError as error:
+        raise ConfigError(f"--json {target} cannot be written: {error}.") from error
+    return scratch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; ``argv`` is as for `parse`."""
+    scratch = None
+    try:
+        settings = parse(argv)
+        scratch = _scratch_file(settings.json) if settings.json else None
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        report = run(settings)
+        if scratch:
+            scratch.write_text(json.dumps(report, indent=2) + "\n")
+            os.replace(scratch, settings.json)
+        print(table(report))
+    except (ConfigError, Mismatch) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        if scratch:
+            scratch.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

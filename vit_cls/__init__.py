@@ -1,0 +1,25 @@
+"""Train, fine-tune, evaluate and understand Vision Transformer image classifiers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "create_model", "load"]
+
+if TYPE_CHECKING:
+    from vit_cls.model.presets import create_model
+    from vit_cls.weights.bundle import load
+
+# Public name -> module that defines it. Loaded on first use, so that `vit-cls --help` needs no torch.
+_LAZY = {"create_model": "vit_cls.model.presets", "load": "vit_cls.weights.bundle"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(
+            f"module 'vit_cls' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

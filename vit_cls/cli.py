@@ -1,0 +1,93 @@
+"""The command ``vit-cls``: a table of verbs, and what becomes of their results and errors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from vit_cls import __version__
+from vit_cls.errors import VitClsError, did_you_mean
+
+# verb: (what it does, module). A module is imported when its verb is chosen, and not before.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("train a classifier; a run folder comes out", "vit_cls.commands.fit"),
+    "evaluate": ("top-1 and the rest of the truth on an image folder", "vit_cls.commands.evaluate"),
+    "models": ("the architectures that can be trained", "vit_cls.commands.models"),
+}
+
+EVERYWHERE = "every verb takes --json (one JSON object on stdout, nothing else) and --debug (show tracebacks)"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb has to say.
+
+    Args:
+        data: The JSON object of ``--json``.
+        text: The same for people.
+        code: 0 done; 1 the work ran and the answer is bad.
+    """
+
+    data: dict[str, Any]
+    text: str
+    code: int = 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: The words after ``vit-cls``; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 the answer is bad, 2 the request is wrong, 130 or 143 after a signal.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"vit-cls {__version__}")
+        return 0
+    verb, *rest = words
+    as_json, debug = "--json" in rest, "--debug" in rest
+    rest = [word for word in rest if word not in ("--json", "--debug")]
+    try:
+        if verb not in COMMANDS:
+            raise VitClsError(
+                f"there is no verb {verb!r}.{did_you_mean(verb, COMMANDS)} Known: {', '.join(COMMANDS)}."
+            )
+        # Whatever a library prints on the way is not the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome: Outcome = importlib.import_module(COMMANDS[verb][1]).run(rest)
+    except VitClsError as error:
+        if debug:
+            raise
+        print(f"vit-cls: {' '.join(str(error).split())}", file=sys.stderr)
+        return 128 + error.signum if hasattr(error, "signum") else 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("vit-cls: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    print(json.dumps(outcome.data) if as_json else outcome.text)
+    return outcome.code
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {verb:<10} {what}" for verb, (what, _) in COMMANDS.items())
+    return (
+        "usage: vit-cls VERB [options]\n\n"
+        "Train, evaluate and understand Vision Transformer image classifiers.\n\n"
+        f"{rows}\n\n"
+        "  vit-cls VERB --help   the options of a verb\n"
+        "  vit-cls --version\n\n"
+        f"{EVERYWHERE}.\n"
+        "exit: 0 done; 1 the answer is bad; 2 the request is wrong; 130 or 143 after a signal"
+    )

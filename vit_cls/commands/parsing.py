@@ -1,0 +1,119 @@
+"""Words and YAML to checked options; a parser's complaint becomes one clear paragraph."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from vit_cls.errors import ConfigError, did_you_mean
+
+EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
+
+
+def make_parser(verb: str, description: str) -> ArgumentParser:
+    """A parser that raises instead of exiting.
+
+    Args:
+        verb: The verb, for the usage line.
+        description: What the verb does.
+    """
+    return ArgumentParser(
+        prog=f"vit-cls {verb}",
+        description=description,
+        epilog=EPILOG,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def add_runtime_arguments(parser: ArgumentParser) -> None:
+    """The options that every verb shares which runs a model over images.
+
+    Args:
+        parser: Gets the options.
+    """
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--precision", default="auto", help="auto (bf16 on a GPU), 32 or bf16")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
+    parser.add_argument("--num_workers", type=int | None, default=None, help="loading processes")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="folder for files; must be new or empty"
+    )
+    parser.add_argument(
+        "--compile", type=bool, nargs="?", const=True, default=False, help="compile the encoder"
+    )
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """Parse, or say in one paragraph what is wrong.
+
+    Args:
+        parser: Knows the options.
+        words: The words after the verb.
+
+    Raises:
+        ConfigError: If a word, a key or a value is not accepted; the nearest known key is named.
+    """
+    try:
+        return parser.parse_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error), parser)) from error
+
+
+def known_keys(parser: ArgumentParser) -> list[str]:
+    """Every option of a parser, dotted.
+
+    Args:
+        parser: Knows the options.
+    """
+    return sorted(str(key) for key in parser.get_defaults(skip_validation=True).keys())  # noqa: SIM118, no dict
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    keys = known_keys(parser)
+    if match := re.search(r"[Uu]nrecognized arguments: (.+)", message):
+        words = match[1].split()
+        flag = next((word for word in words if word.startswith("-")), None)
+        if flag is None:
+            return f"unexpected word(s): {match[1]}. Options are written --key value; see --help."
+        return _unknown(flag.lstrip("-").partition("=")[0], keys, written=flag.partition("=")[0])
+    if match := re.search(r"[Gg]roup '([^']+)' does not accept option '([^']+)'", message):
+        return _unknown(f"{match[1]}.{match[2]}", keys)
+    if match := re.search(r"[Oo]ption '([^']+)' is not accepted", message):
+        return _unknown(match[1], keys)
+    if match := re.search(r'Parser key "([^"]+)":(.*)', message, re.DOTALL):
+        return _wrong_value(match[1], match[2])
+    return f"{' '.join(message.split())} (see --help)"
+
+
+def _unknown(key: str, keys: list[str], *, written: str | None = None) -> str:
+    return f"unknown key {written or key}.{did_you_mean(key, keys)} `--help` lists every key."
+
+
+def _wrong_value(key: str, details: str) -> str:
+    """jsonargparse lists every type it tried; the user needs the types and the value."""
+    value = re.search(r"(?:Given value|Got value): (.*)", details)
+    types = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", details)))
+    words = {
+        "NoneType": "null",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a text",
+    }
+    if value and types:
+        return f"{key} must be {' or '.join(words.get(t, t) for t in types)}; got {value[1].strip()!r}."
+    return f"{key}: {' '.join(details.split())}"
+
+
+def option(namespace: Namespace, name: str) -> Any:
+    """One parsed value; dotted names reach into groups.
+
+    Args:
+        namespace: What `parse` returned.
+        name: The option.
+    """
+    return namespace[name]

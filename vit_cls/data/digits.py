@@ -1,0 +1,66 @@
+"""The embedded data: 1,797 handwritten digits of 8x8 pixels, two thirds to train on and one third held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vit_cls.data.dataset import ArraySource
+from vit_cls.data.index import ImageIndex, PathTable
+from vit_cls.data.splits import stratified_split
+from vit_cls.errors import DataError
+
+HELD_OUT = 1 / 3
+CLASS_NAMES = [str(digit) for digit in range(10)]
+
+
+def load_digits(part: str) -> ArraySource:
+    """The digits of one part, the same on every machine.
+
+    Args:
+        part: ``train`` (two thirds of each class) or ``test`` (the held-out third, never trained on).
+
+    Returns:
+        The images as RGB, uint8, shape ``(images, 3, 8, 8)``, with names and labels.
+
+    Source:
+        scikit-learn's ``load_digits``; UCI, https://archive.ics.uci.edu/dataset/80.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    data = sklearn_digits()
+    grey = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))
+    images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
+    names = [f"{label}/{i:04d}.png" for i, label in enumerate(data.target.tolist())]
+    index = ImageIndex(Path("digits"), PathTable(names), data.target.astype(np.int64), CLASS_NAMES)
+    kept, held_out = stratified_split(index, val_fraction=HELD_OUT, seed=0)
+    chosen = {"train": kept, "test": held_out}[part]
+    rows = [int(Path(name).stem) for name in chosen.paths]
+    return ArraySource(chosen, images[rows])
+
+
+def write_digits(folder: str | Path, part: str = "test") -> int:
+    """Write a part of the digits as a folder of PNG files, one sub-folder a class.
+
+    Args:
+        folder: Where to write; must not exist yet, or be empty.
+        part: ``train`` or ``test``.
+
+    Returns:
+        How many images were written.
+
+    Raises:
+        DataError: If ``folder`` has something in it.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; give a new folder.")
+    source = load_digits(part)
+    for i in range(len(source.index)):
+        path = folder / source.index.paths[i]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.read(i).permute(1, 2, 0).numpy()).save(path)
+    return len(source.index)

@@ -1,0 +1,130 @@
+"""uint8 pixels to uint8 pixels of the model's size: random for training, fixed for evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from vit_cls.errors import ConfigError
+
+Transform = Callable[[Tensor], Tensor]
+Size = int | tuple[int, int]
+
+
+def eval_transform(
+    size: Size, *, crop_pct: float = 0.9, crop_mode: str = "center", interpolation: str = "bicubic"
+) -> Transform:
+    """The fixed transform of validation, evaluation and prediction.
+
+    Args:
+        size: Side of the result in pixels, or its height and width.
+        crop_pct: Side of the crop over the side of the resized image, in (0, 1].
+        crop_mode: ``center`` resizes the shorter side and crops the centre; ``squash`` resizes both sides.
+        interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
+
+    Returns:
+        A function from uint8 ``(3, H, W)`` of any size to uint8 ``(3, size, size)``.
+
+    Example:
+        >>> import torch
+        >>> eval_transform(224)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
+        torch.Size([3, 224, 224])
+
+    Source:
+        timm's ``transforms_imagenet_eval``.
+    """
+    height, width = _pair(size)
+    resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))
+    mode = InterpolationMode(interpolation)
+    if crop_mode == "squash" or height != width:
+        resize = v2.Resize(resized, interpolation=mode, antialias=True)
+    else:
+        resize = v2.Resize(resized[0], interpolation=mode, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop((height, width))])
+
+
+def _crop_flip(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
+    """Random resized crop and horizontal flip. Source: Inception, https://arxiv.org/abs/1409.4842."""
+    crop = v2.RandomResizedCrop(size, interpolation=interpolation, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
+def _affine(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
+    """Small turns, shifts and zooms, no flip: for digits, letters and other signs that a flip would change."""
+    resize = v2.Resize(size, interpolation=interpolation, antialias=True)
+    affine = v2.RandomAffine(
+        degrees=12,
+        translate=(0.1, 0.1),
+        scale=(0.85, 1.15),
+        shear=8,
+        interpolation=InterpolationMode.BILINEAR,
+    )
+    return v2.Compose([resize, affine])
+
+
+def _none(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
+    """No augmentation: both sides resized, nothing random."""
+    return v2.Resize(size, interpolation=interpolation, antialias=True)
+
+
+AUGMENTS: dict[str, Callable[[tuple[int, int], InterpolationMode], Transform]] = {
+    "crop_flip": _crop_flip,
+    "affine": _affine,
+    "none": _none,
+}
+
+
+def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: str = "bicubic") -> Transform:
+    """The transform of training images; it draws from torch's global generator.
+
+    Args:
+        size: Side of the result in pixels, or its height and width.
+        augment: A row of `AUGMENTS`: ``crop_flip``, ``affine`` or ``none``.
+        interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
+
+    Returns:
+        A function from uint8 ``(3, H, W)`` of any size to uint8 ``(3, size, size)``.
+
+    Raises:
+        ConfigError: If ``augment`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> train_transform(96)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
+        torch.Size([3, 96, 96])
+    """
+    if augment not in AUGMENTS:
+        raise ConfigError(f"data.augment must be one of {', '.join(AUGMENTS)}; got {augment!r}.")
+    return AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
+
+
+def keyed(transform: Transform, image: Tensor, key: int) -> Tensor:
+    """Apply a random transform whose draws are a function of ``key`` alone.
+
+    torch's CPU generator is set for the call and put back after it, so neither the worker nor the order
+    of the images matters, and dropout's draws are not disturbed.
+
+    Args:
+        transform: A function that draws from torch's global generator.
+        image: Its input.
+        key: Seed of the draws, in [0, 2**63).
+
+    Returns:
+        What ``transform`` returns.
+    """
+    # torch.manual_seed would reset the generators of CUDA devices too.
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(key)
+    try:
+        return transform(image)
+    finally:
+        generator.set_state(state)
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

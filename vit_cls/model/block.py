@@ -1,0 +1,157 @@
+"""One pre-norm encoder block: attention and MLP, each with LayerScale and drop path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vit_cls.model.attention import Attention
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``, the activation that OpenAI's CLIP was trained with.
+
+    Source:
+        https://github.com/openai/CLIP/blob/main/clip/model.py
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every element of ``x``; the shape stays."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+def make_activation(name: str) -> nn.Module:
+    """The activation module of that name.
+
+    Args:
+        name: A row of `vit_cls.model.config.ACTIVATIONS`.
+
+    Example:
+        >>> make_activation("gelu_tanh")
+        GELU(approximate='tanh')
+    """
+    rows = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
+    return rows[name]()
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the whole branch for some samples, and scale the rest up.
+
+    Args:
+        rate: Probability that a sample's branch is dropped, in [0, 1).
+
+    Source:
+        https://arxiv.org/abs/1603.09382; one draw a sample, as in timm.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop or scale each sample of ``x``, shape ``(batch, ...)``; the identity when not training."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        return x * mask
+
+    def extra_repr(self) -> str:
+        """The rate, for ``print(model)``."""
+        return f"rate={self.rate:g}"
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch.
+
+    Args:
+        dim: Width of a token.
+        init_values: Value that every factor starts from.
+
+    Source:
+        CaiT, https://arxiv.org/abs/2103.17239.
+    """
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale ``x``, shape ``(..., dim)``."""
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between, for each token on its own.
+
+    Args:
+        dim: Width of a token.
+        hidden_dim: Width between the layers.
+        act: Name of the activation.
+        drop: Dropout after each layer.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, act: str = "gelu", drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = make_activation(act)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x``, shape ``(batch, tokens, dim)``; the shape stays."""
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block, which computes only the tokens that are read after it.
+
+    Args:
+        dim: Width of a token.
+        attn: The attention of this block.
+        mlp: The MLP of this block.
+        init_values: First value of LayerScale; None means none.
+        drop_path: Stochastic depth of both branches, in [0, 1).
+        norm_eps: Epsilon of both norms.
+
+    Source:
+        ViT, https://arxiv.org/abs/2010.11929, equations 2 and 3; parameter names as in timm's ``Block``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: Attention,
+        mlp: Mlp,
+        *,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = attn
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            tokens: Shape ``(batch, tokens, dim)``.
+            read: The tokens whose result is wanted; None means all.
+
+        Returns:
+            Shape ``(batch, read tokens, dim)``: what the whole block would give for those tokens, from
+            keys and values of all tokens and everything else of the read ones alone.
+        """
+        attended = self.attn(self.norm1(tokens), read)
+        if read is not None:
+            tokens = tokens[:, read]
+        tokens = tokens + self.drop_path1(self.ls1(attended))
+        return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))

@@ -1,0 +1,178 @@
+"""uint8 images to logits: normalisation, the Vision Transformer and the class names in one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_cls.errors import ConfigError
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
+
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens to an image between the file and the patch embedding.
+
+    Args:
+        img_size: Height and width that the model takes, in pixels.
+        mean: Mean of each channel, for pixels scaled to [0, 1].
+        std: Standard deviation of each channel, likewise.
+        crop_pct: Side of the evaluation crop over the side of the resized image, in (0, 1].
+        crop_mode: ``center`` keeps the aspect ratio and crops; ``squash`` resizes both sides.
+        interpolation: Filter of the resize: ``bicubic``, ``bilinear`` or ``nearest``.
+
+    Raises:
+        ConfigError: If a value is impossible.
+
+    Source:
+        Fields and defaults (mean and std 0.5, crop 0.9, bicubic): timm's configurations of plain ViTs.
+    """
+
+    img_size: tuple[int, int]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    crop_pct: float = 0.9
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 0.0 < self.crop_pct <= 1.0:
+            raise ConfigError(f"crop_pct must be in (0, 1]; got {self.crop_pct}.")
+        if self.crop_mode not in CROP_MODES:
+            raise ConfigError(f"crop_mode must be one of {', '.join(CROP_MODES)}; got {self.crop_mode!r}.")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}."
+            )
+        if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+            raise ConfigError(
+                f"mean and std must have one value a channel, std above 0; got {self.mean} and {self.std}."
+            )
+
+    @classmethod
+    def for_size(cls, img_size: tuple[int, int]) -> Preprocess:
+        """The usual preprocessing of a model trained from scratch at that size.
+
+        Args:
+            img_size: Height and width, in pixels. Up to 64 pixels, and from 384, the crop is the whole image.
+        """
+        whole = max(img_size) <= 64 or max(img_size) >= 384
+        return cls(img_size, crop_pct=1.0 if whole else 0.9)
+
+
+class ImageClassifier(nn.Module):
+    """A Vision Transformer that owns its preprocessing and knows its classes by name.
+
+    Args:
+        model: Takes normalised floats; its head has one output a class.
+        preprocess: How images become the model's input.
+        class_names: One unique name for each output, in the order of the outputs.
+
+    Raises:
+        ConfigError: If names, head and preprocessing do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from vit_cls.model.presets import create_model
+        >>> model = create_model("vit_pico_patch7_28", num_classes=2)
+        >>> classifier = ImageClassifier(model, Preprocess((28, 28)), ["cat", "dog"])
+        >>> classifier(torch.zeros(4, 3, 28, 28, dtype=torch.uint8)).shape
+        torch.Size([4, 2])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: VisionTransformer, preprocess: Preprocess, class_names: Sequence[str]) -> None:
+        super().__init__()
+        config = model.config
+        if len(set(class_names)) != len(class_names):
+            repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
+            raise ConfigError(f"class names must be unique; repeated: {', '.join(repeated)}.")
+        if len(class_names) != config.num_classes:
+            raise ConfigError(
+                f"the head has {config.num_classes} outputs, but there are {len(class_names)} class names."
+            )
+        if preprocess.img_size != config.image_hw or len(preprocess.mean) != config.in_chans:
+            raise ConfigError(
+                f"preprocessing makes {len(preprocess.mean)} channels of {preprocess.img_size} pixels, but the "
+                f"model takes {config.in_chans} of {config.image_hw}."
+            )
+        self.model = model
+        self.preprocess = preprocess
+        self.class_names = list(class_names)
+        # Not in the state dict: the metadata holds them exactly.
+        shape = (1, config.in_chans, 1, 1)
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(shape), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 pixels to the model's input.
+
+        Args:
+            images: RGB, uint8, shape ``(batch, channels, height, width)``.
+
+        Returns:
+            Floats in the model's dtype: pixels over 255, less the mean, over the standard deviation; to
+            the bit what torchvision's ``ToTensor`` and ``Normalize`` give in float32.
+
+        Raises:
+            TypeError: If the images are not uint8: what they hold then is a guess, and a wrong guess is
+                the field's commonest silent error.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(
+                f"images must be uint8 in [0, 255]; got {images.dtype}. The classifier normalises them itself; "
+                "call classifier.model for images that are normalised already."
+            )
+        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            images: RGB, uint8, shape ``(batch, channels, height, width)``.
+
+        Returns:
+            Logits, shape ``(batch, classes)``, in the order of ``class_names``.
+
+        Raises:
+            TypeError: If the images are not uint8.
+            ValueError: If their shape is not the model's.
+        """
+        return self.model(self.normalise(images))
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data that JSON can hold."""
+        return {
+            "architecture": self.model.config.to_dict(),
+            "preprocess": dataclasses.asdict(self.preprocess),
+            "class_names": self.class_names,
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> ImageClassifier:
+        """Rebuild a classifier, with fresh weights, from `to_metadata`.
+
+        Args:
+            metadata: What `to_metadata` returned, after JSON or not.
+
+        Raises:
+            ConfigError: If the data do not describe a classifier.
+        """
+        try:
+            model = VisionTransformer(ViTConfig.from_dict(metadata["architecture"]))
+            return cls(model, Preprocess(**metadata["preprocess"]), metadata["class_names"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"the metadata do not describe a classifier: {error}.") from error

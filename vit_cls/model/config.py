@@ -1,0 +1,169 @@
+"""Everything that defines a Vision Transformer's shape and function, as one checked, plain dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vit_cls.errors import ConfigError, did_you_mean
+
+POS_EMBEDS = ("learn", "sincos2d", "none")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of a Vision Transformer, with timm's argument names.
+
+    Args:
+        img_size: Image height and width in pixels; one number means a square.
+        patch_size: Side of a square patch in pixels; divides both image sides.
+        in_chans: Channels of the image.
+        num_classes: Classes of the linear head; 0 leaves the model headless (it returns features).
+        pool: What the head reads: ``cls``, ``gap``, ``max`` or ``token:K`` (patch K, counted from 0 in
+            raster order).
+        embed_dim: Width of a token; divisible by ``num_heads``.
+        depth: Encoder blocks.
+        num_heads: Attention heads in each block.
+        mlp_ratio: Hidden width of the MLP, in multiples of ``embed_dim``.
+        qkv_bias: Whether query, key and value have a bias.
+        qk_norm: Whether queries and keys are normalised for each head.
+        init_values: First value of LayerScale; None means no LayerScale.
+        class_token: Whether a learnable class token is prepended.
+        reg_tokens: Register tokens, after the class token; read by no pooling.
+        no_embed_class: Whether prefix tokens go without a position embedding.
+        pos_embed: Positions: ``learn``, ``sincos2d`` (fixed) or ``none``.
+        pre_norm: Whether a norm stands before the first block (the patch embedding then has no bias).
+        final_norm: Whether there is a norm after the last block at all.
+        fc_norm: Whether that norm stands after pooling; None follows timm's constructor: after for
+            ``gap`` and ``max``, before for tokens.
+        norm_eps: Epsilon of every LayerNorm.
+        act: ``gelu``, ``gelu_tanh`` or ``quick_gelu``.
+        drop_rate: Dropout before the head, in [0, 1).
+        pos_drop_rate: Dropout after the position embedding, in [0, 1).
+        proj_drop_rate: Dropout after attention's and the MLP's projections, in [0, 1).
+        attn_drop_rate: Dropout of attention weights, in [0, 1).
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); rises linearly from 0.
+
+    Raises:
+        ConfigError: If a value is impossible, alone or together with another.
+
+    Example:
+        >>> ViTConfig(img_size=28, patch_size=7).grid_size
+        (4, 4)
+
+    Source:
+        ViT, https://arxiv.org/abs/2010.11929; names and defaults: timm's ``VisionTransformer``.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    pool: str = "cls"
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    init_values: float | None = None
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_embed_class: bool = False
+    pos_embed: str = "learn"
+    pre_norm: bool = False
+    final_norm: bool = True
+    fc_norm: bool | None = None
+    norm_eps: float = 1e-6
+    act: str = "gelu"
+    drop_rate: float = 0.0
+    pos_drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        size = self.img_size
+        pair = (size, size) if isinstance(size, int) else tuple(size)
+        object.__setattr__(self, "img_size", pair)
+        self._check_sizes()
+        self._check_choices()
+
+    def _check_sizes(self) -> None:
+        height, width = self.image_hw
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("num_classes", "reg_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative; got {getattr(self, name)}.")
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            smaller = max(self.patch_size, min(height, width) // self.patch_size * self.patch_size)
+            raise ConfigError(
+                f"model.img_size must be divisible by model.patch_size; got {_hw(height, width)} and "
+                f"{self.patch_size}. Use model.img_size {smaller} or {smaller + self.patch_size}, or another "
+                "patch size."
+            )
+        if self.embed_dim % self.num_heads:
+            fits = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            near = min(fits, key=lambda n: abs(n - self.num_heads))
+            raise ConfigError(
+                f"model.num_heads must divide model.embed_dim; got {self.num_heads} heads and width "
+                f"{self.embed_dim}. The nearest number of heads that does is {near}."
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (("pos_embed", POS_EMBEDS), ("act", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"model.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}."
+                )
+        if self.pos_embed == "sincos2d" and self.embed_dim % 4:
+            raise ConfigError(
+                f"model.pos_embed sincos2d needs model.embed_dim divisible by 4; got {self.embed_dim}."
+            )
+        for name in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"model.{name} must be in [0, 1); got {getattr(self, name)}.")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Image height and width, in pixels."""
+        assert isinstance(self.img_size, tuple)
+        return self.img_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patch rows and columns."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` and JSON take back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
+        """Rebuild a config from `to_dict`, after JSON or not.
+
+        Args:
+            values: Field names and values.
+
+        Raises:
+            ConfigError: If a name is not a field of this class, or a value is impossible.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"unknown architecture setting `{unknown[0]}`.{did_you_mean(unknown[0], known)} "
+                f"Known: {', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+
+def _hw(height: int, width: int) -> str:
+    return str(height) if height == width else f"{height}x{width}"

@@ -1,0 +1,63 @@
+"""The stack of blocks; its last one computes only the tokens that the pooling reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vit_cls.model.attention import Attention
+from vit_cls.model.block import Block, Mlp
+from vit_cls.model.config import ViTConfig
+
+
+class Encoder(nn.ModuleList):
+    """Blocks in order, with stochastic depth that rises linearly from 0 to ``drop_path_rate``.
+
+    Args:
+        config: Width, depth and the rest of the architecture.
+
+    Source:
+        ViT, https://arxiv.org/abs/2010.11929. Computing the last block for the read tokens alone is ours:
+        the same function, about 7 % fewer FLOPs for a class token at ViT-Ti/S/B.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        super().__init__(_make_block(config, rate) for rate in rates)
+
+    def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+        """Run every block.
+
+        Args:
+            tokens: Embedded tokens, shape ``(batch, tokens, dim)``.
+            read: The tokens wanted from the last block; None means all.
+
+        Returns:
+            Shape ``(batch, read tokens, dim)``.
+        """
+        last = len(self) - 1
+        for i, block in enumerate(self):
+            tokens = block(tokens, read if i == last else None)
+        return tokens
+
+
+def _make_block(config: ViTConfig, drop_path: float) -> Block:
+    attn = Attention(
+        config.embed_dim,
+        config.num_heads,
+        qkv_bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        attn_drop=config.attn_drop_rate,
+        proj_drop=config.proj_drop_rate,
+        norm_eps=config.norm_eps,
+    )
+    hidden_dim = int(config.embed_dim * config.mlp_ratio)
+    mlp = Mlp(config.embed_dim, hidden_dim, act=config.act, drop=config.proj_drop_rate)
+    return Block(
+        config.embed_dim,
+        attn,
+        mlp,
+        init_values=config.init_values,
+        drop_path=drop_path,
+        norm_eps=config.norm_eps,
+    )

@@ -1,0 +1,104 @@
+"""Patch tokens to the encoder's input: class token, registers and positions, (B, P, D) -> (B, N, D)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where each kind of token stands in the sequence: class token, registers, then patches.
+
+    Args:
+        class_token: Whether token 0 is the class token.
+        reg_tokens: Register tokens that follow it.
+        grid_size: Patch rows and columns.
+
+    Example:
+        >>> layout = TokenLayout(class_token=True, reg_tokens=4, grid_size=(14, 14))
+        >>> layout.num_prefix_tokens, layout.num_tokens
+        (5, 201)
+    """
+
+    class_token: bool
+    reg_tokens: int
+    grid_size: tuple[int, int]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and registers: everything in front of the patches."""
+        return int(self.class_token) + self.reg_tokens
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the grid."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence."""
+        return self.num_prefix_tokens + self.num_patches
+
+
+def add_prefix_and_positions(
+    patches: Tensor, prefix: list[Tensor], pos_embed: Tensor | None, *, no_embed_class: bool
+) -> Tensor:
+    """Prepend the prefix tokens and add the positions.
+
+    Args:
+        patches: Patch tokens, shape ``(batch, patches, dim)``.
+        prefix: Learned tokens in order, each of shape ``(1, tokens, dim)``; may be empty.
+        pos_embed: Positions, shape ``(1, tokens, dim)``, or ``(1, patches, dim)`` with
+            ``no_embed_class``; None adds none.
+        no_embed_class: Whether prefix tokens go without a position.
+
+    Returns:
+        The encoder's input, shape ``(batch, tokens, dim)``: prefix first, then patches.
+
+    Example:
+        >>> import torch
+        >>> tokens = add_prefix_and_positions(
+        ...     torch.zeros(2, 4, 8), [torch.ones(1, 1, 8)], torch.ones(1, 5, 8), no_embed_class=False)
+        >>> tokens[0, :, 0].tolist()
+        [2.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    batch = patches.shape[0]
+    if pos_embed is not None and no_embed_class:
+        patches = patches + pos_embed
+    tokens = torch.cat([p.expand(batch, -1, -1) for p in prefix] + [patches], dim=1) if prefix else patches
+    if pos_embed is not None and not no_embed_class:
+        tokens = tokens + pos_embed
+    return tokens
+
+
+def sincos_2d_positions(grid_size: tuple[int, int], dim: int, *, temperature: float = 10_000.0) -> Tensor:
+    """Fixed two-dimensional sine-cosine positions.
+
+    Args:
+        grid_size: Patch rows and columns.
+        dim: Width of a token, divisible by 4. The first half encodes the column, the second the row.
+        temperature: Longest wavelength, in units of 2 pi patches.
+
+    Returns:
+        Positions in raster order, shape ``(rows * cols, dim)``, float32, in [-1, 1].
+
+    Example:
+        >>> sincos_2d_positions((1, 2), 4)
+        tensor([[0.0000, 1.0000, 0.0000, 1.0000],
+                [0.8415, 0.5403, 0.0000, 1.0000]])
+
+    Source:
+        MAE, https://github.com/facebookresearch/mae/blob/main/util/pos_embed.py.
+    """
+    rows, cols = grid_size
+    omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, col = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(cols, dtype=torch.float64), indexing="ij"
+    )
+    angles_col = col.flatten()[:, None] * omega
+    angles_row = row.flatten()[:, None] * omega
+    parts = [angles_col.sin(), angles_col.cos(), angles_row.sin(), angles_row.cos()]
+    return torch.cat(parts, dim=1).float()

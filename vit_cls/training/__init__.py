@@ -1,0 +1,1 @@
+"""Training: options, task, optimiser, callbacks and the run folder."""

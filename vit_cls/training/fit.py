@@ -1,0 +1,330 @@
+"""One training run, from options to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.errors import ConfigError, RunError
+from vit_cls.files import write_text
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training.callbacks import EpochLog, Interrupted, RunCheckpoint, StopOnSignal
+from vit_cls.training.optim import peak_lr
+from vit_cls.training.options import FitOptions
+from vit_cls.training.runs import RunFolder, check_same_run, environment, open_run
+from vit_cls.training.task import ClassificationTask, Schedule
+
+log = logging.getLogger("vit_cls")
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 100,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 20,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+"""Where our defaults differ from Lightning's. The sampler is ours: Lightning's repeats validation images."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run has to show, for its best epoch.
+
+    Args:
+        folder: The run folder.
+        epochs: Epochs trained in all.
+        best_epoch: Epoch of the model file, from 0.
+        correct: Validation images whose class was predicted.
+        images: Validation images.
+        top5: Share of them whose class was among the first five (or all, where there are fewer).
+        seconds: Wall time of this call.
+        train_images_per_second: Median over the epochs.
+        history: One row an epoch.
+    """
+
+    folder: RunFolder
+    epochs: int
+    best_epoch: int
+    correct: int
+    images: int
+    top5: float
+    seconds: float
+    train_images_per_second: float
+    history: list[dict[str, float]]
+
+
+def fit(
+    options: FitOptions,
+    data: ImageDataModule,
+    trainer_options: Mapping[str, Any] | None = None,
+    *,
+    config_yaml: str = "",
+    command: list[str] | None = None,
+) -> FitResult:
+    """Train one classifier and leave a run folder.
+
+    Args:
+        options: Architecture, optimiser, seed, folder.
+        data: The images, not yet configured.
+        trainer_options: Arguments of Lightning's Trainer, on top of `TRAINER_DEFAULTS`.
+        config_yaml: The resolved configuration, stored as ``config.yaml``.
+        command: The words that started the run, for the record.
+
+    Returns:
+        The result of the best epoch.
+
+    Raises:
+        VitClsError: If the request cannot be carried out. Before the first epoch is complete nothing is
+            left behind.
+        Interrupted: If SIGINT or SIGTERM came; complete epochs are kept.
+    """
+    started = time.perf_counter()
+    _quiet_lightning()
+    stem = f"{options.model.name}_{options.model.pool.replace(':', '')}"
+    folder, resuming = open_run(options.run_dir, options.resume, stem=stem)
+    seed_everything(options.seed, verbose=False)
+    data.load_index(options.seed)
+    classifier = options.model.build(data.class_names)
+    crop = dataclasses.asdict(classifier.preprocess)
+    data.configure(
+        seed=options.seed, **{k: crop[k] for k in ("img_size", "crop_pct", "crop_mode", "interpolation")}
+    )
+    identity = _identity(options, data, classifier)
+    if resuming:
+        check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
+
+    epoch_log = EpochLog(folder)
+    callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), StopOnSignal()]
+    trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
+    schedule = _schedule(options, data, trainer)
+    task = ClassificationTask(classifier, options.optim, schedule)
+    if options.compile:
+        for block in classifier.model.blocks:
+            block.compile()
+    record = _record(options, data, classifier, trainer, schedule, identity, command)
+    with _run_folder(folder, record, trainer, epoch_log):
+        write_text(folder.config_file, config_yaml)
+        checkpoint = str(folder.last_checkpoint) if resuming else None
+        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+    rows = epoch_log.rows or folder.read_history()
+    result = _result(folder, rows, time.perf_counter() - started)
+    summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
+    if trainer.is_global_zero:
+        folder.write_record({**record, "status": "finished", "finished": _now(), "result": summary})
+    return result
+
+
+def _make_trainer(
+    options: FitOptions, folder: RunFolder, given: dict[str, Any], callbacks: list[Callback]
+) -> Trainer:
+    """Lightning's Trainer with our defaults, our callbacks and the user's."""
+    arguments = {**TRAINER_DEFAULTS, **given}
+    loggers: list[Any] = []
+    if arguments.get("logger") is not False:
+        loggers = [TensorBoardLogger(folder.path, name="", version="tensorboard", default_hp_metric=False)]
+        callbacks = [*callbacks, LearningRateMonitor("step")]
+        extra = arguments.get("logger")
+        loggers += extra if isinstance(extra, list) else [extra] if extra not in (None, True) else []
+    if options.early_stopping_patience is not None:
+        patience = options.early_stopping_patience
+        if patience < 1:
+            raise ConfigError(f"early_stopping_patience must be at least 1 epoch; got {patience}.")
+        callbacks = [*callbacks, EarlyStopping("val/acc1", mode="max", patience=patience)]
+    bar = arguments.pop("enable_progress_bar", None)
+    if bar is None:
+        bar = sys.stderr.isatty()
+    if bar:
+        callbacks = [*callbacks, RichProgressBar(refresh_rate=10, console_kwargs={"stderr": True})]
+    arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
+    arguments["logger"] = loggers or False
+    if arguments.get("precision") is None:
+        gpu = arguments.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
+        arguments["precision"] = "bf16-mixed" if gpu else "32-true"
+    try:
+        return Trainer(
+            default_root_dir=folder.path,
+            enable_progress_bar=bool(bar),
+            **_without(arguments, "default_root_dir"),
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"Lightning's trainer refuses these settings: {error}") from error
+
+
+def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> Schedule:
+    """Steps of the run. Lightning's own estimate drops the state of a resumed loader."""
+    images = len(data.train_set) // trainer.world_size
+    batches = math.ceil(images / max(1, data.batch_size))
+    limit = trainer.limit_train_batches
+    batches = (
+        min(batches, limit)
+        if isinstance(limit, int)
+        else int(batches * limit)
+        if limit is not None
+        else batches
+    )
+    accumulate = trainer.accumulate_grad_batches
+    steps_per_epoch = max(1, math.ceil(batches / accumulate))
+    epochs = trainer.max_epochs
+    if (epochs is None or epochs < 1) and trainer.max_steps < 1:
+        raise ConfigError(
+            f"trainer.max_epochs must be at least 1 (the learning rate falls to its end by then); got {epochs}."
+        )
+    by_epochs = epochs * steps_per_epoch if epochs is not None and epochs > 0 else math.inf
+    total_steps = int(min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf))
+    warmup = options.optim.warmup_epochs
+    if warmup is not None and warmup * steps_per_epoch >= total_steps:
+        raise ConfigError(
+            f"optim.warmup_epochs must be shorter than the run; got {warmup:g} of {total_steps / steps_per_epoch:g} "
+            "epochs. Leave it out for a tenth of the run."
+        )
+    images_per_step = data.batch_size * trainer.world_size * accumulate
+    return Schedule(steps_per_epoch, total_steps, peak_lr(options.optim, images_per_step=images_per_step))
+
+
+@contextmanager
+def _run_folder(
+    folder: RunFolder, record: dict[str, Any], trainer: Trainer, epoch_log: EpochLog
+) -> Iterator[None]:
+    """Make the folder; take it away again if the run fails before it has anything to show."""
+    new = not folder.path.exists()
+    if not trainer.is_global_zero:
+        yield
+        return
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_record({**record, "status": "running"})
+    except OSError as error:
+        raise RunError(
+            f"run_dir {folder.path} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
+    try:
+        yield
+    except BaseException as error:
+        if new and not folder.last_checkpoint.exists():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        else:
+            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            folder.write_record({**record, "status": status, "finished": _now()})
+        raise
+
+
+def _identity(options: FitOptions, data: ImageDataModule, classifier: ImageClassifier) -> dict[str, Any]:
+    """What must not change between the parts of a resumed run."""
+    return {
+        "architecture": _plain(classifier.model.config.to_dict()),
+        "class_names": data.class_names,
+        "train_fingerprint": data.train_source.index.fingerprint(),
+        "val_fingerprint": data.val_source.index.fingerprint(),
+        "seed": options.seed,
+        "batch_size": data.batch_size,
+        "augment": data.augment,
+    }
+
+
+def _record(
+    options: FitOptions,
+    data: ImageDataModule,
+    classifier: ImageClassifier,
+    trainer: Trainer,
+    schedule: Schedule,
+    identity: dict[str, Any],
+    command: list[str] | None,
+) -> dict[str, Any]:
+    """What ``run.json`` says from the start."""
+    model = classifier.model
+    return {
+        "format_version": 1,
+        "command": command,
+        "started": _now(),
+        **environment(),
+        "seed": options.seed,
+        "identity": identity,
+        "data": {
+            "name": data.name,
+            "root": data.root,
+            "split": data.origin,
+            "train_images": len(data.train_set),
+            "val_images": len(data.val_set),
+            "train_counts": dict(
+                zip(data.class_names, data.train_source.index.counts().tolist(), strict=True)
+            ),
+        },
+        "model": {
+            "name": options.model.name,
+            "pool": options.model.pool,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": model.layout.num_tokens,
+            "preprocess": _plain(dataclasses.asdict(classifier.preprocess)),
+            "weights_licence": "trained from scratch: the licence is yours to choose",
+        },
+        "optim": {
+            **dataclasses.asdict(options.optim),
+            "peak_lr": schedule.lr,
+            "total_steps": schedule.total_steps,
+        },
+        "device": str(trainer.strategy.root_device),
+        "device_name": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else None,
+        "precision": str(trainer.precision),
+        "processes": trainer.world_size,
+    }
+
+
+def _result(folder: RunFolder, rows: list[dict[str, float]], seconds: float) -> FitResult:
+    validated = [row for row in rows if "val/acc1" in row]
+    if not validated:
+        raise RunError("no epoch was validated, so there is no best model; check trainer.limit_val_batches.")
+    best = max(validated, key=lambda row: row["val/acc1"])  # the first of equals
+    speeds = sorted(row["train_images_per_second"] for row in rows)
+    return FitResult(
+        folder=folder,
+        epochs=int(rows[-1]["epoch"]) + 1,
+        best_epoch=int(best["epoch"]),
+        correct=int(best["val/correct"]),
+        images=int(best["val/images"]),
+        top5=best["val/acc5"],
+        seconds=seconds,
+        train_images_per_second=speeds[len(speeds) // 2],
+        history=rows,
+    )
+
+
+def _quiet_lightning() -> None:
+    """Keep Lightning's hints off the screen; what matters is said by us, errors still are by it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*number of training batches.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _without(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in arguments.items() if k != name}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

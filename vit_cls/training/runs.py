@@ -1,0 +1,196 @@
+"""The run folder: what a training run leaves behind, and whether it may begin or go on there."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vit_cls import __version__
+from vit_cls.errors import ConfigError, RunError
+from vit_cls.files import write_text
+from vit_cls.weights.bundle import MODEL_FILE
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run folder.
+
+    Args:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration; ``fit --config`` takes it back."""
+        return self.path / "config.yaml"
+
+    @property
+    def record_file(self) -> Path:
+        """Versions, seeds, data fingerprint, result."""
+        return self.path / "run.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One row an epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """``last.ckpt`` and ``best.ckpt``, for resuming."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The training state after the last complete epoch."""
+        return self.checkpoint_dir / "last.ckpt"
+
+    @property
+    def model_file(self) -> Path:
+        """The best model, for everything but resuming."""
+        return self.path / MODEL_FILE
+
+    @property
+    def report_file(self) -> Path:
+        """The page for people."""
+        return self.path / "report.html"
+
+    def read_record(self) -> dict[str, Any]:
+        """What ``run.json`` holds.
+
+        Raises:
+            RunError: If it is missing or damaged.
+        """
+        try:
+            return json.loads(self.record_file.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.record_file} cannot be read ({error}); it is written when a run begins."
+            ) from error
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Replace ``run.json``."""
+        write_text(self.record_file, json.dumps(record, indent=2) + "\n")
+
+    def read_history(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.csv``; empty where there is none yet."""
+        if not self.metrics_file.is_file():
+            return []
+        with self.metrics_file.open(newline="") as file:
+            return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+    def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Replace ``metrics.csv``; whole numbers are written as such."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [",".join(columns)]
+        for row in rows:
+            lines.append(",".join(_number(row[name]) if name in row else "" for name in columns))
+        write_text(self.metrics_file, "\n".join(lines) + "\n")
+
+
+def open_run(run_dir: str | None, resume: str | None, *, stem: str) -> tuple[RunFolder, bool]:
+    """Decide where a run goes and whether it continues; creates nothing.
+
+    Args:
+        run_dir: The folder asked for; None means ``runs/STEM_N`` with the first free N.
+        resume: None, ``auto`` or a run folder, as in `FitOptions`.
+        stem: Start of the folder's name where none was asked for.
+
+    Returns:
+        The folder, and whether its last checkpoint is to be continued.
+
+    Raises:
+        RunError: If the folder is taken, or there is nothing to resume.
+        ConfigError: If ``run_dir`` and ``resume`` contradict each other.
+    """
+    if resume not in (None, "auto"):
+        if run_dir is not None and Path(run_dir).resolve() != Path(resume).resolve():
+            raise ConfigError(
+                f"resume {resume} continues that folder, but run_dir is {run_dir}. Give one of the two."
+            )
+        folder = RunFolder(Path(resume))
+        if not folder.last_checkpoint.is_file():
+            raise RunError(
+                f"resume {resume}: there is no {folder.last_checkpoint}. A run can be resumed once it has "
+                "finished an epoch; begin anew without --resume."
+            )
+        return folder, True
+    if run_dir is None:
+        if resume == "auto":
+            raise ConfigError("resume auto needs run_dir: the folder to continue if it was begun.")
+        number = 0
+        while (Path("runs") / f"{stem}_{number}").exists():
+            number += 1
+        return RunFolder(Path("runs") / f"{stem}_{number}"), False
+    folder = RunFolder(Path(run_dir))
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"run_dir {run_dir} is a file. Give a new folder.")
+    if resume == "auto" and folder.last_checkpoint.is_file():
+        return folder, True
+    taken = folder.path.is_dir() and any(folder.path.iterdir())
+    if taken and not (resume == "auto" and folder.record_file.is_file()):
+        raise RunError(
+            f"run_dir {run_dir} is not empty. Give a new folder, or continue the run in it with --resume {run_dir}."
+        )
+    return folder, False
+
+
+def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to continue a run whose identity changed.
+
+    Args:
+        record: ``identity`` in ``run.json`` of the run.
+        now: The identity of what was asked for.
+        folder: The run folder, for the message.
+
+    Raises:
+        RunError: If they differ; says in what.
+    """
+    changed = [key for key in now if record.get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        raise RunError(
+            f"the run in {folder} cannot be continued: {', '.join(changed)} changed (then {record.get(key)!r}, "
+            f"now {now[key]!r}). Restore what it was, or begin a new run in another folder."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine, for the run record."""
+    versions = {"vit_cls": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "commit": _commit(), "platform": platform.platform()}
+
+
+def _commit() -> str | None:
+    """The commit of this package's checkout, with ``+`` where files differ from it; None if installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        inside = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode or inside.returncode:
+        return None
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"

@@ -1,0 +1,155 @@
+"""The LightningModule: one training step, one validation step, and the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
+
+from vit_cls.data.dataset import Batch
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training.optim import make_optimizer, make_schedule
+from vit_cls.training.options import OptimOptions
+from vit_cls.weights.bundle import CHECKPOINT_KEY, FORMAT_VERSION
+
+RNG_KEY = "vit_cls_rng"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is, in optimiser steps, and its peak learning rate.
+
+    Args:
+        steps_per_epoch: Optimiser steps of one epoch.
+        total_steps: Optimiser steps of the run.
+        lr: Peak learning rate.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    lr: float
+
+
+class ClassificationTask(LightningModule):
+    """Train an image classifier with cross entropy, and count what it gets right.
+
+    Nothing in the training step waits for the device: the loss is logged as a tensor and read when a
+    logger or the progress bar asks for it.
+
+    Args:
+        classifier: What is trained; takes uint8 images.
+        optim: Settings of loss and optimiser.
+        schedule: Steps and peak learning rate.
+    """
+
+    def __init__(self, classifier: ImageClassifier, optim: OptimOptions, schedule: Schedule) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.optim = optim
+        self.schedule = schedule
+        classes = len(classifier.class_names)
+        # validate_args would copy every batch's targets to the host to look at them
+        self.val_counts = MulticlassStatScores(classes, average="micro", validate_args=False)
+        self.val_acc5 = MulticlassAccuracy(
+            classes, top_k=min(5, classes), average="micro", validate_args=False
+        )
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Loss of one batch.
+
+        Args:
+            batch: uint8 images and targets.
+            batch_index: Position in the epoch; unused.
+
+        Returns:
+            Mean cross entropy with label smoothing, a scalar.
+        """
+        logits = self.classifier(batch.images)
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.optim.label_smoothing)
+        size = len(batch.targets)
+        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Count one batch.
+
+        Args:
+            batch: uint8 images and targets.
+            batch_index: Position in the epoch; unused.
+        """
+        logits = self.classifier(batch.images).float()
+        self.val_counts.update(logits, batch.targets)
+        self.val_acc5.update(logits, batch.targets)
+        loss = F.cross_entropy(logits, batch.targets)
+        size = len(batch.targets)
+        self.log("val/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the counts and the accuracies that follow from them."""
+        counts = self.val_counts.compute()
+        correct, images = counts[0], counts[4]
+        self.log("val/correct", correct.float())
+        self.log("val/images", images.float())
+        self.log("val/acc1", correct.double() / images, prog_bar=True)
+        self.log("val/acc5", self.val_acc5.compute())
+        self.val_counts.reset()
+        self.val_acc5.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and a learning rate that changes with every step."""
+        # fp16's loss scaler would unscale inside a fused step, after our clipping
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        schedule = self.schedule
+        optimizer = make_optimizer(self.classifier.model, self.optim, lr=schedule.lr, fused=fused)
+        scheduler = make_schedule(
+            optimizer, self.optim, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as ``trainer.gradient_clip_val`` and ``trainer.gradient_clip_algorithm`` say.
+
+        Lightning's own refuses fused optimisers under bf16, where nothing needs unscaling.
+
+        Args:
+            optimizer: Holds the parameters.
+            gradient_clip_val: Largest norm, or largest absolute value; None or 0 leaves gradients alone.
+            gradient_clip_algorithm: ``norm`` (default) or ``value``.
+        """
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the model, and the generators that dropout and drop path draw from."""
+        checkpoint[CHECKPOINT_KEY] = {"format_version": FORMAT_VERSION, **self.classifier.to_metadata()}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the generators back where they were."""
+        rng = checkpoint[RNG_KEY]
+        self._rng = rng
+
+    def on_train_start(self) -> None:
+        """After a resume, continue the random draws; set last, since loading draws too."""
+        rng = getattr(self, "_rng", None)
+        if rng is not None:
+            torch.set_rng_state(rng["cpu"])
+            if rng["cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)

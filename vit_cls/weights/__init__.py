@@ -1,0 +1,1 @@
+"""Model files in and out; the only room that may import timm."""
