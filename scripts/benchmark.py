@@ -2,8 +2,8 @@
 
 Run: ``python scripts/benchmark.py [model] [train] --device cpu|cuda [--json FILE]``; no suite means all.
 
-A ratio is timm's seconds over ours, so above 1 we are faster. Nothing is timed before both sides have been
-seen to compute the same. Exit status: 0 done, 1 the sides differ, 2 bad input.
+A ratio is timm's seconds over ours: above 1, ours is faster. Nothing is timed before both sides are seen to
+compute the same. Exit status: 0 done, 1 the sides differ, 2 bad input.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 
 import vit_cls
 from vit_cls.errors import ConfigError, did_you_mean
@@ -74,14 +75,13 @@ def build_pair(name: str, pool: str, num_classes: int = 1000) -> tuple[VisionTra
         Mismatch: If their parameters differ in name, shape or count.
     """
     ours = create_model(name, pool=pool, num_classes=num_classes)
-    theirs: nn.Module
+    options: Row = {"global_pool": TIMM_POOLS[pool], "num_classes": num_classes}
     if timm.is_model(name):
-        theirs = timm.create_model(name, global_pool=TIMM_POOLS[pool], num_classes=num_classes)
+        theirs = timm.create_model(name, **options)
     else:
-        fields = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes")
-        sizes: Row = {field: getattr(ours.config, field) for field in fields}
-        sizes |= {"img_size": ours.config.image_hw, "global_pool": TIMM_POOLS[pool]}
-        theirs = timm.models.VisionTransformer(**sizes)
+        fields = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        sizes = {field: getattr(ours.config, field) for field in fields}
+        theirs = timm.models.VisionTransformer(**sizes, **options)
     shapes = [{key: value.shape for key, value in model.named_parameters()} for model in (ours, theirs)]
     if shapes[0] != shapes[1]:
         odd = sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
@@ -189,8 +189,7 @@ def peak_step_bytes(step: Step, device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:  # the trace file is the public way to single allocations
         trace = Path(folder) / "trace.json"
@@ -212,7 +211,8 @@ def gemm_tflops(settings: Settings) -> float:
 def compare(name: str, settings: Settings, *, train: bool) -> Row:
     """Check, time and weigh one architecture on both sides; raises `Mismatch` if they differ."""
     torch.manual_seed(settings.seed)
-    torch.compiler.reset()  # else all rows share one limit of recompilations
+    if settings.compile:
+        torch.compiler.reset()  # else all rows share one limit of recompilations
     pair = build_pair(name, settings.pool)
     config, device, precision = pair[0].config, settings.device, settings.precision
     full, wide = BATCH_SIZES[device]
@@ -229,11 +229,10 @@ def compare(name: str, settings: Settings, *, train: bool) -> Row:
     what = f"{name}: the {output} of the timed steps"
     pairs = ([step() for step in steps] for _ in range(CHECK_STEPS))
     step_diff = max(difference(*results, what=what, precision=precision) for results in pairs)
-    seconds = time_pairs(*steps, settings)
+    seconds = time_pairs(steps[0], steps[1], settings)
     gflop = gflop_per_image(config, train=train)
-    weights = sum(p.nbytes for p in models[0].parameters()) * (
-        3 if train else 1
-    )  # AdamW has two moments each
+    copies = 3 if train else 1  # AdamW keeps two moments of each weight
+    held = copies * sum(p.nbytes for p in models[0].parameters()) + images.nbytes + targets.nbytes
     row: Row = {
         "model": name,
         "batch_size": batch_size,
@@ -248,7 +247,7 @@ def compare(name: str, settings: Settings, *, train: bool) -> Row:
             "median_seconds": median,
             "images_per_second": batch_size / median,
             "tflops": 1e-3 * gflop * batch_size / median,
-            "peak_bytes": weights + images.nbytes + targets.nbytes + peak_step_bytes(step, device),
+            "peak_bytes": held + peak_step_bytes(step, device),
             "seconds": taken,
         }
     return row
@@ -298,20 +297,18 @@ def _device_name(device: str) -> str:
 def table(report: Row) -> str:
     """The report as text: two lines a row, ours and timm's."""
     settings, gemm = report["settings"], report["gemm_ceiling"]
-    asked = ", ".join(f"{key} {settings[key]}" for key in ("precision", "compile", "pool", "seed", "steps"))
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    asked = [f"{key} {settings[key]}" for key in ("precision", "compile", "pool", "seed", "steps")]
+    asked += [f"{name} {version}" for name, version in report["versions"].items()]
     heads = "".join(f"{head:>9}" for head in ("s/step", "images/s", "peak MiB", "TFLOP/s", "of GEMM"))
     lines = [
-        f"{report['date']}: {report['device_name']}, {report['threads']} threads, {asked}; {versions}",
+        f"{report['date']}: {report['device_name']}, {report['threads']} threads, {', '.join(asked)}",
         f"GEMM ceiling {gemm['tflops']:.4g} TFLOP/s ({gemm['side']} cubed)",
         f"{'suite':<6}{'model':<23}batch side{heads}  timm/ours: median (quartiles; range; ours faster)",
     ]
     for row in report["rows"]:
-        r = row["ratio"]
-        spread = f"{r['q1']:.3f}-{r['q3']:.3f}; {r['min']:.3f}-{r['max']:.3f}"
+        layout = "{median:.3f} ({q1:.3f}-{q3:.3f}; {min:.3f}-{max:.3f}; {ours_faster} of {pairs})"
         differ = ", ".join(f"{key.split('_max')[0]} {value:.1e}" for key, value in row["agreement"].items())
-        pairs = f"{r['ours_faster']} of {r['pairs']}"
-        notes = {"ours": f"{r['median']:.3f} ({spread}; {pairs})", "timm": f"largest difference: {differ}"}
+        notes = {"ours": layout.format(**row["ratio"]), "timm": f"largest difference: {differ}"}
         name = f"{row['suite']:<6}{row['model']:<23}{row['batch_size']:>5}"
         for side, note in notes.items():
             c = row[side]
@@ -341,11 +338,10 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--batch_size", type=int, help="images a step (default: 16 on cpu, 256 on cuda, half if wide)")
     add("--rounds", type=int, default=15, help="pairs of measurements (default: 15)")
     add("--steps", type=int, help="steps in each measurement (default: 1 on cpu, 10 on cuda)")
-    on_or_off = argparse.BooleanOptionalAction
-    add("--compile", action=on_or_off, help="torch.compile both sides (default: on cuda only)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile both (default: on cuda only)")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--seed", type=int, default=0)
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_args(argv)
     for names, known, what in ((args.suites, SUITES, "SUITE"), (args.models, PRESETS, "--models")):
         for name in names:
             if name not in known:
@@ -367,13 +363,13 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 def _scratch_file(target: Path) -> Path:
     """An empty file beside ``target``, to become it once it is whole."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a folder")
         scratch.touch()
     except OSError as error:
-        raise ConfigError(f"--json {target} cannot be written: {error}.") from error
+        raise ConfigError(f"--json {target} cannot be written: {error.strerror or error}.") from error
     return scratch
 
 

@@ -17,9 +17,7 @@ _LAZY = {"create_model": "vit_cls.model.presets", "load": "vit_cls.weights.bundl
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(
-            f"module 'vit_cls' has no attribute {name!r}; public names: {', '.join(__all__)}"
-        )
+        raise AttributeError(f"vit_cls has no attribute {name!r}; public names: {', '.join(__all__)}")
     import importlib
 
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -134,8 +134,9 @@ def _outcome(result: FitResult) -> Outcome:
         "model": str(result.folder.model_file),
     }
     text = (
-        f"{result.correct} of {result.images} validation images right: top-1 {top1:.4f} (95 % {low:.4f} to {high:.4f}), "
-        f"best of {result.epochs} epochs (epoch {result.best_epoch}).\n"
+        f"{result.correct} of {result.images} validation images right: top-1 {top1:.4f} "
+        f"(95 % interval {low:.4f} to {high:.4f}), best of {result.epochs} epochs "
+        f"(epoch {result.best_epoch}, counted from 0).\n"
         f"Run folder: {result.folder.path}\nNext: vit-cls evaluate --model {result.folder.path} --data FOLDER"
     )
     return Outcome(data, text)

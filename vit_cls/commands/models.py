@@ -32,15 +32,17 @@ def run(words: list[str]) -> Outcome:
     names = [name for name in PRESETS if fnmatch.fnmatchcase(name, pattern)]
     if not names:
         raise ConfigError(
-            f"no architecture matches {pattern!r}.{did_you_mean(pattern, PRESETS)} `vit-cls models` lists them all."
+            f"no architecture matches {pattern!r}.{did_you_mean(pattern, PRESETS)} "
+            "`vit-cls models` lists them all."
         )
     rows = [_describe(name) for name in names]
-    header = f"{'name':<26}{'parameters':>12}  {'input':>5}  {'patch':>5}  {'tokens':>6}  {'width':>5}  {'depth':>5}  {'heads':>5}"
-    lines = [header] + [
-        f"{row['name']:<26}{row['parameters']:>12,}  {row['img_size']:>5}  {row['patch_size']:>5}  "
-        f"{row['tokens']:>6}  {row['embed_dim']:>5}  {row['depth']:>5}  {row['num_heads']:>5}"
-        for row in rows
-    ]
+    columns = {"img_size": "input", "patch_size": "patch", "tokens": "tokens"}
+    columns |= {"embed_dim": "width", "depth": "depth", "num_heads": "heads"}
+    lines = [f"{'name':<26}{'parameters':>12}" + "".join(f"{title:>8}" for title in columns.values())]
+    for row in rows:
+        lines.append(
+            f"{row['name']:<26}{row['parameters']:>12,}" + "".join(f"{row[key]:>8}" for key in columns)
+        )
     lines.append("Parameters are counted with a head of 1,000 classes. Every row takes every --model.pool.")
     return Outcome({"models": rows}, "\n".join(lines))
 

@@ -54,7 +54,8 @@ class ImageDataModule(LightningDataModule):
             )
         if augment not in AUGMENTS:
             raise ConfigError(
-                f"data.augment must be one of {', '.join(AUGMENTS)}; got {augment!r}.{did_you_mean(augment, AUGMENTS)}"
+                f"data.augment must be one of {', '.join(AUGMENTS)}; got {augment!r}."
+                f"{did_you_mean(augment, AUGMENTS)}"
             )
         if name == "folder" and root is None:
             raise ConfigError(
@@ -145,8 +146,8 @@ class ImageDataModule(LightningDataModule):
             source = self.train_source if training else self.val_source
             index, reason = batch.failures[0]
             raise ImageError(
-                f"{source.index.path(index)} cannot be read as an image: {reason}. Repair the file or move it "
-                "out of the data; nothing is skipped in silence."
+                f"{source.index.path(index)} cannot be read as an image: {reason}. Repair the file or "
+                "move it out of the data; nothing is skipped in silence."
             )
         return batch
 

@@ -18,7 +18,8 @@ from vit_cls.errors import ImageError
 class Sample(NamedTuple):
     """One image, or the reason why there is none."""
 
-    index: int
+    position: int
+    """Index in the dataset."""
     image: Tensor | None
     """uint8, ``(3, H, W)``; None where the file could not be read."""
     target: int
@@ -49,8 +50,8 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(
         torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
-        torch.tensor([sample.index for sample in good], dtype=torch.int64),
-        [(sample.index, sample.error or "") for sample in samples if sample.image is None],
+        torch.tensor([sample.position for sample in good], dtype=torch.int64),
+        [(sample.position, sample.error or "") for sample in samples if sample.image is None],
     )
 
 

@@ -42,20 +42,27 @@ def decode_image(data: bytes) -> Tensor:
         raise ImageError("the file is empty")
     try:
         with warnings.catch_warnings():
-            # Our own limit stands below; damaged EXIF is not damaged pixels.
+            # Our own limit stands below, and damaged EXIF is no reason to refuse an image.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}")
                 image.load()
-                return _to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
+                return _to_tensor(_to_rgb(_upright(image)))
     except ImageError:
         raise
     except Image.DecompressionBombError:
         raise ImageError(f"the image declares more than the limit of {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders raise anything on hostile bytes; all of it means: not an image
         raise ImageError(_reason(error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF is not damaged pixels: they are taken as they are stored
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The embedded data: 1,797 handwritten digits of 8x8 pixels, two thirds to train on and one third held out."""
+"""The embedded data: 1,797 handwritten digits of 8x8 pixels, two thirds to train on, one third held out."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ class PathTable(Sequence[str]):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
         return self._bytes[start : int(self._ends[index])].tobytes().decode("utf-8", "surrogateescape")
 
@@ -110,7 +111,7 @@ class ImageIndex:
         return digest.hexdigest()
 
 
-def index_folder(root: str | Path, *, name: str = "data.root") -> ImageIndex:
+def index_folder(root: str | Path, *, name: str = "data.root", min_classes: int = 2) -> ImageIndex:
     """Index a folder with one sub-folder a class.
 
     Hidden files and folders are passed over, and files whose extension is no image format's. Images may lie
@@ -119,9 +120,11 @@ def index_folder(root: str | Path, *, name: str = "data.root") -> ImageIndex:
     Args:
         root: The folder.
         name: What the user called it, for error messages.
+        min_classes: 1 where the classes are known from elsewhere, and this folder may lack some.
 
     Raises:
-        DataError: If the folder is missing, has fewer than two class folders, or a class folder holds no image.
+        DataError: If the folder is missing or cannot be read, has too few class folders, or a class has no
+            image.
 
     Source:
         The layout is torchvision's ``ImageFolder``.
@@ -132,21 +135,24 @@ def index_folder(root: str | Path, *, name: str = "data.root") -> ImageIndex:
         raise DataError(
             f"{name} {root} has no class folders. It must hold one sub-folder a class, each with image files."
         )
-    if len(classes) == 1:
+    if len(classes) < min_classes:
         raise DataError(
             f"{name} {root} has only one class folder ({classes[0]}); a classifier needs at least two."
         )
     paths: list[str] = []
     counts: list[int] = []
     for class_name in classes:
-        found = sorted(_image_files(str(root), class_name))
+        try:
+            found = sorted(_image_files(str(root), class_name))
+        except OSError as error:  # no permission, or a link that leads back to its own folder
+            raise DataError(f"{name}: {error.filename} cannot be read: {error.strerror}.") from error
         counts.append(len(found))
         paths += found
     empty = [class_name for class_name, count in zip(classes, counts, strict=True) if not count]
     if empty:
         raise DataError(
             f"{name} {root} has {'a class folder' if len(empty) == 1 else 'class folders'} without images: "
-            f"{', '.join(empty[:10])}. Put images there ({' '.join(sorted(EXTENSIONS)[:6])} ...) or remove the folder."
+            f"{', '.join(empty[:10])}. Put images there (.jpg, .png, .webp, ...) or remove the folder."
         )
     return ImageIndex(root, PathTable(paths), np.repeat(np.arange(len(classes)), counts), classes)
 

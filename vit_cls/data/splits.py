@@ -1,4 +1,4 @@
-"""Training and validation images of a data root: split folders as they are, or one folder split by content."""
+"""Training and validation images of a data root: split folders as they are, or one split here."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ def split_root(root: str | Path, *, val_fraction: float, seed: int) -> Split:
             f"{val_fraction:g} of each class of {train_name}/ held out, seed {seed}"
         )
         return Split(train, val, origin)
-    val = match_classes(index_folder(root / val_name, name=f"{val_name}/ of data.root"), train.class_names)
+    val = index_folder(root / val_name, name=f"{val_name}/ of data.root", min_classes=1)
+    val = match_classes(val, train.class_names)
     origin = f"{root / train_name} and {root / val_name}"
-    if val_name == "test":
+    if val_name.lower() == "test":
         origin += (
             " (no validation folder: the test folder selects the best epoch, so its score is optimistic)"
         )
@@ -124,7 +125,8 @@ def stratified_split(index: ImageIndex, *, val_fraction: float, seed: int) -> tu
         held_out[order[:count]] = True
     if not held_out.any():
         raise DataError(
-            f"{index.root} has one image a class, so none can be held out for validation. Add images or a val/ folder."
+            f"{index.root} has one image a class, so none can be held out for validation. "
+            "Add images or a val/ folder."
         )
     return index.subset(np.flatnonzero(~held_out)), index.subset(np.flatnonzero(held_out))
 

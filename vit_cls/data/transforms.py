@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from vit_cls.errors import ConfigError
 
@@ -40,11 +41,34 @@ def eval_transform(
     height, width = _pair(size)
     resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))
     mode = InterpolationMode(interpolation)
-    if crop_mode == "squash" or height != width:
+    resize: Transform
+    if crop_mode == "squash":
         resize = v2.Resize(resized, interpolation=mode, antialias=True)
     else:
-        resize = v2.Resize(resized[0], interpolation=mode, antialias=True)
+        resize = _ResizeToCover(resized, mode)
     return v2.Compose([resize, v2.CenterCrop((height, width))])
+
+
+class _ResizeToCover:
+    """Resize with the aspect ratio kept, so that the image just covers ``size``; rounded as timm does."""
+
+    MAX_LENGTH = 16
+    """In sides of ``size``; what lies further out is cut off first. A line of pixels would need gigabytes."""
+
+    def __init__(self, size: tuple[int, int], interpolation: InterpolationMode) -> None:
+        self.size = size
+        self.interpolation = interpolation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        scale = max(side / length for side, length in zip(self.size, image.shape[-2:], strict=True))
+        kept = []
+        for side, length in zip(self.size, image.shape[-2:], strict=True):
+            most = math.ceil(self.MAX_LENGTH * side / scale)
+            kept.append(min(length, most + (length - most) % 2))  # an even number goes: the centre stays
+        image = F.center_crop(image, kept)
+        square = self.size[0] == self.size[1]
+        target = [self.size[0]] if square else [round(length * scale) for length in kept]
+        return F.resize(image, target, interpolation=self.interpolation, antialias=True)
 
 
 def _crop_flip(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
@@ -54,7 +78,7 @@ def _crop_flip(size: tuple[int, int], interpolation: InterpolationMode) -> Trans
 
 
 def _affine(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
-    """Small turns, shifts and zooms, no flip: for digits, letters and other signs that a flip would change."""
+    """Small turns, shifts and zooms, no flip: for digits, letters and signs that a flip would change."""
     resize = v2.Resize(size, interpolation=interpolation, antialias=True)
     affine = v2.RandomAffine(
         degrees=12,

@@ -107,8 +107,8 @@ def evaluate_predictions(predictions: Predictions) -> Evaluation:
     if not len(scored):
         path, reason = next(iter(predictions.errors.items()))
         raise DataError(
-            f"none of the {len(predictions.index)} images in {predictions.index.root} could be read; the first: "
-            f"{predictions.index.paths[path]}: {reason}."
+            f"none of the {len(predictions.index)} images in {predictions.index.root} could be read; "
+            f"the first: {predictions.index.paths[path]}: {reason}."
         )
     probs = torch.from_numpy(predictions.probs[scored])
     targets = torch.from_numpy(predictions.index.labels[scored])

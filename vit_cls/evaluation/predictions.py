@@ -60,7 +60,8 @@ def index_for_model(root: str | Path, classifier: ImageClassifier) -> ImageIndex
     splits = [name for name in folders if name.lower() in TRAIN_FOLDERS + VAL_FOLDERS]
     if splits and len(splits) == len(folders) and not set(splits) & set(classifier.class_names):
         raise DataError(
-            f"--data {root} holds splits ({', '.join(splits)}), not classes. Choose one: --data {Path(root) / splits[0]}."
+            f"--data {root} holds splits ({', '.join(splits)}), not classes. "
+            f"Choose one: --data {Path(root) / splits[0]}."
         )
     return match_classes(index_folder(root, name="--data"), classifier.class_names)
 

@@ -30,8 +30,8 @@ def make_activation(name: str) -> nn.Module:
         >>> make_activation("gelu_tanh")
         GELU(approximate='tanh')
     """
-    rows = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
-    return rows[name]()
+    rows = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU()}
+    return rows[name]
 
 
 class DropPath(nn.Module):

@@ -106,8 +106,8 @@ class ImageClassifier(nn.Module):
             )
         if preprocess.img_size != config.image_hw or len(preprocess.mean) != config.in_chans:
             raise ConfigError(
-                f"preprocessing makes {len(preprocess.mean)} channels of {preprocess.img_size} pixels, but the "
-                f"model takes {config.in_chans} of {config.image_hw}."
+                f"preprocessing makes {len(preprocess.mean)} channels of {preprocess.img_size} pixels, but "
+                f"the model takes {config.in_chans} of {config.image_hw}."
             )
         self.model = model
         self.preprocess = preprocess
@@ -133,8 +133,8 @@ class ImageClassifier(nn.Module):
         """
         if images.dtype != torch.uint8:
             raise TypeError(
-                f"images must be uint8 in [0, 255]; got {images.dtype}. The classifier normalises them itself; "
-                "call classifier.model for images that are normalised already."
+                f"images must be uint8 in [0, 255]; got {images.dtype}. The classifier normalises them "
+                "itself; call classifier.model for images that are normalised already."
             )
         return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
 

@@ -22,7 +22,7 @@ class Encoder(nn.ModuleList):
     """
 
     def __init__(self, config: ViTConfig) -> None:
-        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
         super().__init__(_make_block(config, rate) for rate in rates)
 
     def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:

@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
         expected = (self.proj.in_channels, *self.img_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"images must have shape (batch, {', '.join(map(str, expected))}); got {tuple(images.shape)}. "
-                "Resize them, or build the model with another img_size."
+                f"images must have shape (batch, {', '.join(map(str, expected))}); got "
+                f"{tuple(images.shape)}. Resize them, or build the model with another img_size."
             )
         return rearrange(self.proj(images), "b d r c -> b (r c) d")

@@ -90,7 +90,7 @@ class MaxPool(Pooling):
 
 
 class PatchTokenPool(Pooling):
-    """One patch token, ``token:K``, counted from 0 in raster order. Source: big_vision's ``pool_type="0"``."""
+    """One patch token, ``token:K``, counted from 0 in raster order. Source: big_vision's ``pool_type``."""
 
     takes_index = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class TokenLayout:
 
 
 def add_prefix_and_positions(
-    patches: Tensor, prefix: list[Tensor], pos_embed: Tensor | None, *, no_embed_class: bool
+    patches: Tensor, prefix: Sequence[Tensor], pos_embed: Tensor | None, *, no_embed_class: bool
 ) -> Tensor:
     """Prepend the prefix tokens and add the positions.
 
@@ -68,7 +69,7 @@ def add_prefix_and_positions(
     batch = patches.shape[0]
     if pos_embed is not None and no_embed_class:
         patches = patches + pos_embed
-    tokens = torch.cat([p.expand(batch, -1, -1) for p in prefix] + [patches], dim=1) if prefix else patches
+    tokens = torch.cat([*(p.expand(batch, -1, -1) for p in prefix), patches], dim=1) if prefix else patches
     if pos_embed is not None and not no_embed_class:
         tokens = tokens + pos_embed
     return tokens

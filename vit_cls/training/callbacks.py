@@ -81,7 +81,6 @@ class RunCheckpoint(ModelCheckpoint):
             filename="best",
             monitor="val/acc1",
             mode="max",
-            save_last=True,
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
@@ -92,6 +91,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Save the state, and the model where it is the best so far (the first of equals)."""
         before = self.best_model_score
         super().on_train_epoch_end(trainer, pl_module)
+        # Lightning's save_last writes only when the best is written too: hours could be lost.
+        trainer.save_checkpoint(self.folder.last_checkpoint)
         best = self.best_model_score
         improved = best is not None and (before is None or bool(torch.as_tensor(best > before)))
         if improved and trainer.is_global_zero:
@@ -154,8 +155,15 @@ class StopOnSignal(Callback):
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
+        self._give_back()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back, before Lightning gives back its own."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

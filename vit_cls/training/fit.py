@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, RunError
@@ -163,7 +164,7 @@ def _make_trainer(
             enable_progress_bar=bool(bar),
             **_without(arguments, "default_root_dir"),
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"Lightning's trainer refuses these settings: {error}") from error
 
 
@@ -184,15 +185,15 @@ def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> S
     epochs = trainer.max_epochs
     if (epochs is None or epochs < 1) and trainer.max_steps < 1:
         raise ConfigError(
-            f"trainer.max_epochs must be at least 1 (the learning rate falls to its end by then); got {epochs}."
+            f"trainer.max_epochs must be at least 1 (the learning rate ends there); got {epochs}."
         )
     by_epochs = epochs * steps_per_epoch if epochs is not None and epochs > 0 else math.inf
     total_steps = int(min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf))
     warmup = options.optim.warmup_epochs
     if warmup is not None and warmup * steps_per_epoch >= total_steps:
         raise ConfigError(
-            f"optim.warmup_epochs must be shorter than the run; got {warmup:g} of {total_steps / steps_per_epoch:g} "
-            "epochs. Leave it out for a tenth of the run."
+            f"optim.warmup_epochs must be shorter than the run; got {warmup:g} of "
+            f"{total_steps / steps_per_epoch:g} epochs. Leave it out for a tenth of the run."
         )
     images_per_step = data.batch_size * trainer.world_size * accumulate
     return Schedule(steps_per_epoch, total_steps, peak_lr(options.optim, images_per_step=images_per_step))

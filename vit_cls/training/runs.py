@@ -140,7 +140,8 @@ def open_run(run_dir: str | None, resume: str | None, *, stem: str) -> tuple[Run
     taken = folder.path.is_dir() and any(folder.path.iterdir())
     if taken and not (resume == "auto" and folder.record_file.is_file()):
         raise RunError(
-            f"run_dir {run_dir} is not empty. Give a new folder, or continue the run in it with --resume {run_dir}."
+            f"run_dir {run_dir} is not empty. Give a new folder, or continue the run in it with "
+            f"--resume {run_dir}."
         )
     return folder, False
 
@@ -160,8 +161,9 @@ def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     if changed:
         key = changed[0]
         raise RunError(
-            f"the run in {folder} cannot be continued: {', '.join(changed)} changed (then {record.get(key)!r}, "
-            f"now {now[key]!r}). Restore what it was, or begin a new run in another folder."
+            f"the run in {folder} cannot be continued: {', '.join(changed)} changed "
+            f"(then {record.get(key)!r}, now {now[key]!r}). Restore what it was, or begin a new "
+            "run in another folder."
         )
 
 

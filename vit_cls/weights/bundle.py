@@ -1,4 +1,4 @@
-"""One file is the model: weights and JSON metadata in ``model.safetensors``, saved and rebuilt from it alone."""
+"""One file is the model: weights and JSON metadata in ``model.safetensors``, rebuilt from it alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if raw is None:
         raise ModelFileError(
             f"{path} holds tensors but no vit_cls metadata (architecture, preprocessing, class names), so it "
-            f"cannot be rebuilt from this file alone. --model takes the {MODEL_FILE} that `vit-cls fit` wrote."
+            f"cannot be rebuilt from it alone. --model takes the {MODEL_FILE} that `vit-cls fit` wrote."
         )
     try:
         metadata = json.loads(raw)
@@ -80,7 +80,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise ModelFileError(f"{path} has damaged metadata: {error}.") from error
     if version > FORMAT_VERSION:
         raise ModelFileError(
-            f"{path} has format version {version}; this vit_cls reads up to {FORMAT_VERSION}. Upgrade vit_cls."
+            f"{path} has format version {version}; this vit_cls reads up to {FORMAT_VERSION}. Upgrade it."
         )
     return metadata
 
@@ -120,8 +120,8 @@ def load_checkpoint_classifier(path: str | Path) -> ImageClassifier:
         metadata = checkpoint[CHECKPOINT_KEY]
     except Exception as error:  # unpickling a foreign file can raise anything
         raise ModelFileError(
-            f"{path} is not a training checkpoint of vit_cls (it is opened for tensors and plain data alone): "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}."
+            f"{path} is not a training checkpoint of vit_cls (it is opened for tensors and plain data "
+            f"alone): {str(error).splitlines()[0] if str(error) else type(error).__name__}."
         ) from error
     prefix = "classifier.model."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -1,0 +1,238 @@
+"""Splits are found by name or made by class, the same on every machine."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vit_cls.data.index import ImageIndex, PathTable, index_folder
+from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS, match_classes, split_root, stratified_split
+from vit_cls.errors import ConfigError, DataError
+
+
+def _touch(root: Path, *files: str) -> Path:
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def _index(counts: dict[str, int], first: int = 0) -> ImageIndex:
+    """An index of files that need not exist."""
+    names = sorted(counts)
+    paths = [f"{name}/{i:04d}.png" for name in names for i in range(first, first + counts[name])]
+    labels = np.repeat(np.arange(len(names)), [counts[name] for name in names])
+    return ImageIndex(Path("nowhere"), PathTable(paths), labels, names)
+
+
+def _split(root: Path, val_fraction: float = 0.1, seed: int = 0):
+    return split_root(root, val_fraction=val_fraction, seed=seed)
+
+
+TWO_CLASSES = ("a/1.png", "b/1.png")
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING", "training"])
+@pytest.mark.parametrize("val", ["val", "Validation", "VALID", "valid", "Test", "test"])
+def test_split_folders_are_found_in_every_usual_spelling(tmp_path, train, val):
+    _touch(tmp_path / train, *TWO_CLASSES, "a/2.png")
+    _touch(tmp_path / val, "a/9.png", "b/9.png")
+    split = _split(tmp_path)
+    assert list(split.train.paths) == ["a/1.png", "a/2.png", "b/1.png"]
+    assert list(split.val.paths) == ["a/9.png", "b/9.png"]
+    assert split.train.path(0) == tmp_path / train / "a/1.png"
+    assert split.val.path(0) == tmp_path / val / "a/9.png"
+    assert train in split.origin
+    assert val in split.origin
+    assert ("optimistic" in split.origin) == (val.lower() == "test")
+
+
+def test_validation_folder_is_preferred_to_a_test_folder(tmp_path):
+    assert VAL_FOLDERS == ("val", "validation", "valid", "test")
+    for name in ("train", "test", "valid", "extra"):
+        _touch(tmp_path / name, *TWO_CLASSES)
+    split = _split(tmp_path)
+    assert split.val.root == tmp_path / "valid"
+    assert "optimistic" not in split.origin
+
+
+def test_train_folder_alone_is_split_and_the_origin_says_what_was_looked_for(tmp_path):
+    _touch(tmp_path / "train", *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
+    split = _split(tmp_path, val_fraction=0.2, seed=3)
+    assert split.train.counts().tolist() == [8, 8]
+    assert split.val.counts().tolist() == [2, 2]
+    assert split.val.root == tmp_path / "train"
+    assert "looked for val/, validation/, valid/, test/" in split.origin
+    assert "0.2 of each class of train/ held out, seed 3" in split.origin
+
+
+def test_folder_of_class_folders_is_split_and_the_origin_says_how(tmp_path):
+    _touch(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
+    split = _split(tmp_path, val_fraction=0.3, seed=5)
+    assert split.val.counts().tolist() == [3, 3]
+    assert split.origin == f"0.3 of each class of {tmp_path} held out for validation, seed 5"
+
+
+@pytest.mark.parametrize(
+    ("images", "val_fraction", "held_out"),
+    [
+        (1, 0.5, 0),  # the last one is never taken
+        (2, 0.1, 1),  # at least one
+        (2, 0.9, 1),  # never the last one
+        (3, 0.1, 1),
+        (10, 0.1, 1),
+        (14, 0.1, 1),
+        (16, 0.1, 2),
+        (20, 0.25, 5),
+        (25, 0.1, 2),  # 2.5 rounds to even
+        (35, 0.1, 4),  # 3.5 too
+        (100, 0.999, 99),
+    ],
+)
+def test_held_out_images_of_a_class_are_its_share_rounded(images, val_fraction, held_out):
+    train, val = stratified_split(_index({"a": images, "b": 2}), val_fraction=val_fraction, seed=0)
+    assert train.counts().tolist() == [images - held_out, 1]
+    assert val.counts().tolist() == [held_out, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_is_disjoint_complete_and_keeps_each_image_with_its_class(seed):
+    rng = np.random.default_rng(seed)
+    index = _index({f"c{i}": int(rng.integers(1, 60)) for i in range(8)})
+    train, val = stratified_split(index, val_fraction=float(rng.uniform(0.05, 0.95)), seed=seed)
+    assert sorted([*train.paths, *val.paths]) == sorted(index.paths)
+    assert len(set(train.paths) & set(val.paths)) == 0
+    for part in (train, val):
+        assert part.class_names == index.class_names
+        assert [path.split("/")[0] for path in part.paths] == [part.class_names[i] for i in part.labels]
+        assert list(part.paths) == sorted(part.paths)
+    assert train.counts().min() >= 1
+
+
+def test_split_is_the_same_for_any_order_in_which_the_files_were_made(tmp_path):
+    files = [f"{c}/{i}.png" for c in "ab" for i in range(30)]
+    rng = np.random.default_rng(0)
+    held_out = [
+        list(_split(_touch(tmp_path / str(i), *(files[j] for j in rng.permutation(60)))).val.paths)
+        for i in range(3)
+    ]
+    assert held_out[0] == held_out[1] == held_out[2]
+
+
+def test_split_depends_on_names_and_seed_alone():
+    """Golden: another choice of files would move images of runs that were made before."""
+    index = _index({"a": 20, "b": 20})
+    _, val = stratified_split(index, val_fraction=0.2, seed=0)
+    assert list(val.paths) == [
+        "a/0000.png",
+        "a/0001.png",
+        "a/0006.png",
+        "a/0013.png",
+        "b/0012.png",
+        "b/0013.png",
+        "b/0015.png",
+        "b/0016.png",
+    ]
+
+
+def test_another_seed_holds_out_other_images():
+    index = _index({"a": 100, "b": 100})
+    splits = [set(stratified_split(index, val_fraction=0.2, seed=seed)[1].paths) for seed in range(4)]
+    assert len({frozenset(split) for split in splits}) == 4
+    assert len(splits[0] & splits[1]) < 20  # 8 of 40 by chance
+
+
+def test_most_held_out_images_stay_held_out_when_files_are_added():
+    before = _index({"a": 100, "b": 100})
+    after = _index({"a": 120, "b": 110, "c": 50})
+    for seed in range(5):
+        old = set(stratified_split(before, val_fraction=0.2, seed=seed)[1].paths)
+        new = set(stratified_split(after, val_fraction=0.2, seed=seed)[1].paths)
+        assert len(old & new) >= 0.8 * len(old)
+        assert len((new - old) & set(before.paths)) <= 0.1 * len(old)  # few were trained on before
+
+
+def test_classes_with_one_image_are_trained_on_and_do_not_stop_the_others_from_being_split():
+    train, val = stratified_split(_index({"many": 10, "one": 1}), val_fraction=0.5, seed=0)
+    assert train.counts().tolist() == [5, 1]
+    assert val.counts().tolist() == [5, 0]
+    assert val.class_names == ["many", "one"]
+
+
+def test_folder_with_one_image_a_class_cannot_be_split(tmp_path):
+    with pytest.raises(DataError, match=rf"{tmp_path} has one image a class.*Add images or a val/ folder"):
+        _split(_touch(tmp_path, *TWO_CLASSES))
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_val_fraction_out_of_range_is_refused_with_its_value(val_fraction):
+    with pytest.raises(
+        ConfigError, match=rf"data\.val_fraction must be between 0 and 1 .*got {val_fraction:g}\."
+    ):
+        stratified_split(_index({"a": 9, "b": 9}), val_fraction=val_fraction, seed=0)
+
+
+def test_validation_class_that_training_lacks_is_refused_with_both_lists(tmp_path):
+    _touch(tmp_path / "train", *TWO_CLASSES)
+    _touch(tmp_path / "val", "a/1.png", "c/1.png")
+    with pytest.raises(DataError, match=r"val has 1 class.*: c\. Its classes: a, c\. Known classes: a, b\."):
+        _split(tmp_path)
+
+
+def test_validation_may_lack_classes_and_its_labels_are_those_of_training(tmp_path):
+    _touch(tmp_path / "train", "a/1.png", "b/1.png", "c/1.png")
+    _touch(tmp_path / "val", "b/1.png", "c/1.png")
+    split = _split(tmp_path)
+    assert split.val.class_names == split.train.class_names == ["a", "b", "c"]
+    assert split.val.labels.tolist() == [1, 2]
+
+
+def test_validation_folder_with_a_single_class_is_labelled_by_training(tmp_path):
+    _touch(tmp_path / "train", *TWO_CLASSES)
+    _touch(tmp_path / "val", "b/1.png", "b/2.png")
+    assert _split(tmp_path).val.labels.tolist() == [1, 1]
+
+
+def test_training_folder_with_a_single_class_is_refused(tmp_path):
+    _touch(tmp_path / "train", "a/1.png")
+    _touch(tmp_path / "val", *TWO_CLASSES)
+    with pytest.raises(DataError, match=r"train has only one class folder \(a\)"):
+        _split(tmp_path)
+
+
+def test_validation_folder_without_classes_or_images_is_refused_by_name(tmp_path):
+    _touch(tmp_path / "train", *TWO_CLASSES)
+    _touch(tmp_path / "val", "readme.txt")
+    with pytest.raises(DataError, match=r"val/ of data\.root .* has no class folders"):
+        _split(tmp_path)
+    _touch(tmp_path / "val", "a/1.txt")
+    with pytest.raises(DataError, match=r"val/ of data\.root .* has a class folder without images: a\."):
+        _split(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [["val"], ["Test"], ["val", "test"]])
+def test_root_without_a_folder_to_train_on_is_refused(tmp_path, folders):
+    for name in folders:
+        _touch(tmp_path / name, *TWO_CLASSES)
+    with pytest.raises(DataError, match=r"no folder to train on; looked for train/ or training/") as error:
+        _split(tmp_path)
+    assert TRAIN_FOLDERS == ("train", "training")
+    assert all(name in str(error.value) for name in folders)
+
+
+def test_missing_root_is_named_as_the_user_knows_it(tmp_path):
+    with pytest.raises(DataError, match=r"^data\.root .*nowhere does not exist"):
+        _split(tmp_path / "nowhere")
+
+
+def test_unknown_classes_are_all_counted_but_not_all_printed():
+    index = _index({f"c{i:02d}": 1 for i in range(30)})
+    with pytest.raises(DataError, match=r"has 30 class.*c00, c01, .*c19 and 10 more\."):
+        match_classes(index, ["a", "b"])
+
+
+def test_split_of_an_indexed_folder_still_finds_its_files(tmp_path, write_folder):
+    index = index_folder(write_folder(tmp_path, {"a": 4, "b": ["deep/x.png", "y.png"]}))
+    train, val = stratified_split(index, val_fraction=0.5, seed=0)
+    assert all(part.path(i).is_file() for part in (train, val) for i in range(len(part)))

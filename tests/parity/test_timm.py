@@ -1,0 +1,143 @@
+"""Same weights, same input: the same numbers as timm's, and its keys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+from vit_cls import create_model
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
+
+GLOBAL_POOL = {"cls": "token", "gap": "avg", "max": "max"}
+
+
+def _perturbed(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter off its initial value: norms of 1 and tokens of 0 would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model.eval()
+
+
+def _reference_timm(config: ViTConfig) -> torch.nn.Module:
+    act = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}[config.act]
+    names = ["patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"]
+    names += ["qk_norm", "init_values", "class_token", "reg_tokens", "no_embed_class", "pre_norm", "final_norm"]
+    names += ["fc_norm", "drop_path_rate"]
+    arguments = {name: getattr(config, name) for name in names}
+    return TimmViT(
+        img_size=config.image_hw,
+        global_pool=GLOBAL_POOL[config.pool],
+        pos_embed="none" if config.pos_embed == "none" else "learn",
+        norm_layer=lambda dim, **kwargs: torch.nn.LayerNorm(dim, eps=config.norm_eps, **kwargs),
+        act_layer=act,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        ("vit_tiny_patch16_224", "cls"),
+        ("vit_tiny_patch16_224", "gap"),
+        ("vit_tiny_patch16_224", "max"),
+        ("vit_small_patch16_224", "cls"),
+        ("vit_base_patch16_224", "cls"),
+        ("vit_large_patch16_224", "cls"),
+    ],
+)
+def test_logits_equal_timms_at_full_size(name, pool):
+    torch.manual_seed(0)
+    theirs = _perturbed(timm.create_model(name, global_pool=GLOBAL_POOL[pool]))
+    ours = create_model(name, pool=pool).eval()
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert (ours(images) - theirs(images)).abs().max() <= 1e-5
+        assert ours.embed_tokens(images).shape == (2, 197, theirs.embed_dim)
+        if "large" not in name:  # in fp64 large takes a minute and adds nothing
+            double = images[:1].double()
+            assert (ours.double()(double) - theirs.double()(double)).abs().max() <= 1e-12
+
+
+def test_large_equals_timms_in_fp64_on_a_small_image():
+    theirs = _perturbed(timm.create_model("vit_large_patch16_224", img_size=64)).double()
+    ours = create_model("vit_large_patch16_224", img_size=64).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.inference_mode():
+        assert (ours(images) - theirs(images)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"pool": "gap"},
+        {"pool": "max"},
+        {"pool": "gap", "fc_norm": False},
+        {"pool": "cls", "fc_norm": True},
+        {"pool": "gap", "class_token": False},
+        {"reg_tokens": 3},
+        {"reg_tokens": 3, "pool": "gap"},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"no_embed_class": True, "pool": "gap"},
+        {"pos_embed": "none"},
+        {"pre_norm": True, "norm_eps": 1e-5},
+        {"final_norm": False},
+        {"final_norm": False, "pool": "gap"},
+        {"qkv_bias": False},
+        {"qk_norm": True},
+        {"init_values": 0.1},
+        {"act": "gelu_tanh"},
+        {"act": "quick_gelu"},
+        {"mlp_ratio": 3.5},
+        {"in_chans": 1},
+        {"img_size": (16, 24)},
+        {"num_classes": 0},
+    ],
+    ids=str,
+)
+def test_every_option_has_timms_keys_and_numbers(setting, tiny):
+    config = ViTConfig.from_dict({**tiny, "num_classes": 7, **setting})
+    theirs = _perturbed(_reference_timm(config)).double()
+    ours = VisionTransformer(config).double().eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    shape = (2, config.in_chans, *config.image_hw)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.encode(images), theirs.forward_features(images), rtol=0, atol=1e-12)
+    theirs.load_state_dict(ours.state_dict())  # and back
+
+
+def test_fresh_weights_have_timms_spread():
+    torch.manual_seed(0)
+    ours = dict(create_model("vit_tiny_patch16_224").named_parameters())
+    theirs = dict(timm.create_model("vit_tiny_patch16_224").named_parameters())
+    for name, parameter in theirs.items():
+        spread, expected = ours[name].std().item(), parameter.std().item()
+        if parameter.numel() < 1000:
+            assert math.isclose(spread, expected, rel_tol=0.25, abs_tol=1e-6), name
+        else:
+            assert math.isclose(spread, expected, rel_tol=0.05, abs_tol=1e-6), name
+
+
+def test_drop_path_draws_timms_masks(tiny):
+    config = ViTConfig.from_dict({**tiny, "num_classes": 7, "depth": 3, "drop_path_rate": 0.5})
+    theirs = _perturbed(_reference_timm(config)).train()
+    ours = VisionTransformer(config).train()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(5)
+    expected = theirs(images)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,291 @@
+"""Whole runs, tiny ones: what they leave, and that order, resume and signals keep their promises."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vit_cls
+from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.errors import ConfigError, DataError, RunError
+from vit_cls.training.callbacks import Interrupted
+from vit_cls.training.fit import fit
+from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
+from vit_cls.weights.bundle import read_metadata
+
+TINY_MODEL = ModelOptions(
+    "vit_pico_patch7_28", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.2
+)
+CPU = {"accelerator": "cpu", "log_every_n_steps": 1}
+
+
+def _fit(root, run_dir, *, epochs=2, workers=0, data=None, trainer=None, **options):
+    settings = {"model": TINY_MODEL, "optim": OptimOptions(lr=3e-3), **options}
+    module = ImageDataModule(str(root), batch_size=5, num_workers=workers, **(data or {}))
+    run = FitOptions(run_dir=None if run_dir is None else str(run_dir), **settings)
+    return fit(run, module, {**CPU, "max_epochs": epochs, **(trainer or {})}, config_yaml="seed: 0\n")
+
+
+def _weights(run_dir):
+    return torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def _same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_run_leaves_the_folder_that_is_promised(image_root, tmp_path):
+    result = _fit(image_root, tmp_path / "run")
+    folder = tmp_path / "run"
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.iterdir())
+    assert found == ["checkpoints", "config.yaml", "metrics.csv", "model.safetensors", "run.json", "tensorboard"]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    assert any(name.startswith("events.out") for name in os.listdir(folder / "tensorboard"))
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["step"] for row in rows] == ["5", "10"]  # 24 images, 5 a step, the last of 4
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["data"]["train_counts"] == {"blue": 12, "red": 12}
+    assert record["model"]["tokens"] == 17
+    assert record["versions"]["vit_cls"] == vit_cls.__version__
+    assert record["seed"] == 0
+    assert len(record["identity"]["train_fingerprint"]) == 32
+    best = max(rows, key=lambda row: float(row["val/acc1"]))
+    assert (result.correct, result.images) == (int(best["val/correct"]), 8)
+    assert read_metadata(folder / "model.safetensors")["metrics"]["epoch"] == result.best_epoch
+
+
+def test_a_classifier_learns_two_colours(image_root, tmp_path):
+    plain = dataclasses.replace(TINY_MODEL, drop_path_rate=0.0)
+    optim = OptimOptions(lr=3e-3, label_smoothing=0.0)
+    result = _fit(image_root, tmp_path / "run", epochs=8, model=plain, optim=optim)
+    assert result.correct == result.images == 8
+    assert result.history[-1]["train/loss"] < 0.5 * result.history[0]["train/loss"]
+
+
+def test_the_model_file_is_the_best_epoch_not_the_last(image_root, tmp_path):
+    # A learning rate that wrecks the model late: warm-up never ends, so the last epochs are the worst.
+    result = _fit(image_root, tmp_path / "run", epochs=4)
+    state = load_file(tmp_path / "run/model.safetensors")
+    best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    assert best["epoch"] == result.best_epoch
+    prefix = "classifier.model."
+    kept = {k.removeprefix(prefix): v for k, v in best["state_dict"].items() if k.startswith(prefix)}
+    assert _same(kept, state)
+    assert _same(vit_cls.load(tmp_path / "run/checkpoints/best.ckpt").model.state_dict(), state)
+
+
+def test_weights_do_not_depend_on_the_number_of_workers(image_root, tmp_path):
+    for workers in (0, 2):
+        _fit(image_root, tmp_path / f"w{workers}", workers=workers)
+    assert _same(_weights(tmp_path / "w0"), _weights(tmp_path / "w2"))
+
+
+def test_weights_depend_on_the_seed(image_root, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _fit(image_root, tmp_path / name, epochs=1, seed=seed)
+    assert _same(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
+    assert not _same(_weights(tmp_path / "a"), _weights(tmp_path / "c"))
+
+
+class _StopAfter(Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_rows(image_root, tmp_path):
+    _fit(image_root, tmp_path / "whole", epochs=4)
+    with pytest.raises(Interrupted) as stopped:
+        _fit(image_root, tmp_path / "parts", epochs=4, trainer={"callbacks": [_StopAfter(2)]})
+    assert stopped.value.signum == signal.SIGTERM
+    assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "interrupted"
+    _fit(image_root, None, epochs=4, resume=str(tmp_path / "parts"))
+    assert _same(_weights(tmp_path / "whole"), _weights(tmp_path / "parts"))
+    timing = {"seconds", "train_images_per_second"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader((tmp_path / n / "metrics.csv").open())]
+        for n in ("whole", "parts")
+    ]
+    assert len(rows[0]) == 4
+    assert rows[0] == rows[1]
+
+
+def test_a_run_that_never_finished_an_epoch_leaves_nothing(image_root, tmp_path):
+    with pytest.raises(Interrupted):
+        _fit(image_root, tmp_path / "run", trainer={"callbacks": [_StopAfter(0)]})
+    assert os.listdir(tmp_path) == []
+
+
+def test_signals_are_given_back_after_a_run(image_root, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    _fit(image_root, tmp_path / "run", epochs=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_resume_auto_begins_a_new_run_and_continues_a_begun_one(image_root, tmp_path):
+    _fit(image_root, tmp_path / "run", epochs=2, resume="auto")
+    result = _fit(image_root, tmp_path / "run", epochs=3, resume="auto")
+    assert result.epochs == 3
+    assert [row["epoch"] for row in result.history] == [0, 1, 2]
+
+
+def test_a_resumed_run_must_be_the_same_run(image_root, tmp_path):
+    _fit(image_root, tmp_path / "run", epochs=1)
+    with pytest.raises(RunError, match=r"cannot be continued: seed changed \(then 0, now 1\)"):
+        _fit(image_root, tmp_path / "run", epochs=2, resume="auto", seed=1)
+    with pytest.raises(RunError, match="architecture changed"):
+        model = dataclasses.replace(TINY_MODEL, depth=1)
+        _fit(image_root, tmp_path / "run", epochs=2, resume="auto", model=model)
+
+
+def test_a_taken_folder_is_refused_and_left_alone(image_root, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    for resume in (None, "auto"):
+        with pytest.raises(RunError, match="is not empty"):
+            _fit(image_root, tmp_path / "run", resume=resume)
+    assert os.listdir(tmp_path / "run") == ["notes.txt"]
+
+
+def test_without_a_folder_runs_are_numbered(image_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        result = _fit(image_root, None, epochs=1)
+        assert str(result.folder.path) == f"runs/vit_pico_patch7_28_cls_{number}"
+
+
+def test_an_unreadable_image_stops_the_run_with_its_path_and_leaves_nothing(image_root, tmp_path):
+    import shutil
+
+    root = tmp_path / "data"
+    shutil.copytree(image_root, root)
+    (root / "val/red/0.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"data/val/red/0.png cannot be read as an image: .*known format"):
+        _fit(root, tmp_path / "run")
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_accumulation_counts_optimiser_steps(image_root, tmp_path):
+    result = _fit(image_root, tmp_path / "run", trainer={"accumulate_grad_batches": 2})
+    assert [row["step"] for row in result.history] == [3, 6]
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["optim"]["total_steps"] == 6
+    # the schedule has come down: the cosine reaches its end with the run
+    assert result.history[-1]["lr"] == pytest.approx(3e-3 * 0.01, rel=0.01)
+
+
+def test_early_stopping_ends_a_run_that_stands_still(image_root, tmp_path):
+    result = _fit(image_root, tmp_path / "run", epochs=30, optim=OptimOptions(lr=1e-12), early_stopping_patience=2)
+    assert result.epochs == 3
+
+
+def test_gradients_are_clipped_as_asked(image_root, tmp_path):
+    norms = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
+
+    for clip in (1e-3, None):
+        _fit(image_root, tmp_path / f"{clip}", epochs=1, trainer={"gradient_clip_val": clip, "callbacks": [Look()]})
+    assert max(norms[:5]) <= 1.001e-3 < min(norms[5:])
+
+
+def test_bf16_trains_and_is_recorded(image_root, tmp_path):
+    result = _fit(image_root, tmp_path / "run", epochs=1, trainer={"precision": "bf16-mixed"})
+    assert json.loads((tmp_path / "run/run.json").read_text())["precision"] == "bf16-mixed"
+    assert all(v == v for v in result.history[0].values())
+    assert {t.dtype for t in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
+
+
+def test_compiled_blocks_leave_plain_keys(image_root, tmp_path):
+    _fit(image_root, tmp_path / "run", epochs=1, compile=True, trainer={"limit_train_batches": 1})
+    assert not [k for k in load_file(tmp_path / "run/model.safetensors") if "_orig_mod" in k]
+    vit_cls.load(tmp_path / "run")
+
+
+def test_two_runs_share_no_state(image_root, tmp_path):
+    """A run after another in the same process is the same as alone."""
+    _fit(image_root, tmp_path / "a", epochs=1)
+    torch.rand(1000)
+    _fit(image_root, tmp_path / "b", epochs=1)
+    assert _same(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
+
+
+class _CountReads(TorchDispatchMode):
+    """Counts copies of a device value to Python: on a GPU each would wait for all work before it."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            type(self).reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_training_step_reads_nothing_back_from_the_device(image_root, tmp_path):
+    counts = []
+
+    class Count(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.mode = _CountReads()
+            _CountReads.reads = 0
+            self.mode.__enter__()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            counts.append(_CountReads.reads)  # forward, loss, logging and backward are behind us
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.mode.__exit__(None, None, None)
+
+    _fit(image_root, tmp_path / "run", epochs=1, trainer={"callbacks": [Count()], "log_every_n_steps": 1000})
+    assert counts == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "message"),
+    [
+        ({"max_epochs": 0}, {}, "trainer.max_epochs must be at least 1"),
+        ({}, {"optim": OptimOptions(warmup_epochs=2)}, "optim.warmup_epochs must be shorter than the run; got 2 of 2"),
+        ({}, {"early_stopping_patience": 0}, "early_stopping_patience must be at least 1"),
+        ({"accelerator": "no"}, {}, "Lightning's trainer refuses"),
+        ({}, {"resume": "nowhere"}, "resume nowhere continues that folder, but run_dir is"),
+    ],
+    ids=str,
+)
+def test_impossible_runs_are_refused_before_anything_is_written(trainer, options, message, image_root, tmp_path):
+    with pytest.raises((ConfigError, RunError), match=message):
+        _fit(image_root, tmp_path / "run", trainer=trainer, **options)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_run_uses_bf16_and_no_step_waits_for_it(image_root, tmp_path):
+    class Strict(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer = {"accelerator": "auto", "callbacks": [Strict()], "log_every_n_steps": 1000}
+    _fit(image_root, tmp_path / "run", trainer=trainer)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["precision"] == "bf16-mixed"
+    assert record["device"].startswith("cuda")
