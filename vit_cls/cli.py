@@ -6,10 +6,9 @@ import contextlib
 import importlib
 import json
 import sys
-from dataclasses import dataclass
-from typing import Any
 
 from vit_cls import __version__
+from vit_cls.commands.outcome import Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before.
@@ -20,21 +19,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 EVERYWHERE = "every verb takes --json (one JSON object on stdout, nothing else) and --debug (show tracebacks)"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a verb has to say.
-
-    Args:
-        data: The JSON object of ``--json``.
-        text: The same for people.
-        code: 0 done; 1 the work ran and the answer is bad.
-    """
-
-    data: dict[str, Any]
-    text: str
-    code: int = 0
 
 
 def main(argv: list[str] | None = None) -> int:

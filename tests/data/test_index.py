@@ -115,7 +115,7 @@ def test_every_extension_is_found_in_any_case_and_belongs_to_a_format_that_is_de
     assert sorted(index_folder(_touch(tmp_path, *upper, *lower)).paths) == sorted(upper + lower)
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9.png", "日本 – ü.png".encode(), b"\xff\xfe\x80.png", b"a\nb.png"])
+@pytest.mark.parametrize("name", [b"caf\xe9.png", "日本 ü.png".encode(), b"\xff\xfe\x80.png", b"a\nb.png"])
 def test_file_names_that_are_not_utf8_or_not_ascii_still_open(tmp_path, name):
     _touch(tmp_path, "a/1.png", "b/1.png")
     written = os.path.join(os.fsencode(tmp_path), b"a", name)

@@ -20,13 +20,20 @@ def _logits_and_gradients(model, forward, images, weights):
     torch.manual_seed(3)  # the same drop path
     logits = forward(images)
     (logits * weights).sum().backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("pool", ["cls", "gap", "max", "token:0", "token:7"])
 @pytest.mark.parametrize(
     "setting",
-    [{}, {"drop_path_rate": 0.4}, {"reg_tokens": 2, "qk_norm": True}, {"qkv_bias": False, "init_values": 0.5}],
+    [
+        {},
+        {"drop_path_rate": 0.4},
+        {"reg_tokens": 2, "qk_norm": True},
+        {"qkv_bias": False, "init_values": 0.5},
+    ],
     ids=str,
 )
 def test_narrowed_last_block_equals_the_full_one_in_logits_and_every_gradient(pool, setting, tiny, generator):
@@ -53,6 +60,8 @@ def test_the_last_block_computes_one_query_and_one_mlp_row_for_a_class_token(tin
     model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5}))
     rows = {}
     for i, block in enumerate(model.blocks):
-        block.mlp.fc1.register_forward_hook(lambda _, inputs, __, i=i: rows.__setitem__(i, inputs[0].shape[1]))
+        block.mlp.fc1.register_forward_hook(
+            lambda _, inputs, __, i=i: rows.__setitem__(i, inputs[0].shape[1])
+        )
     model(torch.zeros(1, 3, 16, 16))
     assert rows == {0: 17, 1: 1}

@@ -106,7 +106,10 @@ def test_sincos_positions_tell_rows_from_columns():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"img_size": 30}, r"model.img_size must be divisible by model.patch_size; got 30 and 4. Use .* 28 or 32"),
+        (
+            {"img_size": 30},
+            r"model.img_size must be divisible by model.patch_size; got 30 and 4. Use .* 28 or 32",
+        ),
         ({"img_size": (16, 18)}, r"got 16x18 and 4"),
         ({"num_heads": 5}, r"model.num_heads must divide model.embed_dim; got 5 heads and width 24.*is 4"),
         ({"pool": "cls", "class_token": False}, r"model.pool cls reads the class token.*Use model.pool gap"),

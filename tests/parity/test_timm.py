@@ -27,8 +27,25 @@ def _perturbed(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def _reference_timm(config: ViTConfig) -> torch.nn.Module:
     act = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}[config.act]
-    names = ["patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"]
-    names += ["qk_norm", "init_values", "class_token", "reg_tokens", "no_embed_class", "pre_norm", "final_norm"]
+    names = [
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+    ]
+    names += [
+        "qk_norm",
+        "init_values",
+        "class_token",
+        "reg_tokens",
+        "no_embed_class",
+        "pre_norm",
+        "final_norm",
+    ]
     names += ["fc_norm", "drop_path_rate"]
     arguments = {name: getattr(config, name) for name in names}
     return TimmViT(

@@ -47,7 +47,14 @@ def test_a_run_leaves_the_folder_that_is_promised(image_root, tmp_path):
     result = _fit(image_root, tmp_path / "run")
     folder = tmp_path / "run"
     found = sorted(p.relative_to(folder).as_posix() for p in folder.iterdir())
-    assert found == ["checkpoints", "config.yaml", "metrics.csv", "model.safetensors", "run.json", "tensorboard"]
+    assert found == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "model.safetensors",
+        "run.json",
+        "tensorboard",
+    ]
     assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
     assert any(name.startswith("events.out") for name in os.listdir(folder / "tensorboard"))
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
@@ -117,7 +124,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_rows(i
     assert _same(_weights(tmp_path / "whole"), _weights(tmp_path / "parts"))
     timing = {"seconds", "train_images_per_second"}
     rows = [
-        [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader((tmp_path / n / "metrics.csv").open())]
+        [
+            {k: v for k, v in row.items() if k not in timing}
+            for row in csv.DictReader((tmp_path / n / "metrics.csv").open())
+        ]
         for n in ("whole", "parts")
     ]
     assert len(rows[0]) == 4
@@ -189,7 +199,9 @@ def test_accumulation_counts_optimiser_steps(image_root, tmp_path):
 
 
 def test_early_stopping_ends_a_run_that_stands_still(image_root, tmp_path):
-    result = _fit(image_root, tmp_path / "run", epochs=30, optim=OptimOptions(lr=1e-12), early_stopping_patience=2)
+    result = _fit(
+        image_root, tmp_path / "run", epochs=30, optim=OptimOptions(lr=1e-12), early_stopping_patience=2
+    )
     assert result.epochs == 3
 
 
@@ -202,7 +214,12 @@ def test_gradients_are_clipped_as_asked(image_root, tmp_path):
             norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
 
     for clip in (1e-3, None):
-        _fit(image_root, tmp_path / f"{clip}", epochs=1, trainer={"gradient_clip_val": clip, "callbacks": [Look()]})
+        _fit(
+            image_root,
+            tmp_path / f"{clip}",
+            epochs=1,
+            trainer={"gradient_clip_val": clip, "callbacks": [Look()]},
+        )
     assert max(norms[:5]) <= 1.001e-3 < min(norms[5:])
 
 
@@ -261,14 +278,20 @@ def test_the_training_step_reads_nothing_back_from_the_device(image_root, tmp_pa
     ("trainer", "options", "message"),
     [
         ({"max_epochs": 0}, {}, "trainer.max_epochs must be at least 1"),
-        ({}, {"optim": OptimOptions(warmup_epochs=2)}, "optim.warmup_epochs must be shorter than the run; got 2 of 2"),
+        (
+            {},
+            {"optim": OptimOptions(warmup_epochs=2)},
+            "optim.warmup_epochs must be shorter than the run; got 2 of 2",
+        ),
         ({}, {"early_stopping_patience": 0}, "early_stopping_patience must be at least 1"),
         ({"accelerator": "no"}, {}, "Lightning's trainer refuses"),
         ({}, {"resume": "nowhere"}, "resume nowhere continues that folder, but run_dir is"),
     ],
     ids=str,
 )
-def test_impossible_runs_are_refused_before_anything_is_written(trainer, options, message, image_root, tmp_path):
+def test_impossible_runs_are_refused_before_anything_is_written(
+    trainer, options, message, image_root, tmp_path
+):
     with pytest.raises((ConfigError, RunError), match=message):
         _fit(image_root, tmp_path / "run", trainer=trainer, **options)
     assert os.listdir(tmp_path) == []

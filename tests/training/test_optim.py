@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import timm
@@ -12,7 +13,14 @@ from torch import nn
 
 from vit_cls import create_model
 from vit_cls.errors import ConfigError
-from vit_cls.training.optim import lr_factor, make_optimizer, make_schedule, parameter_groups, peak_lr, warmup_steps
+from vit_cls.training.optim import (
+    lr_factor,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+    peak_lr,
+    warmup_steps,
+)
 from vit_cls.training.options import OptimOptions
 
 
@@ -31,7 +39,9 @@ def test_weight_decay_spares_what_timm_spares():
 
 def test_frozen_parameters_are_in_no_group():
     model = create_model("vit_pico_patch7_28", pos_embed="sincos2d")
-    grouped = [p for group in parameter_groups(model.named_parameters(), weight_decay=0.1) for p in group["params"]]
+    grouped = [
+        p for group in parameter_groups(model.named_parameters(), weight_decay=0.1) for p in group["params"]
+    ]
     assert all(p.requires_grad for p in grouped)
     assert len(grouped) == sum(1 for _ in model.parameters()) - 1
 
@@ -42,7 +52,7 @@ def test_schedule_rises_linearly_then_follows_a_half_cosine():
     assert factors[10] == 1.0
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
 def test_scheduler_sets_every_group_and_matches_torchs_cosine_without_warmup():

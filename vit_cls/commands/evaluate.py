@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vit_cls.cli import Outcome
+from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import add_runtime_arguments, make_parser, parse
 from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
 from vit_cls.evaluation.output import check_output, write_tables

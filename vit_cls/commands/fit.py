@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from vit_cls.cli import Outcome
+from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.evaluation.intervals import wilson_interval
@@ -23,7 +23,11 @@ FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile")
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI with our keys: ``model``, ``optim`` and the run's own are dataclasses, built by `fit`."""
+    """LightningCLI with our keys: ``model``, ``optim`` and the run's own are dataclasses, built by `fit`.
+
+    Args:
+        words: The words after ``fit``.
+    """
 
     def __init__(self, words: list[str]) -> None:
         super().__init__(
@@ -63,7 +67,7 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the options and the data; the model needs the class names, so `fit` builds it."""
-        built = self.parser.instantiate_classes(self.config)
+        built = self.parser.instantiate(self.config)
         self.datamodule = built.data
         run = {key: built[key] for key in FIT_KEYS}
         self.options = FitOptions(model=built.model, optim=built.optim, **run)
@@ -73,7 +77,7 @@ class FitCLI(LightningCLI):
         """The resolved configuration, in a form that ``--config`` takes back."""
         config = self.config.clone()
         config.pop("config", None)
-        return self.parser.dump(config, skip_none=False)
+        return self.parser.dump(config, skip_unset=False)
 
 
 def run(words: list[str]) -> Outcome:

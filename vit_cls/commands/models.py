@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vit_cls.cli import Outcome
+from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import make_parser, parse
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.classifier import Preprocess

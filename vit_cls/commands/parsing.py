@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -39,9 +38,7 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="auto (bf16 on a GPU), 32 or bf16")
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
     parser.add_argument("--num_workers", type=int | None, default=None, help="loading processes")
-    parser.add_argument(
-        "--output", type=str | None, default=None, help="folder for files; must be new or empty"
-    )
+    parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
     parser.add_argument(
         "--compile", type=bool, nargs="?", const=True, default=False, help="compile the encoder"
     )
@@ -107,13 +104,3 @@ def _wrong_value(key: str, details: str) -> str:
     if value and types:
         return f"{key} must be {' or '.join(words.get(t, t) for t in types)}; got {value[1].strip()!r}."
     return f"{key}: {' '.join(details.split())}"
-
-
-def option(namespace: Namespace, name: str) -> Any:
-    """One parsed value; dotted names reach into groups.
-
-    Args:
-        namespace: What `parse` returned.
-        name: The option.
-    """
-    return namespace[name]

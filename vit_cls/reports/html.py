@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, Undefined
+from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
 from vit_cls.errors import RunError
@@ -30,6 +30,21 @@ CURVES = (
     ("lr", "Learning rate at the end of the epoch", {"lr": "learning rate"}, False),
 )
 """Name, title, column of each line with its label, whether they are shares."""
+
+EPOCH_COLUMNS = {
+    "epoch": ("epoch", "count"),
+    "step": ("step", "count"),
+    "lr": ("learning rate", "general"),
+    "train/loss": ("training loss", "decimals"),
+    "val/loss": ("validation loss", "decimals"),
+    "val/acc1": ("top-1", "percent"),
+    "val/acc5": ("top-{k}", "percent"),
+    "val/correct": ("correct", "count"),
+    "val/images": ("images", "count"),
+    "seconds": ("time", "duration"),
+    "train_images_per_second": ("training images/s", "count"),
+}
+"""Heading and form of the columns of the epoch table; another one keeps its name."""
 
 # A control character would vanish or be an error in HTML; it is shown as Python would write it.
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), 127) if chr(i) not in "\n\t"}
@@ -68,29 +83,24 @@ def write_fit_report(
             f"a report needs a finished run, whose record has a result; this one's status is "
             f"{record.get('status', 'unknown')!r}. Continue it with --resume."
         )
-    result, data, model = record["result"], record.get("data", {}), record.get("model", {})
-    counts: Mapping[str, int] = data.get("train_counts", {})
+    result = record["result"]
+    counts: Mapping[str, int] = record.get("data", {}).get("train_counts", {})
     k = min(5, len(counts)) if counts else 5
-    columns = dict.fromkeys(name for row in history for name in row)
-    charts = [
-        (title, chart)
-        for name, title, labels, percent in CURVES
-        if (chart := _curve(name, title, labels, percent, history, k, result["best_epoch"]))
-    ]
+    columns = []
+    for name in dict.fromkeys(name for row in history for name in row):
+        heading, form = EPOCH_COLUMNS.get(name, (name, "general"))
+        columns.append((name, heading.replace("{k}", str(k)), FORMS[form]))
     context = {
         "record": record,
-        "data": data,
-        "model": model,
         "result": result,
-        "k": k,
         "bounds": top1_ci95,
-        "charts": charts,
-        "columns": [(name, *_column(name, k)) for name in columns],
+        "charts": _charts(history, k, result.get("best_epoch")),
+        "columns": columns,
         "history": history,
         "counts": counts,
         "most": max(counts.values(), default=0) or 1,
         "run": shlex.quote(str(path.parent)),
-        "command": shlex.join(record.get("command") or []),
+        "words": [shlex.quote(word) for word in record.get("command") or []],
     }
     write_text(path, _render("fit.html", context))
 
@@ -140,9 +150,10 @@ def write_evaluation_report(
         "model": model,
         "data": data,
         "k": min(5, len(result.per_class)),
-        "metrics": _metrics(result),
+        "ece_bins": ECE_BINS,
         "classes": list(zip(result.per_class, intervals, strict=True)),
         "matrix": _matrix(result) if len(result.per_class) <= MATRIX_CLASSES else None,
+        "turned": max(len(row.name) for row in result.per_class) > 3,
         "matrix_classes": MATRIX_CLASSES,
         "pairs": pairs[:MOST_PAIRS],
         "num_pairs": len(pairs),
@@ -152,58 +163,15 @@ def write_evaluation_report(
     write_text(path, _render("evaluation.html", context))
 
 
-def _curve(
-    name: str,
-    title: str,
-    labels: Mapping[str, str],
-    percent: bool,
-    history: Sequence[Mapping[str, float]],
-    k: int,
-    mark: int,
-) -> Markup | None:
-    """One chart of the columns that the history has; None where it has none of them."""
-    series = []
-    for column, label in labels.items():
-        points = [(row["epoch"], row[column]) for row in history if column in row]
-        if points:
-            series.append(Series(label.format(k=k), points))
-    return Markup(line_chart(name, title, series, percent=percent, mark=mark)) if series else None
-
-
-def _column(name: str, k: int) -> tuple[str, Callable[[float | None], str]]:
-    """Heading and form of a column of the epoch table; one that is not known keeps its name."""
-    if name not in FIT_COLUMNS:
-        return name, _general
-    heading, form = FIT_COLUMNS[name]
-    return heading.format(k=k), form
-
-
-def _metrics(result: Evaluation) -> list[tuple[str, str, str]]:
-    """Name, value and meaning of each metric."""
-    k = min(5, len(result.per_class))
-    speed = result.images / result.seconds if result.seconds else None
-    low, high = result.top1_ci95
-    return [
-        (
-            "top-1",
-            _percent(result.top1),
-            f"correct over scored; 95 % interval {_percent(low)} to {_percent(high)}",
-        ),
-        (f"top-{k}", _percent(result.top5), f"the true class is among the first {k} predictions"),
-        ("balanced accuracy", _percent(result.balanced_accuracy), "mean recall of the classes in the folder"),
-        (
-            "NLL",
-            _decimals(result.nll),
-            "mean negative log likelihood of the true class, in nats; lower is better",
-        ),
-        (
-            "ECE",
-            _decimals(result.ece),
-            f"expected calibration error, the mean gap of confidence and accuracy, {ECE_BINS} bins; best: 0",
-        ),
-        ("time", _duration(result.seconds), "loading and predicting"),
-        ("speed", f"{_count(speed)} images/s", "files that could not be read included"),
-    ]
+def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) -> list[tuple[str, Markup]]:
+    """Title and chart of each of `CURVES` that the history has values for."""
+    charts = []
+    for name, title, labels, percent in CURVES:
+        points = {c: [(row["epoch"], row[c]) for row in history if c in row] for c in labels}
+        series = [Series(labels[c].format(k=k), points[c]) for c in labels if points[c]]
+        if series:
+            charts.append((title, Markup(line_chart(name, title, series, percent=percent, mark=mark))))
+    return charts
 
 
 def _confused_pairs(result: Evaluation) -> list[tuple[str, str, int, int]]:
@@ -223,7 +191,7 @@ def _matrix(result: Evaluation) -> list[list[tuple[int, str, float]]]:
     """Count, kind and strength of the tint of each cell; one mistake among many images must be seen too."""
     return [
         [
-            (int(count), "hit" if i == j else "miss", 0.12 + 0.43 * math.sqrt(count / max(row.support, 1)))
+            (int(count), "hit" if i == j else "miss", 0.22 + 0.33 * math.sqrt(count / max(row.support, 1)))
             for j, count in enumerate(counts)
         ]
         for i, (row, counts) in enumerate(zip(result.per_class, result.confusion, strict=True))
@@ -236,67 +204,49 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
     return page.translate(CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _written(value: float | None, form: str) -> str:
-    absent = value is None or isinstance(value, Undefined) or not math.isfinite(value)
-    return DASH if absent else form.format(value)
+def _absent(value: Any) -> bool:
+    return value is None or isinstance(value, Undefined)
 
 
-def _percent(value: float | None) -> str:
-    return _written(None if value is None else 100 * value, "{:.2f} %")
-
-
-def _decimals(value: float | None, places: int = 4) -> str:
-    return _written(value, f"{{:.{places}f}}")
-
-
-def _count(value: float | None) -> str:
-    return _written(value, "{:,.0f}")
-
-
-def _general(value: float | None) -> str:
-    return _written(value, "{:.4g}")
+def _form(pattern: str, scale: float = 1) -> Callable[[Any], str]:
+    """A function that writes a number by a pattern, or a dash where there is none."""
+    return lambda x: DASH if _absent(x) or not math.isfinite(x) else pattern.format(scale * x)
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds) or seconds < 60:
-        return _written(seconds, "{:.1f} s")
+    if _absent(seconds) or seconds is None or not 60 <= seconds < math.inf:
+        return _form("{:.1f} s")(seconds)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def _minute(moment: str | None) -> str:
+    text = moment or DASH
+    return f"{text[:16].replace('T', ' ')} UTC" if text.endswith("+00:00") else text
+
+
 def _versions(versions: Mapping[str, str] | None) -> str:
-    parts: Iterable[str] = (f"{name} {version}" for name, version in (versions or {}).items())
-    return ", ".join(parts) or DASH
+    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items()) or DASH
 
 
-FIT_COLUMNS = {
-    "epoch": ("epoch", _count),
-    "step": ("step", _count),
-    "lr": ("learning rate", _general),
-    "train/loss": ("training loss", _decimals),
-    "val/loss": ("validation loss", _decimals),
-    "val/acc1": ("top-1", _percent),
-    "val/acc5": ("top-{k}", _percent),
-    "val/correct": ("correct", _count),
-    "val/images": ("images", _count),
-    "seconds": ("time", _duration),
-    "train_images_per_second": ("training images/s", _count),
+FORMS: dict[str, Callable[[Any], str]] = {
+    "percent": _form("{:.2f}\u00a0%", scale=100),
+    "decimals": _form("{:.4f}"),
+    "general": _form("{:.4g}"),
+    "count": _form("{:,.0f}"),
+    "duration": _duration,
+    "minute": _minute,
+    "versions": _versions,
 }
-"""Heading and form of the columns of the epoch table; another one keeps its name."""
+"""How values are written, by the name that templates and tables use."""
 
 PAGES = Environment(
     loader=PackageLoader("vit_cls.reports"),
     autoescape=True,
-    finalize=lambda value: DASH if value is None or isinstance(value, Undefined) else value,
+    undefined=ChainableUndefined,
+    finalize=lambda value: DASH if _absent(value) else value,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-PAGES.filters |= {
-    "percent": _percent,
-    "decimals": _decimals,
-    "count": _count,
-    "general": _general,
-    "duration": _duration,
-    "versions": _versions,
-}
+PAGES.filters |= FORMS

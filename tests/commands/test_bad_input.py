@@ -1,0 +1,218 @@
+"""Bad input: one clear paragraph on stderr, exit 2, nothing on stdout, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vit_cls.cli import main
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
+from vit_cls.weights.bundle import save_classifier
+
+PICO = ["--model.name", "vit_pico_patch7_28", "--trainer.max_epochs", "1", "--run_dir", "run"]
+ON_CPU = [*PICO, "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
+
+
+@pytest.fixture
+def place(image_root, tiny, tmp_path, monkeypatch):
+    """A working folder with one of everything that can be wrong."""
+    monkeypatch.chdir(tmp_path)
+    photo = (image_root / "val/red/0.png").read_bytes()
+    for path in ("no_classes", "one_class/cat", "empty_class/cat", "empty_class/dog"):
+        os.makedirs(path)
+    for path in ("one_class/cat/1.png", "empty_class/cat/1.png"):
+        Path(path).write_bytes(photo)
+    shutil.copytree(image_root, "good")
+    shutil.copytree(image_root, "unknown_in_val")
+    os.rename("unknown_in_val/val/red", "unknown_in_val/val/crimson")
+    shutil.copytree(image_root, "broken")
+    Path("broken/train/blue/3.png").write_bytes(photo[:50])
+    Path("typo.yaml").write_text("model:\n  pol: gap\n")
+    Path("section.yaml").write_text("modle:\n  pool: gap\n")
+    Path("no_yaml.yaml").write_text("model: [\n")
+    Path("not_a_model.safetensors").write_text("<html></html>")
+    torch.manual_seed(0)
+    for name, classes in (("model", ["blue", "green", "red"]), ("other", ["blue", "green"])):
+        model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": len(classes)}))
+        save_classifier(ImageClassifier(model, Preprocess((16, 16)), classes), f"{name}.safetensors")
+    return tmp_path
+
+
+FIT_CASES = {
+    "missing folder": (["--data.root", "nowhere", *ON_CPU], r"data.root nowhere does not exist"),
+    "a file as folder": (
+        ["--data.root", "typo.yaml", *ON_CPU],
+        r"data.root typo.yaml cannot be read as a folder",
+    ),
+    "no root": (ON_CPU, r"data.root is missing.*--data.name digits"),
+    "no classes": (["--data.root", "no_classes", *ON_CPU], r"no_classes has no class folders"),
+    "one class": (["--data.root", "one_class", *ON_CPU], r"only one class folder \(cat\)"),
+    "empty class": (["--data.root", "empty_class", *ON_CPU], r"class folder without images: dog"),
+    "unknown in val": (["--data.root", "unknown_in_val", *ON_CPU], r"crimson.*Known classes: blue, red"),
+    "unreadable image": (["--data.root", "broken", *ON_CPU], r"broken/train/blue/3.png cannot be read"),
+    "flag typo": (
+        ["--data.root", "good", *ON_CPU, "--model.pol", "gap"],
+        r"--model.pol.*Did you mean `model.pool`",
+    ),
+    "yaml typo": (["--config", "typo.yaml", *ON_CPU], r"unknown key model.pol. Did you mean `model.pool`"),
+    "yaml section": (
+        ["--config", "section.yaml", *ON_CPU],
+        r"unknown key modle.pool. Did you mean `model.pool`",
+    ),
+    "no yaml": (["--config", "no_yaml.yaml", *ON_CPU], r"[Pp]roblems parsing config"),
+    "no config file": (["--config", "nowhere.yaml", *ON_CPU], r"config.*nowhere.yaml"),
+    "wrong type": (
+        ["--data.root", "good", *ON_CPU, "--model.depth", "two"],
+        r"model.depth must be a whole number",
+    ),
+    "stray word": (["--data.root", "good", *ON_CPU, "stray"], r"unexpected word\(s\): stray"),
+    "img_size": (
+        ["--data.root", "good", *ON_CPU, "--model.img_size", "30"],
+        r"got 30 and 7. Use .* 28 or 35",
+    ),
+    "num_heads": (["--data.root", "good", *ON_CPU, "--model.num_heads", "5"], r"5 heads and width 96"),
+    "pool": (["--data.root", "good", *ON_CPU, "--model.pool", "mean"], r"model.pool must be one of cls, gap"),
+    "name": (
+        ["--data.root", "good", *PICO, "--model.name", "vit_tny_patch16_224"],
+        r"mean `vit_tiny_patch16_224`",
+    ),
+    "batch size": (
+        ["--data.root", "good", *ON_CPU, "--data.batch_size", "0"],
+        r"data.batch_size must be at least 1",
+    ),
+    "device": (["--data.root", "good", *ON_CPU, "--trainer.devices", "0"], r"Lightning's trainer refuses"),
+    "resume": (
+        ["--data.root", "good", "--resume", "nowhere"],
+        r"resume nowhere: there is no nowhere/checkpoints",
+    ),
+}
+
+EVALUATE_CASES = {
+    "no model": (["--data", "good/val"], r"required.*model"),
+    "missing model": (["--model", "nowhere", "--data", "good/val"], r"no file or folder 'nowhere'"),
+    "not a model": (["--model", "not_a_model.safetensors", "--data", "good/val"], r"not a model file"),
+    "folder without model": (
+        ["--model", "good", "--data", "good/val"],
+        r"good is a folder without a model.safetensors",
+    ),
+    "missing folder": (
+        ["--model", "model.safetensors", "--data", "nowhere"],
+        r"--data nowhere does not exist",
+    ),
+    "splits": (
+        ["--model", "model.safetensors", "--data", "good"],
+        r"holds splits .* Choose one: --data good/train",
+    ),
+    "unknown class": (
+        ["--model", "other.safetensors", "--data", "good/val"],
+        r"red.*Known classes: blue, green",
+    ),
+    "batch size": (
+        ["--model", "model.safetensors", "--data", "good/val", "--batch_size", "0"],
+        r"batch_size must be",
+    ),
+    "flag typo": (
+        ["--model", "model.safetensors", "--data", "good/val", "--devise", "cpu"],
+        r"mean `device`",
+    ),
+    "output": (["--model", "model.safetensors", "--data", "good/val", "--output", "typo.yaml"], r"is a file"),
+}
+
+
+def _refused(words, message, capsys):
+    before = sorted(os.listdir("."))
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    paragraphs = [line for line in err.splitlines() if line.startswith("vit-cls: ")]
+    assert len(paragraphs) == 1
+    assert re.search(message, paragraphs[0]), err
+    assert "Traceback" not in err
+    assert sorted(os.listdir(".")) == before
+
+
+@pytest.mark.parametrize("case", FIT_CASES)
+def test_fit_refuses(case, place, capsys):
+    words, message = FIT_CASES[case]
+    _refused(["fit", *words], message, capsys)
+
+
+@pytest.mark.parametrize("case", EVALUATE_CASES)
+def test_evaluate_refuses(case, place, capsys):
+    words, message = EVALUATE_CASES[case]
+    _refused(["evaluate", *words], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evalute"], "Did you mean `evaluate`"),
+        (
+            ["models", "vit_tinny_patch16_224"],
+            "no architecture matches .*Did you mean `vit_tiny_patch16_224`",
+        ),
+        (["models", "a", "b"], r"unexpected word\(s\): b"),
+    ],
+    ids=str,
+)
+def test_other_verbs_refuse(words, message, place, capsys):
+    _refused(words, message, capsys)
+
+
+def test_debug_shows_the_traceback(place):
+    with pytest.raises(Exception, match="does not exist"):
+        main(["evaluate", "--model", "model.safetensors", "--data", "nowhere", "--debug"])
+
+
+def test_a_folder_that_lacks_classes_of_the_model_is_scored_and_says_so(place, capsys):
+    words = [
+        "evaluate",
+        "--model",
+        "model.safetensors",
+        "--data",
+        "good/val",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
+    assert main(words) == 0
+    out, _ = capsys.readouterr()
+    assert "2 of the model's 3 classes" in out
+    assert "no images of: green" in out
+
+
+def test_an_unreadable_image_is_scored_around_and_named(place, capsys):
+    os.makedirs("test")
+    for name in ("blue", "red"):
+        shutil.copytree(f"good/val/{name}", f"test/{name}")
+    Path("test/red/2.png").write_bytes(b"")
+    words = [
+        "evaluate",
+        "--model",
+        "model.safetensors",
+        "--data",
+        "test",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "of 7 images right (1 could not be read" in out
+    assert "could not be read: test/red/2.png: the file is empty" in err
+
+
+def test_models_lists_and_filters(place, capsys):
+    assert main(["models", "*tiny*"]) == 0
+    out, _ = capsys.readouterr()
+    assert re.search(r"vit_tiny_patch16_224\s+5,717,416\s+224\s+16\s+197\s+192\s+12\s+3", out)
+    assert "vit_small" not in out

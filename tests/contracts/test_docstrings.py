@@ -1,0 +1,92 @@
+"""Documented parameters are the signature's, and what is public is documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+
+import pytest
+
+import vit_cls
+
+
+def _modules():
+    names = [
+        m.name for m in pkgutil.walk_packages(vit_cls.__path__, "vit_cls.") if not m.name.endswith("__main__")
+    ]
+    return [importlib.import_module(name) for name in ["vit_cls", *names]]
+
+
+def _public():
+    """(name, object) of every public function, class and method that the package defines."""
+    for module in _modules():
+        for name, thing in vars(module).items():
+            if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+                continue
+            if inspect.isfunction(thing):
+                yield f"{module.__name__}.{name}", thing
+            elif inspect.isclass(thing):
+                yield f"{module.__name__}.{name}", thing
+                for method_name, method in vars(thing).items():
+                    if inspect.isfunction(method) and not method_name.startswith("_"):
+                        yield f"{module.__name__}.{name}.{method_name}", method
+
+
+PUBLIC = dict(_public())
+
+
+def _documented(docstring: str) -> list[str]:
+    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
+    return re.findall(r"^ {4}(\w+):", section[1], re.MULTILINE) if section else []
+
+
+def _parameters(thing) -> list[str]:
+    if inspect.isclass(thing):
+        if dataclasses.is_dataclass(thing):
+            return [field.name for field in dataclasses.fields(thing) if field.init]
+        if "__init__" not in vars(thing) or getattr(thing, "_is_protocol", False):
+            return []
+        thing = thing.__init__
+    return [name for name in inspect.signature(thing).parameters if name != "self"]
+
+
+def test_the_sweep_found_the_public_names():
+    assert len(PUBLIC) >= 120
+    assert "vit_cls.model.vit.VisionTransformer.embed_tokens" in PUBLIC
+
+
+def test_every_module_opens_with_a_sentence():
+    for module in _modules():
+        assert module.__doc__, module.__name__
+        assert module.__doc__.strip(), module.__name__
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_documented_parameters_are_the_signatures(name):
+    thing = PUBLIC[name]
+    docstring = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    assert docstring, f"{name} has no docstring"
+    if dataclasses.is_dataclass(thing) and docstring.startswith(f"{thing.__name__}("):
+        pytest.fail(f"{name} has only the generated docstring")
+    documented = _documented(docstring)
+    if documented:
+        assert documented == _parameters(thing), name
+    elif inspect.isclass(thing):
+        inherited = any(
+            _parameters(base) == _parameters(thing) for base in thing.__mro__[1:-1] if base.__doc__
+        )
+        assert not _parameters(thing) or inherited, f"{name} documents no arguments"
+    elif not _is_hook(name):
+        assert len(_parameters(thing)) <= 1, f"{name} documents no arguments"
+
+
+def _is_hook(name: str) -> bool:
+    """Methods that a base class defines too: their arguments are documented there."""
+    path, _, method = name.rpartition(".")
+    module, _, owner = path.rpartition(".")
+    thing = getattr(sys.modules.get(module), owner, None)
+    return inspect.isclass(thing) and any(hasattr(base, method) for base in thing.__mro__[1:-1])

@@ -1,0 +1,263 @@
+"""Batches are a function of files, seed and epoch; a file that fails costs no other row its pixels."""
+
+import os
+import pickle
+import pickletools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_cls.data import loader as loader_module
+from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, Sample, collate
+from vit_cls.data.decode import decode_image
+from vit_cls.data.index import ImageIndex, PathTable, index_folder
+from vit_cls.data.loader import default_num_workers, make_loader
+from vit_cls.data.sampler import EpochSampler, sample_seed
+from vit_cls.data.transforms import eval_transform, keyed, train_transform
+from vit_cls.errors import ConfigError
+
+SEED = 11
+EPOCHS = (0, 1)
+# torch advises against more workers than cores; the point here is that any number gives the same batches
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, write_folder) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"), {"a": 9, "b": 7, "c": 5})
+
+
+@pytest.fixture
+def own_folder(tmp_path, write_folder) -> Path:
+    """A folder to damage: 10 images."""
+    return write_folder(tmp_path, {"a": 6, "b": 4})
+
+
+def _train_set(root: Path, augment: str = "crop_flip") -> ImageDataset:
+    return ImageDataset(FolderSource(index_folder(root)), train_transform(12, augment=augment), seed=SEED)
+
+
+def _loader(dataset: ImageDataset, num_workers: int = 0, batch_size: int = 4, *, shuffle: bool = True):
+    sampler = EpochSampler(len(dataset), seed=SEED, shuffle=shuffle)
+    return make_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers)
+
+
+def _epochs(loader) -> list[list[Batch]]:
+    """All batches of the epochs, from one loader whose workers live on between them."""
+    epochs = []
+    for epoch in EPOCHS:
+        loader.sampler.set_epoch(epoch)
+        epochs.append(list(loader))
+    return epochs
+
+
+def _assert_same(a: Batch, b: Batch) -> None:
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.targets, b.targets)
+    assert torch.equal(a.indices, b.indices)
+    assert a.failures == b.failures
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+def test_batches_are_the_same_for_any_number_of_workers_and_in_every_epoch(folder, num_workers):
+    dataset = _train_set(folder)
+    loader = _loader(dataset, num_workers)
+    assert loader.persistent_workers == (num_workers > 0)
+    for epoch, batches in zip(EPOCHS, _epochs(loader), strict=True):
+        # the reference: each key's sample, made here one by one, in the sampler's order
+        sampler = EpochSampler(len(dataset), seed=SEED, shuffle=True)
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert [len(batch.images) for batch in batches] == [4, 4, 4, 4, 4, 1]
+        for i, batch in enumerate(batches):
+            _assert_same(batch, collate([dataset[key] for key in keys[4 * i : 4 * i + 4]]))
+
+
+def test_two_epochs_differ_in_order_and_in_the_pixels_of_each_image(folder):
+    first, second = _epochs(_loader(_train_set(folder), batch_size=100))
+    orders = [epoch[0].indices for epoch in (first, second)]
+    assert not torch.equal(*orders)
+    assert all(order.sort().values.tolist() == list(range(21)) for order in orders)
+    a, b = (epoch[0].images[order.argsort()] for epoch, order in zip((first, second), orders, strict=True))
+    assert all(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batch_holds_each_image_with_its_class_and_its_place_in_the_index(folder):
+    index = index_folder(folder)
+    dataset = ImageDataset(FolderSource(index), eval_transform(12))
+    seen = []
+    for batch in _loader(dataset, shuffle=False):
+        assert batch.images.dtype == torch.uint8
+        assert batch.targets.dtype == batch.indices.dtype == torch.int64
+        for image, target, i in zip(
+            batch.images, batch.targets.tolist(), batch.indices.tolist(), strict=True
+        ):
+            assert torch.equal(image, eval_transform(12)(decode_image(index.path(i).read_bytes())))
+            assert index.class_names[target] == index.path(i).parent.name
+            seen.append(i)
+    assert seen == list(range(21))
+
+
+def test_augmentation_of_a_sample_is_keyed_by_seed_epoch_and_index(folder):
+    dataset = _train_set(folder)
+    image = decode_image(dataset.source.index.path(3).read_bytes())
+    assert torch.equal(dataset[2, 3].image, keyed(dataset.transform, image, sample_seed(SEED, 2, 3)))
+    assert not torch.equal(dataset[2, 3].image, dataset[3, 3].image)
+
+
+def test_equal_images_are_augmented_differently_within_an_epoch():
+    image = torch.arange(20, dtype=torch.uint8).expand(3, 20, 20) * 10
+    index = ImageIndex(Path("x"), PathTable(["a/1", "a/2"]), np.array([0, 0]), ["a"])
+    dataset = ImageDataset(ArraySource(index, torch.stack([image, image])), train_transform(16), seed=0)
+    assert not torch.equal(dataset[0, 0].image, dataset[0, 1].image)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loading_does_not_move_torchs_global_generator(folder, num_workers):
+    loader = _loader(_train_set(folder), num_workers)
+    state = torch.get_rng_state()
+    _epochs(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_do_not_depend_on_torchs_global_generator(folder):
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(1)
+        first = _epochs(_loader(_train_set(folder)))
+        torch.manual_seed(2)
+        second = _epochs(_loader(_train_set(folder)))
+    finally:
+        torch.set_rng_state(state)
+    for a, b in zip(sum(first, []), sum(second, []), strict=True):  # noqa: RUF017
+        _assert_same(a, b)
+
+
+DAMAGE = {
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "text": (lambda path: path.write_bytes(b"no image"), "it is not an image of a known format"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-60]), "truncated"),
+    "deleted": (Path.unlink, "No such file or directory"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_file_that_fails_is_a_row_with_its_reason_and_the_others_keep_their_pixels(
+    own_folder, damage, num_workers
+):
+    damaged = 7
+    dataset = _train_set(own_folder)
+    whole = {i: (dataset[0, i].image, dataset[0, i].target) for i in range(10)}
+    change, reason = DAMAGE[damage]
+    change(dataset.source.index.path(damaged))
+    batches = list(_loader(dataset, num_workers))
+    failures = [failure for batch in batches for failure in batch.failures]
+    assert [index for index, _ in failures] == [damaged]
+    assert reason in failures[0][1]
+    rows = {
+        int(i): (image, int(target))
+        for batch in batches
+        for image, target, i in zip(batch.images, batch.targets, batch.indices, strict=True)
+    }
+    assert sorted(rows) == [i for i in range(10) if i != damaged]
+    assert all(torch.equal(rows[i][0], whole[i][0]) and rows[i][1] == whole[i][1] for i in rows)
+
+
+def test_batch_without_any_readable_image_still_lists_its_failures(own_folder):
+    dataset = _train_set(own_folder)
+    for i in range(10):
+        dataset.source.index.path(i).write_bytes(b"")
+    batches = list(_loader(dataset, num_workers=1, batch_size=5))
+    assert len(batches) == 2
+    for batch in batches:
+        assert len(batch.images) == len(batch.targets) == len(batch.indices) == 0
+        assert batch.images.dtype == torch.uint8
+        assert batch.targets.dtype == torch.int64
+        assert {reason for _, reason in batch.failures} == {"the file is empty"}
+    assert sorted(i for batch in batches for i, _ in batch.failures) == list(range(10))
+
+
+def test_collate_keeps_the_order_of_images_and_of_failures():
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(4)]
+    batch = collate(
+        [
+            Sample(9, images[0], 2, None),
+            Sample(5, None, 1, "gone"),
+            Sample(7, images[2], 0, None),
+            Sample(1, None, 1, "torn"),
+        ]
+    )
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 2]
+    assert batch.targets.tolist() == [2, 0]
+    assert batch.indices.tolist() == [9, 7]
+    assert batch.failures == [(5, "gone"), (1, "torn")]
+
+
+def test_mistake_in_a_transform_is_an_error_not_a_failed_file(folder):
+    def broken(image):
+        raise ZeroDivisionError("our own fault")
+
+    dataset = ImageDataset(FolderSource(index_folder(folder)), broken)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(_loader(dataset)))
+
+
+def test_dataset_reaches_a_worker_process_as_a_few_arrays():
+    count = 50_000
+    index = ImageIndex(
+        Path("root"),
+        PathTable([f"a/{i:06d}.png" for i in range(count)]),
+        np.zeros(count, np.int64),
+        ["a", "b"],
+    )
+    dataset = ImageDataset(FolderSource(index), train_transform(12), seed=0)
+    data = pickle.dumps(dataset)
+    # an object a path would be copied into every worker as its reference count is touched
+    assert sum(1 for _ in pickletools.genops(data)) < 3_000
+    there = pickle.loads(data)
+    assert len(there) == count
+    assert there.source.index.path(777) == Path("root/a/000777.png")
+
+
+def test_pickled_dataset_makes_the_same_samples(folder):
+    dataset = _train_set(folder)
+    there = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(there[1, i].image, dataset[1, i].image) for i in range(len(dataset)))
+
+
+def test_last_batch_may_be_smaller_and_none_is_dropped(folder):
+    assert [len(b.images) for b in _loader(_train_set(folder), batch_size=10)] == [10, 10, 1]
+    assert [len(b.images) for b in _loader(_train_set(folder), batch_size=100)] == [21]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"batch_size": 0, "num_workers": 0}, r"data\.batch_size must be at least 1; got 0\."),
+        ({"batch_size": -3, "num_workers": 0}, r"data\.batch_size must be at least 1; got -3\."),
+        ({"batch_size": 1, "num_workers": -1}, r"data\.num_workers must not be negative; got -1\."),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(folder, numbers, message):
+    with pytest.raises(ConfigError, match=message):
+        make_loader(_train_set(folder), EpochSampler(21, seed=0, shuffle=True), **numbers)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (3, 3), (8, 8), (64, 8)])
+def test_default_is_a_worker_for_each_usable_core_up_to_eight(monkeypatch, cores, workers):
+    monkeypatch.setattr(loader_module.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert default_num_workers() == workers
+
+
+def test_grey_photo_of_a_folder_has_the_pixels_of_its_file(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / name / "1.png")
+    source = FolderSource(index_folder(tmp_path))
+    assert torch.equal(source.read(0), torch.arange(64, dtype=torch.uint8).reshape(8, 8).expand(3, 8, 8))
+    assert os.path.samefile(source.index.path(0), tmp_path / "a" / "1.png")

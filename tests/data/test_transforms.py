@@ -1,0 +1,272 @@
+"""Evaluation sees what timm's evaluation sees; training draws what its key says and nothing else."""
+
+import copy
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
+
+from vit_cls.data.transforms import AUGMENTS, eval_transform, keyed, train_transform
+from vit_cls.errors import ConfigError
+
+MAX_DIFFERENCE = 2
+"""Grey levels. torchvision resizes uint8 tensors in fixed point, and Pillow images in another."""
+
+
+def _picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Edges, slopes and noise, uint8 ``(3, height, width)``.
+
+    Within 50 and 205: beyond, bicubic overshoots what uint8 holds, and the libraries clip it between their
+    two passes over rows and columns in different order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.linspace(0, 1, height)[:, None]
+    x = torch.linspace(0, 1, width)[None]
+    picture = torch.stack([x + 0 * y, y + 0 * x, ((x * 7 + y * 5) % 1 > 0.5).float()])
+    noise = torch.rand((3, height, width), generator=generator)
+    return (50 + (0.7 * picture + 0.3 * noise) * 155).round().to(torch.uint8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker process; the images are too small to share
+    yield
+    torch.set_num_threads(threads)
+
+
+def _ramp(height: int = 40, width: int = 60) -> torch.Tensor:
+    """Brighter to the right, from 60 to 250, so that a flip and a crop can be read off."""
+    return torch.linspace(60, 250, width).round().to(torch.uint8).expand(3, height, width).contiguous()
+
+
+def _reference_timm_eval(image: torch.Tensor, size, crop_pct: float, crop_mode: str, interpolation: str):
+    transform = transforms_imagenet_eval(
+        size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation, normalize=False
+    )
+    return transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> int:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype == torch.uint8
+    return int((a.int() - b.int()).abs().max())
+
+
+@pytest.mark.parametrize(
+    "shape", [(50, 50), (61, 83), (90, 41), (300, 200), (33, 32), (7, 5), (20, 140), (20, 300)]
+)
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "crop_mode", "interpolation"),
+    [
+        (32, 0.9, "center", "bicubic"),
+        (32, 1.0, "center", "bicubic"),
+        (33, 0.875, "center", "bilinear"),
+        (32, 0.9, "squash", "bicubic"),
+        ((24, 40), 0.9, "center", "bicubic"),
+        ((40, 24), 1.0, "center", "bilinear"),
+        ((24, 40), 0.9, "squash", "bicubic"),
+    ],
+)
+def test_eval_transform_agrees_with_timm(shape, size, crop_pct, crop_mode, interpolation):
+    image = _picture(*shape)
+    ours = eval_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)(image)
+    reference = _reference_timm_eval(image, size, crop_pct, crop_mode, interpolation)
+    assert ours.shape == (3, *((size, size) if isinstance(size, int) else size))
+    assert _difference(ours, reference) <= MAX_DIFFERENCE
+
+
+def test_crop_pct_is_the_share_of_the_side_that_is_kept():
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    image[:, 25:75, 25:75] = 200
+    assert (eval_transform(50, crop_pct=0.5)(image) == 200).all()  # resized to 100, which changes nothing
+    whole = eval_transform(50, crop_pct=1.0)(image)
+    assert (whole[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+    assert (whole[:, 15:35, 15:35] == 200).all()
+
+
+def test_center_keeps_the_aspect_ratio_where_squash_keeps_the_borders():
+    image = torch.zeros(3, 40, 120, dtype=torch.uint8)
+    image[:, :, 40:80] = 200  # the middle third is a square
+    assert (eval_transform(20, crop_pct=1.0, crop_mode="center")(image)[:, :, 2:-2] == 200).all()
+    squashed = eval_transform(20, crop_pct=1.0, crop_mode="squash")(image)
+    assert (squashed[:, :, :4] == 0).all()
+    assert (squashed[:, :, -4:] == 0).all()
+    assert (squashed[:, :, 9:11] == 200).all()
+
+
+def test_nearest_makes_no_new_values_and_the_smooth_filters_do():
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    image[:, :, 21:] = 200
+    values = {
+        name: set(eval_transform(15, crop_pct=1.0, interpolation=name)(image).unique().tolist())
+        for name in ("nearest", "bilinear", "bicubic")
+    }
+    assert values["nearest"] == {0, 200}
+    assert len(values["bilinear"]) > 2
+    assert max(values["bicubic"]) > 200  # it overshoots at an edge; bilinear cannot
+    assert max(values["bilinear"]) == 200
+
+
+def test_shrinking_is_antialiased():
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[:, :, ::2] = 200
+    small = eval_transform(16, crop_pct=1.0)(stripes)
+    assert (small.int() - 100).abs().max() <= 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 3), (5, 4)])
+def test_tiny_images_are_enlarged_to_the_full_size(shape):
+    image = torch.full((3, *shape), 77, dtype=torch.uint8)
+    out = eval_transform(24)(image)
+    assert out.shape == (3, 24, 24)
+    assert (out == 77).all()
+
+
+@pytest.mark.parametrize("size", [16, (16, 24)])
+def test_line_of_millions_of_pixels_costs_no_more_than_its_middle(size):
+    """Resized whole, it would be hundreds of gigabytes; a file of a few kilobytes may hold it."""
+    length = 3_000_000
+    image = (torch.arange(length) // 10 % 2 * 200).to(torch.uint8).expand(3, 1, length)
+    middle = image[..., length // 2 - 50 : length // 2 + 50]
+    for turn in (lambda x: x, lambda x: x.transpose(1, 2)):
+        transform = eval_transform(size, crop_pct=1.0)
+        assert _difference(transform(turn(image)), transform(turn(middle))) <= 1
+
+
+def test_eval_transform_draws_no_random_numbers():
+    image, transform = _picture(50, 70), eval_transform(24)
+    state = torch.get_rng_state()
+    assert torch.equal(transform(image), transform(image))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_transforms_survive_the_way_to_a_worker_process():
+    image = _picture(50, 70)
+    transforms = [eval_transform(24), eval_transform((24, 16)), eval_transform(24, crop_mode="squash")]
+    transforms += [train_transform(24, augment=augment) for augment in AUGMENTS]
+    for transform in transforms:
+        there = pickle.loads(pickle.dumps(transform))
+        assert torch.equal(keyed(there, image, 5), keyed(transform, image, 5))
+
+
+def test_table_of_augmentations_has_the_rows_these_tests_are_about():
+    assert set(AUGMENTS) == {"crop_flip", "affine", "none"}
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 200), (200, 9), (64, 48)])
+@pytest.mark.parametrize("size", [20, (12, 30)])
+def test_every_augmentation_makes_uint8_images_of_the_model_size_and_leaves_its_input_alone(
+    augment, shape, size
+):
+    image = _picture(*shape)
+    before = image.clone()
+    out = keyed(train_transform(size, augment=augment), image, 1)
+    assert out.shape == (3, *((size, size) if isinstance(size, int) else size))
+    assert out.dtype == torch.uint8
+    assert torch.equal(image, before)
+
+
+def _flipped(image: torch.Tensor) -> bool:
+    """Whether a ramp, cropped or turned a little, is brighter on its left."""
+    columns = image[0, image.shape[1] // 2].float()
+    third = len(columns) // 3
+    return bool(columns[third] > columns[-third - 1])
+
+
+def test_crop_flip_flips_about_half_of_the_images_and_crops_them_at_varied_places():
+    transform = train_transform(24)
+    outs = [keyed(transform, _ramp(), key) for key in range(200)]
+    assert 70 <= sum(map(_flipped, outs)) <= 130
+    darkest = torch.tensor([int(out.min()) for out in outs])
+    brightest = torch.tensor([int(out.max()) for out in outs])
+    assert (darkest > 80).float().mean() > 0.3  # the left part of the ramp is cut off
+    assert (brightest < 230).float().mean() > 0.3  # the right part
+    assert len(darkest.unique()) > 30
+    assert (brightest - darkest).min() < 95  # some crops are less than half as wide as the image
+
+
+def test_affine_moves_every_image_a_little_and_flips_none():
+    transform = train_transform(24, augment="affine")
+    still = train_transform(24, augment="none")(_ramp())
+    outs = [keyed(transform, _ramp(), key) for key in range(200)]
+    assert not any(map(_flipped, outs))
+    assert len({out.numpy().tobytes() for out in outs}) == 200
+    centres = torch.stack([out[0, 10:14, 10:14].float().mean() for out in outs])
+    assert (
+        centres - still[0, 10:14, 10:14].float().mean()
+    ).abs().max() < 60  # a shift by a tenth, a turn by 12 degrees
+    assert centres.std() > 3
+
+
+def test_none_only_resizes_both_sides_and_draws_nothing():
+    image, transform = _picture(31, 57), train_transform((20, 26), augment="none")
+    state = torch.get_rng_state()
+    out = transform(image)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(out, keyed(transform, image, 3))
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((26, 20), Image.Resampling.BICUBIC)
+    assert _difference(out, torch.from_numpy(np.array(pillow)).permute(2, 0, 1)) <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_interpolation_reaches_every_augmentation(augment):
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    image[:, :, 21:] = 200
+    outs = {
+        name: keyed(train_transform(15, augment=augment, interpolation=name), image, 2).numpy().tobytes()
+        for name in ("nearest", "bilinear", "bicubic")
+    }
+    assert len(set(outs.values())) == 3
+
+
+def test_unknown_augmentation_is_refused_with_the_known_ones():
+    with pytest.raises(
+        ConfigError, match=r"data\.augment must be one of crop_flip, affine, none; got 'mixup'\."
+    ):
+        train_transform(24, augment="mixup")
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "affine"])
+def test_equal_keys_give_equal_pixels_and_other_keys_others(augment):
+    image, transform = _picture(40, 60), train_transform(24, augment=augment)
+    first = [keyed(transform, image, key) for key in range(20)]
+    torch.rand(3)  # what was drawn in between does not matter
+    again = [keyed(transform, image, key) for key in reversed(range(20))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({out.numpy().tobytes() for out in first}) == 20
+    assert not torch.equal(keyed(transform, image, 2**63 - 1), first[0])
+
+
+def test_keyed_transform_leaves_every_global_generator_as_it_was():
+    transform = train_transform(24)
+    state = torch.get_rng_state()
+    python_state = random.getstate()
+    numpy_state = copy.deepcopy(np.random.get_state())  # noqa: NPY002
+    for key in range(5):
+        keyed(transform, _ramp(), key)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python_state
+    for before, after in zip(numpy_state, np.random.get_state(), strict=True):  # noqa: NPY002
+        assert np.array_equal(before, after)
+
+
+def test_keyed_transform_puts_the_generator_back_when_the_transform_raises():
+    def broken(image):
+        torch.rand(1)
+        raise RuntimeError("broken")
+
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="broken"):
+        keyed(broken, _ramp(), 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_keyed_draws_are_those_of_a_generator_with_that_seed():
+    draws = keyed(lambda image: torch.rand(4), _ramp(), 123)
+    assert torch.equal(draws, torch.rand(4, generator=torch.Generator().manual_seed(123)))

@@ -1,0 +1,116 @@
+"""Metrics against scikit-learn, hand-worked cases, and simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from scipy.stats import binomtest
+
+from vit_cls.data.index import ImageIndex
+from vit_cls.errors import DataError
+from vit_cls.evaluation.intervals import wilson_interval
+from vit_cls.evaluation.metrics import evaluate_predictions
+from vit_cls.evaluation.predictions import Predictions
+
+
+def _predictions(images=400, classes=7, failed=(), present=None, seed=0) -> Predictions:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(present if present is not None else classes, images)
+    logits = rng.normal(size=(images, classes))
+    logits[np.arange(images), labels] += 1.0
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probs[list(failed)] = np.nan
+    names = [f"c{i}" for i in range(classes)]
+    index = ImageIndex(Path("root"), [f"{i}.png" for i in range(images)], labels, names)
+    return Predictions(index, probs, dict.fromkeys(failed, "broken"), 1.0)
+
+
+def test_metrics_are_scikit_learns():
+    predictions = _predictions()
+    result = evaluate_predictions(predictions)
+    labels, probs = predictions.index.labels, predictions.probs
+    preds = probs.argmax(axis=1)
+    assert result.correct == (preds == labels).sum()
+    assert result.top1 == pytest.approx(sklearn.metrics.accuracy_score(labels, preds))
+    assert result.top5 == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, probs, k=5))
+    assert result.balanced_accuracy == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, preds))
+    assert result.nll == pytest.approx(sklearn.metrics.log_loss(labels, probs))
+    assert (result.confusion == sklearn.metrics.confusion_matrix(labels, preds)).all()
+    precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(labels, preds)
+    assert [row.precision for row in result.per_class] == pytest.approx(precision.tolist())
+    assert [row.recall for row in result.per_class] == pytest.approx(recall.tolist())
+    assert [row.f1 for row in result.per_class] == pytest.approx(f1.tolist())
+    assert [row.support for row in result.per_class] == support.tolist()
+
+
+def _reference_ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    members = [which == b for b in range(bins)]
+    return sum(m.mean() * abs(right[m].mean() - confidence[m].mean()) for m in members if m.any())
+
+
+def test_calibration_error_is_the_binned_gap():
+    predictions = _predictions(images=2000)
+    expected = _reference_ece(predictions.probs, predictions.index.labels)
+    assert evaluate_predictions(predictions).ece == pytest.approx(expected, abs=1e-6)
+
+
+def test_failed_images_are_counted_beside_and_change_nothing_else():
+    whole = _predictions()
+    broken = _predictions(failed=(3, 77))
+    kept = np.delete(np.arange(400), [3, 77])
+    result = evaluate_predictions(broken)
+    assert (result.images, result.failed, result.scored) == (400, 2, 398)
+    assert result.correct == (whole.probs[kept].argmax(axis=1) == whole.index.labels[kept]).sum()
+    assert result.top1 == result.correct / 398
+
+
+def test_absent_classes_are_stated_and_not_averaged():
+    predictions = _predictions(present=[1, 4])
+    result = evaluate_predictions(predictions)
+    assert result.classes_present == 2
+    recalls = [row.recall for row in result.per_class]
+    assert [r is None for r in recalls] == [True, False, True, True, False, True, True]
+    assert result.balanced_accuracy == pytest.approx((recalls[1] + recalls[4]) / 2)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 6])
+def test_top5_works_for_any_number_of_classes(classes):
+    result = evaluate_predictions(_predictions(images=50, classes=classes))
+    assert result.top5 == 1.0 if classes <= 5 else result.top1 < result.top5 < 1.0
+
+
+def test_a_certain_and_wrong_prediction_has_a_finite_loss():
+    predictions = _predictions(images=2, classes=2)
+    predictions.probs[:] = [[1.0, 0.0], [1.0, 0.0]]
+    assert np.isfinite(evaluate_predictions(predictions).nll)
+
+
+def test_nothing_scored_is_an_error_that_names_a_file():
+    with pytest.raises(DataError, match=r"none of the 3 images in root could be read.*0.png: broken"):
+        evaluate_predictions(_predictions(images=3, failed=(0, 1, 2)))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 1), (0, 20), (7, 10), (20, 20), (341, 599), (99, 100)])
+def test_wilson_interval_is_scipys(successes, trials):
+    expected = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_wilson_interval_covers_the_truth_as_often_as_it_says(share):
+    rng = np.random.default_rng(1)
+    draws = rng.binomial(300, share, size=4000)
+    intervals = {k: wilson_interval(int(k), 300) for k in np.unique(draws)}
+    covered = np.mean([intervals[k][0] <= share <= intervals[k][1] for k in draws])
+    assert 0.93 <= covered <= 0.97
+
+
+def test_impossible_counts_are_refused():
+    for successes, trials in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(ValueError, match="need 0 <= successes <= trials"):
+            wilson_interval(successes, trials)

@@ -1,0 +1,126 @@
+"""Every image once, the same answer for any batch size, failures as rows."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from vit_cls.data.decode import decode_image
+from vit_cls.data.transforms import eval_transform
+from vit_cls.errors import ConfigError, DataError
+from vit_cls.evaluation.metrics import evaluate_predictions
+from vit_cls.evaluation.output import check_output, write_tables
+from vit_cls.evaluation.predictions import choose_bf16, choose_device, index_for_model, predict_index
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
+
+
+def _classifier(tiny, names=("blue", "red")) -> ImageClassifier:
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": len(names)}))
+    return ImageClassifier(model, Preprocess((16, 16), crop_pct=0.8), list(names))
+
+
+def test_predictions_are_the_classifiers_on_each_decoded_and_cropped_image(tiny, image_root):
+    classifier = _classifier(tiny)
+    index = index_for_model(image_root / "val", classifier)
+    predictions = predict_index(classifier, index, device="cpu", batch_size=3, num_workers=0)
+    transform = eval_transform(16, crop_pct=0.8)
+    images = torch.stack([transform(decode_image(index.path(i).read_bytes())) for i in range(len(index))])
+    with torch.inference_mode():
+        expected = classifier(images).softmax(dim=1).numpy()
+    np.testing.assert_allclose(predictions.probs, expected, atol=1e-6)
+    assert predictions.errors == {}
+
+
+def test_batch_size_and_workers_change_nothing_but_rounding(tiny, image_root):
+    classifier = _classifier(tiny)
+    index = index_for_model(image_root / "train", classifier)
+    reference = predict_index(classifier, index, device="cpu", batch_size=24, num_workers=0)
+    for batch_size, workers in ((1, 0), (7, 2), (100, 1)):
+        other = predict_index(classifier, index, device="cpu", batch_size=batch_size, num_workers=workers)
+        np.testing.assert_allclose(other.probs, reference.probs, atol=1e-6)
+
+
+def test_an_unreadable_file_is_a_row_with_its_reason(tiny, image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "test")
+    (tmp_path / "test/blue/1.png").write_bytes(b"")
+    classifier = _classifier(tiny)
+    index = index_for_model(tmp_path / "test", classifier)
+    predictions = predict_index(classifier, index, device="cpu", batch_size=2, num_workers=0)
+    clean = predict_index(
+        classifier, index_for_model(image_root / "val", classifier), device="cpu", batch_size=8, num_workers=0
+    )
+    assert predictions.errors == {1: "the file is empty"}
+    others = [i for i in range(8) if i != 1]
+    np.testing.assert_allclose(predictions.probs[others], clean.probs[others], atol=1e-6)
+    write_tables(tmp_path / "out", predictions, evaluate_predictions(predictions))
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    assert [row["path"] for row in rows] == list(index.paths)
+    assert rows[1] == {
+        "path": "blue/1.png",
+        "label": "blue",
+        "prediction": "",
+        "probability": "",
+        "correct": "",
+        "error": "the file is empty",
+    }
+    assert (
+        sum(int(row["correct"]) for row in rows if row["correct"])
+        == evaluate_predictions(predictions).correct
+    )
+    assert [row["class"] for row in csv.DictReader((tmp_path / "out/per_class.csv").open())] == [
+        "blue",
+        "red",
+    ]
+
+
+def test_classes_are_matched_by_name_not_by_position(tiny, image_root):
+    few = index_for_model(image_root / "val", _classifier(tiny, ("amber", "blue", "green", "red")))
+    assert sorted(set(few.labels.tolist())) == [1, 3]
+    assert few.class_names == ["amber", "blue", "green", "red"]
+    with pytest.raises(
+        DataError, match=r"1 class\(es\) that are not known: red.*blue, red.*Known classes: blue, green"
+    ):
+        index_for_model(image_root / "val", _classifier(tiny, ("blue", "green")))
+
+
+def test_a_folder_of_splits_is_not_taken_for_classes(tiny, image_root):
+    with pytest.raises(
+        DataError, match=r"holds splits \(train, val\), not classes. Choose one: --data .*train"
+    ):
+        index_for_model(image_root, _classifier(tiny))
+
+
+def test_bf16_is_close_to_fp32(tiny, image_root):
+    classifier = _classifier(tiny)
+    index = index_for_model(image_root / "val", classifier)
+    full = predict_index(classifier, index, device="cpu", precision="32", num_workers=0)
+    low = predict_index(classifier, index, device="cpu", precision="bf16", num_workers=0)
+    difference = np.abs(full.probs - low.probs).max()
+    assert 0 < difference < 0.02
+
+
+def test_device_and_precision_are_checked():
+    with pytest.raises(ConfigError, match="--device must be one of auto, cpu, cuda, mps; got 'tpu'"):
+        choose_device("tpu")
+    with pytest.raises(ConfigError, match="--precision must be one of auto, 32, bf16; got '16'"):
+        choose_bf16("16", torch.device("cpu"))
+    assert not choose_bf16("auto", torch.device("cpu"))
+    assert choose_bf16("auto", torch.device("cuda"))
+
+
+def test_output_is_checked_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        check_output(str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_output(str(tmp_path / "file/below"))
+    assert check_output(str(tmp_path / "new/deep")) == tmp_path / "new/deep"
+    assert not (tmp_path / "new").exists()
+    assert check_output(None) is None
