@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    print(json.dumps(outcome.data) if as_json else outcome.text)
+    if not outcome.silent:
+        print(json.dumps(outcome.data) if as_json else outcome.text)
     return outcome.code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,19 @@ def test_fit_then_evaluate_from_the_command_line(image_root, tmp_path):
         for run in ("run", "again")
     ]
     assert histories[0] == histories[1]
+
+
+def test_two_processes_train_together_and_count_every_validation_image_once(image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "data")
+    (tmp_path / "data/val/red/3.png").unlink()  # 7 images: two processes cannot share them evenly
+    words = [*TINY, "--data.root", "data", "--trainer.max_epochs", 1, "--trainer.devices", 2, "--json"]
+    fit = _vit_cls("fit", *words, "--run_dir", "run", cwd=tmp_path)
+    assert fit.returncode == 0, fit.stderr
+    assert json.loads(fit.stdout)["images"] == 7
+    assert json.loads((tmp_path / "run/run.json").read_text())["processes"] == 2
+    without = _vit_cls("fit", *words, cwd=tmp_path)
+    assert without.returncode == 2
+    assert "run_dir is missing: 2 processes must agree" in without.stderr
 
 
 def test_ctrl_c_ends_a_run_with_130_and_it_resumes(image_root, tmp_path):

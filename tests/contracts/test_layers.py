@@ -11,10 +11,11 @@ import vit_cls
 
 PACKAGE = Path(vit_cls.__file__).parent
 
-BASE = {"errors", "files", "__version__"}
+BASE = {"errors", "files", "environment", "__version__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "environment": {"__version__"},
     "data": BASE,
     "model": BASE,
     "weights": BASE | {"data", "model"},

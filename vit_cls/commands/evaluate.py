@@ -7,9 +7,11 @@ from pathlib import Path
 
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import add_runtime_arguments, make_parser, parse
+from vit_cls.environment import environment
 from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
 from vit_cls.evaluation.output import check_output, write_tables
 from vit_cls.evaluation.predictions import index_for_model, predict_index
+from vit_cls.reports.html import write_evaluation_report
 from vit_cls.weights.bundle import load
 
 
@@ -46,6 +48,15 @@ def run(words: list[str]) -> Outcome:
     result = evaluate_predictions(predictions)
     if output is not None:
         write_tables(output, predictions, result)
+        failures = [(index.paths[position], reason) for position, reason in predictions.errors.items()]
+        write_evaluation_report(
+            output / "report.html",
+            result,
+            model=args.model,
+            data=args.data,
+            failures=failures,
+            versions=environment()["versions"],
+        )
     for position, reason in list(predictions.errors.items())[:5]:
         print(f"could not be read: {index.path(position)}: {reason}", file=sys.stderr)
     return _outcome(result, output)

@@ -13,10 +13,11 @@ from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.evaluation.intervals import wilson_interval
+from vit_cls.reports.html import write_fit_report
 from vit_cls.training.callbacks import Interrupted
 from vit_cls.training.fit import TRAINER_DEFAULTS, FitResult, fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
-from vit_cls.training.runs import RunFolder
+from vit_cls.training.runs import RunFolder, is_first_process
 from vit_cls.training.task import ClassificationTask
 
 FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile")
@@ -105,7 +106,11 @@ def run(words: list[str]) -> Outcome:
     except Interrupted as error:
         error.args = (f"{error}. Complete epochs are kept; continue with --resume and the run folder.",)
         raise
-    return _outcome(result)
+    outcome = _outcome(result)
+    if not outcome.silent:
+        interval = (outcome.data["top1_ci95"][0], outcome.data["top1_ci95"][1])
+        write_fit_report(result.folder.report_file, result.folder.read_record(), result.history, interval)
+    return outcome
 
 
 def _with_config_of_resumed_run(words: list[str]) -> list[str]:
@@ -143,4 +148,4 @@ def _outcome(result: FitResult) -> Outcome:
         f"(epoch {result.best_epoch}, counted from 0).\n"
         f"Run folder: {result.folder.path}\nNext: vit-cls evaluate --model {result.folder.path} --data FOLDER"
     )
-    return Outcome(data, text)
+    return Outcome(data, text, silent=not is_first_process())

@@ -35,7 +35,7 @@ class ImageDataModule(LightningDataModule):
         >>> data = ImageDataModule(name="digits")
         >>> data.configure(seed=0, img_size=(28, 28))
         >>> len(data.class_names), len(data.train_source.index) + len(data.val_source.index)
-        (10, 1197)
+        (10, 1198)
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def line_chart(
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _number(v, percent)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _number(v, percent, digits=6)))
         if len(series) > 1:
             axes.legend()
         text = io.StringIO()
@@ -112,7 +112,7 @@ def _inline(svg: str, name: str, label: str) -> str:
     return f'<svg class="chart" {view_box[0]} role="img" aria-label="{label}">{body.strip()}'
 
 
-def _number(value: float, percent: bool) -> str:
+def _number(value: float, percent: bool, digits: int = 4) -> str:
     if not math.isfinite(value):
         return "no value"
-    return f"{100 * value:.4g} %" if percent else f"{value:.4g}"
+    return f"{100 * value:.{digits}g} %" if percent else f"{value:.{digits}g}"

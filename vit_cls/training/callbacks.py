@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from vit_cls.environment import environment
 from vit_cls.errors import RunError
-from vit_cls.training.runs import RunFolder, environment
+from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
 from vit_cls.weights.bundle import save_classifier
 

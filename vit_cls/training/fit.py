@@ -22,13 +22,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training.callbacks import EpochLog, Interrupted, RunCheckpoint, StopOnSignal
 from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import FitOptions
-from vit_cls.training.runs import RunFolder, check_same_run, environment, open_run
+from vit_cls.training.runs import RunFolder, check_same_run, is_first_process, open_run
 from vit_cls.training.task import ClassificationTask, Schedule
 
 log = logging.getLogger("vit_cls")
@@ -99,7 +100,7 @@ def fit(
     started = time.perf_counter()
     _quiet_lightning()
     stem = f"{options.model.name}_{options.model.pool.replace(':', '')}"
-    folder, resuming = open_run(options.run_dir, options.resume, stem=stem)
+    folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
     seed_everything(options.seed, verbose=False)
     data.load_index(options.seed)
     classifier = options.model.build(data.class_names)
@@ -114,6 +115,11 @@ def fit(
     epoch_log = EpochLog(folder)
     callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), StopOnSignal()]
     trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
+    if trainer.world_size > 1 and options.run_dir is None and options.resume is None:
+        raise ConfigError(
+            f"run_dir is missing: {trainer.world_size} processes must agree on one folder. Give --run_dir, or "
+            "train in one process with --trainer.devices 1."
+        )
     schedule = _schedule(options, data, trainer)
     task = ClassificationTask(classifier, options.optim, schedule)
     if options.compile:
@@ -310,11 +316,13 @@ def _quiet_lightning() -> None:
     """Keep Lightning's hints off the screen; what matters is said by us, errors still are by it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
+    messages = (
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*number of training batches.*",
-    ):
+        ".*It is recommended to use `self.log.*sync_dist.*",  # torchmetrics has reduced those values already
+    )
+    for message in messages:
         warnings.filterwarnings("ignore", message=message)
 
 

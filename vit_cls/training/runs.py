@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_cls import __version__
+from lightning.pytorch.utilities import rank_zero_only
+
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.weights.bundle import MODEL_FILE
-
-PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -98,13 +94,16 @@ class RunFolder:
         write_text(self.metrics_file, "\n".join(lines) + "\n")
 
 
-def open_run(run_dir: str | None, resume: str | None, *, stem: str) -> tuple[RunFolder, bool]:
+def open_run(
+    run_dir: str | None, resume: str | None, *, stem: str, first_process: bool = True
+) -> tuple[RunFolder, bool]:
     """Decide where a run goes and whether it continues; creates nothing.
 
     Args:
         run_dir: The folder asked for; None means ``runs/STEM_N`` with the first free N.
         resume: None, ``auto`` or a run folder, as in `FitOptions`.
         stem: Start of the folder's name where none was asked for.
+        first_process: Whether this process makes the folder; the others of a run find it made.
 
     Returns:
         The folder, and whether its last checkpoint is to be continued.
@@ -137,13 +136,18 @@ def open_run(run_dir: str | None, resume: str | None, *, stem: str) -> tuple[Run
         raise RunError(f"run_dir {run_dir} is a file. Give a new folder.")
     if resume == "auto" and folder.last_checkpoint.is_file():
         return folder, True
-    taken = folder.path.is_dir() and any(folder.path.iterdir())
+    taken = first_process and folder.path.is_dir() and any(folder.path.iterdir())
     if taken and not (resume == "auto" and folder.record_file.is_file()):
         raise RunError(
             f"run_dir {run_dir} is not empty. Give a new folder, or continue the run in it with "
             f"--resume {run_dir}."
         )
     return folder, False
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for the run; known before a Trainer exists."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -165,33 +169,6 @@ def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
             f"(then {record.get(key)!r}, now {now[key]!r}). Restore what it was, or begin a new "
             "run in another folder."
         )
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and machine, for the run record."""
-    versions = {"vit_cls": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"versions": versions, "commit": _commit(), "platform": platform.platform()}
-
-
-def _commit() -> str | None:
-    """The commit of this package's checkout, with ``+`` where files differ from it; None if installed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        inside = subprocess.run(
-            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
-        )
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode or inside.returncode:
-        return None
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def _number(value: float) -> str:

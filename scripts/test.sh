@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: formatting, lint, types, tests. Sets itself up.
+# Run:    bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/setup.sh
+source scripts/setup.sh
+
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
