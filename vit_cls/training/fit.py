@@ -117,8 +117,8 @@ def fit(
     trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
     if trainer.world_size > 1 and options.run_dir is None and options.resume is None:
         raise ConfigError(
-            f"run_dir is missing: {trainer.world_size} processes must agree on one folder. Give --run_dir, or "
-            "train in one process with --trainer.devices 1."
+            f"run_dir is missing: {trainer.world_size} processes must agree on one folder. Give --run_dir, "
+            "or train in one process with --trainer.devices 1."
         )
     schedule = _schedule(options, data, trainer)
     task = ClassificationTask(classifier, options.optim, schedule)
