@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import sys
 
 from vit_cls import __version__
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"vit-cls {__version__}")
         return 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("vit_cls").setLevel(logging.INFO)
     verb, *rest = words
     as_json, debug = "--json" in rest, "--debug" in rest
     rest = [word for word in rest if word not in ("--json", "--debug")]

@@ -58,6 +58,8 @@ def test_fit_then_evaluate_from_the_command_line(image_root, tmp_path):
     fitted = json.loads(fit.stdout)
     assert fitted["run_dir"] == "run"
     assert fitted["epochs"] == 5
+    assert "24 images to train on, 8 to validate on" in fit.stderr
+    assert fit.stderr.count("val/acc1") == 5
     assert fitted["images"] == 8
     assert fitted["top1"] == fitted["correct"] / 8
     assert fitted["top1_ci95"][0] <= fitted["top1"] <= fitted["top1_ci95"][1]

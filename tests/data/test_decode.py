@@ -16,7 +16,7 @@ from PIL import Image
 
 from vit_cls.data import decode
 from vit_cls.data.decode import FORMATS, decode_image
-from vit_cls.errors import DataError, ImageError
+from vit_cls.errors import ImageError
 
 TEST_DATA = Path(os.environ.get("VIT_CLS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 BAD_IMAGES = TEST_DATA / "bad_images"
@@ -92,13 +92,7 @@ def _outcome(data: bytes) -> torch.Tensor | str:
         return str(error)
 
 
-LOSSLESS = {
-    "PNG": {},
-    "WEBP": {"lossless": True},
-    "BMP": {},
-    "TIFF": {"compression": "tiff_lzw"},
-    "PPM": {},
-}
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {}}
 
 
 @pytest.mark.parametrize("image_format", LOSSLESS)
@@ -261,12 +255,6 @@ def test_jpeg_with_a_second_picture_inside_is_read_as_phones_write_it():
     assert np.array_equal(_pixels(data), _pixels(_file(first, "JPEG")))
 
 
-def test_result_owns_its_pixels_and_may_be_written_to():
-    image = decode_image(_file(_noise()))
-    image.zero_()
-    assert image.sum() == 0
-
-
 def test_empty_file_is_refused():
     with pytest.raises(ImageError, match=r"^the file is empty$"):
         decode_image(b"")
@@ -351,10 +339,6 @@ def test_flipped_bytes_give_an_image_or_an_image_error(image_format, options):
         else:
             assert outcome.dtype == torch.uint8
             assert outcome.shape[0] == 3
-
-
-def test_image_error_is_a_data_error():
-    assert issubclass(ImageError, DataError)
 
 
 @pytest.mark.parametrize(("width", "height"), [(65_000, 65_000), (10_001, 10_000), (1, 100_000_001)])

@@ -127,7 +127,7 @@ def test_tiny_images_are_enlarged_to_the_full_size(shape):
     assert (out == 77).all()
 
 
-@pytest.mark.parametrize("size", [16, (16, 24)])
+@pytest.mark.parametrize("size", [224, (160, 224)])
 def test_line_of_millions_of_pixels_costs_no_more_than_its_middle(size):
     """Resized whole, it would be hundreds of gigabytes; a file of a few kilobytes may hold it."""
     length = 3_000_000

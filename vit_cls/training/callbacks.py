@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -17,6 +18,8 @@ from vit_cls.errors import RunError
 from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
 from vit_cls.weights.bundle import save_classifier
+
+log = logging.getLogger("vit_cls")
 
 COLUMNS = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/correct", "val/images")
 
@@ -66,6 +69,16 @@ class EpochLog(Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             self.folder.write_history(self.rows)
+            if trainer.progress_bar_callback is None:
+                self._say(row, trainer.max_epochs)
+
+    def _say(self, row: dict[str, float], epochs: int | None) -> None:
+        """One line, where there is no bar to look at: in a job's log."""
+        parts = [f"epoch {row['epoch']:.0f}{f' of {epochs}' if epochs and epochs > 0 else ''}"]
+        parts += [f"{name} {row[name]:.4f}" for name in ("train/loss", "val/loss", "val/acc1") if name in row]
+        log.info(
+            "  ".join([*parts, f"{row['train_images_per_second']:.0f} images/s", f"{row['seconds']:.1f} s"])
+        )
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -126,6 +126,7 @@ def fit(
         for block in classifier.model.blocks:
             block.compile()
     record = _record(options, data, classifier, trainer, schedule, identity, command)
+    _announce(record, data, schedule)
     with _run_folder(folder, record, trainer, epoch_log):
         write_text(folder.config_file, config_yaml)
         checkpoint = str(folder.last_checkpoint) if resuming else None
@@ -291,6 +292,30 @@ def _record(
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
     }
+
+
+def _announce(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedule) -> None:
+    """Say before the first step what is about to be trained, on what."""
+    if not is_first_process():
+        return
+    model = record["model"]
+    pre = model["preprocess"]
+    log.info(
+        f"{model['name']}, pool {model['pool']}: {model['parameters']:,} parameters, {model['tokens']} "
+        f"tokens, {len(data.class_names)} classes"
+    )
+    log.info(
+        f"input {' x '.join(map(str, pre['img_size']))} pixels, mean {pre['mean']}, std {pre['std']}, crop "
+        f"{pre['crop_pct']:g} {pre['crop_mode']}, {pre['interpolation']}"
+    )
+    log.info(
+        f"{len(data.train_set):,} images to train on, {len(data.val_set):,} to validate on: {data.origin}"
+    )
+    log.info(
+        f"{record['processes']} process(es) on {record['device_name'] or record['device']}, "
+        f"{record['precision']}, {schedule.total_steps:,} steps, peak learning rate {schedule.lr:.3g}, "
+        f"seed {record['seed']}"
+    )
 
 
 def _result(folder: RunFolder, rows: list[dict[str, float]], seconds: float) -> FitResult:
