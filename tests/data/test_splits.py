@@ -236,3 +236,13 @@ def test_split_of_an_indexed_folder_still_finds_its_files(tmp_path, write_folder
     index = index_folder(write_folder(tmp_path, {"a": 4, "b": ["deep/x.png", "y.png"]}))
     train, val = stratified_split(index, val_fraction=0.5, seed=0)
     assert all(part.path(i).is_file() for part in (train, val) for i in range(len(part)))
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    for name in ("bus", "train"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            (tmp_path / name / f"{i}.png").write_bytes(b"")
+    split = split_root(tmp_path, val_fraction=0.25, seed=0)
+    assert split.train.class_names == ["bus", "train"]
+    assert split.train.counts().tolist() == [3, 3]

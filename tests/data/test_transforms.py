@@ -270,3 +270,8 @@ def test_keyed_transform_puts_the_generator_back_when_the_transform_raises():
 def test_keyed_draws_are_those_of_a_generator_with_that_seed():
     draws = keyed(lambda image: torch.rand(4), _ramp(), 123)
     assert torch.equal(draws, torch.rand(4, generator=torch.Generator().manual_seed(123)))
+
+
+def test_an_unknown_crop_mode_is_refused():
+    with pytest.raises(ConfigError, match="crop_mode must be one of center, squash; got 'border'"):
+        eval_transform(16, crop_mode="border")

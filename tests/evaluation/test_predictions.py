@@ -90,6 +90,16 @@ def test_classes_are_matched_by_name_not_by_position(tiny, image_root):
         index_for_model(image_root / "val", _classifier(tiny, ("blue", "green")))
 
 
+def test_a_folder_with_one_of_the_models_classes_is_scored(tiny, image_root, tmp_path):
+    shutil.copytree(image_root / "val/red", tmp_path / "red")
+    classifier = _classifier(tiny)
+    predictions = predict_index(
+        classifier, index_for_model(tmp_path, classifier), device="cpu", num_workers=0
+    )
+    result = evaluate_predictions(predictions)
+    assert (result.images, result.classes_present) == (4, 1)
+
+
 def test_a_folder_of_splits_is_not_taken_for_classes(tiny, image_root):
     with pytest.raises(
         DataError, match=r"holds splits \(train, val\), not classes. Choose one: --data .*train"

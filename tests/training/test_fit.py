@@ -285,6 +285,7 @@ def test_the_training_step_reads_nothing_back_from_the_device(image_root, tmp_pa
         ),
         ({}, {"early_stopping_patience": 0}, "early_stopping_patience must be at least 1"),
         ({"accelerator": "no"}, {}, "Lightning's trainer refuses"),
+        ({}, {"seed": -1}, "seed must be from 0 to 4294967295; got -1"),
         ({}, {"resume": "nowhere"}, "resume nowhere continues that folder, but run_dir is"),
     ],
     ids=str,

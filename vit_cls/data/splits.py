@@ -46,6 +46,9 @@ def split_root(root: str | Path, *, val_fraction: float, seed: int) -> Split:
     root = Path(root)
     folders = class_folders(root, name="data.root")
     train_name = _first(TRAIN_FOLDERS, folders)
+    others = [name for name in folders if name.lower() not in TRAIN_FOLDERS + VAL_FOLDERS]
+    if train_name is not None and others and not class_folders(root / train_name, name="data.root"):
+        train_name = None  # a class that is called train, as CIFAR-100 has one
     if train_name is None:
         looks_split = [name for name in folders if name.lower() in VAL_FOLDERS]
         if folders and len(looks_split) == len(folders):

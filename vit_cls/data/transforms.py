@@ -14,6 +14,7 @@ from vit_cls.errors import ConfigError
 
 Transform = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]
+CROP_MODES = ("center", "squash")
 
 
 def eval_transform(
@@ -30,6 +31,9 @@ def eval_transform(
     Returns:
         A function from uint8 ``(3, H, W)`` of any size to uint8 ``(3, size, size)``.
 
+    Raises:
+        ConfigError: If ``crop_mode`` is unknown.
+
     Example:
         >>> import torch
         >>> eval_transform(224)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
@@ -42,6 +46,8 @@ def eval_transform(
     resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))
     mode = InterpolationMode(interpolation)
     resize: Transform
+    if crop_mode not in CROP_MODES:
+        raise ConfigError(f"crop_mode must be one of {', '.join(CROP_MODES)}; got {crop_mode!r}.")
     if crop_mode == "squash":
         resize = v2.Resize(resized, interpolation=mode, antialias=True)
     else:

@@ -63,7 +63,7 @@ def index_for_model(root: str | Path, classifier: ImageClassifier) -> ImageIndex
             f"--data {root} holds splits ({', '.join(splits)}), not classes. "
             f"Choose one: --data {Path(root) / splits[0]}."
         )
-    return match_classes(index_folder(root, name="--data"), classifier.class_names)
+    return match_classes(index_folder(root, name="--data", min_classes=1), classifier.class_names)
 
 
 @torch.inference_mode()

@@ -151,10 +151,8 @@ def _make_trainer(
         extra = arguments.get("logger")
         loggers += extra if isinstance(extra, list) else [extra] if extra not in (None, True) else []
     if options.early_stopping_patience is not None:
-        patience = options.early_stopping_patience
-        if patience < 1:
-            raise ConfigError(f"early_stopping_patience must be at least 1 epoch; got {patience}.")
-        callbacks = [*callbacks, EarlyStopping("val/acc1", mode="max", patience=patience)]
+        stopping = EarlyStopping("val/acc1", mode="max", patience=options.early_stopping_patience)
+        callbacks = [*callbacks, stopping]
     bar = arguments.pop("enable_progress_bar", None)
     if bar is None:
         bar = sys.stderr.isatty()

@@ -137,6 +137,9 @@ class FitOptions:
         resume: ``auto`` continues ``run_dir`` if it was begun; a run folder continues that one.
         early_stopping_patience: Stop when ``val/acc1`` has not improved for this many epochs; null never.
         compile: Whether the encoder's blocks are compiled.
+
+    Raises:
+        ConfigError: If a value is out of range.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -146,3 +149,11 @@ class FitOptions:
     resume: str | None = None
     early_stopping_patience: int | None = None
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}; got {self.seed}.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ConfigError(
+                f"early_stopping_patience must be at least 1; got {self.early_stopping_patience}."
+            )
