@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -54,11 +55,15 @@ class Attention(nn.Module):
         Returns:
             Shape ``(batch, read tokens, dim)``.
         """
-        q, k, v = self._project(tokens, read)
-        out = F.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), v, dropout_p=self.attn_drop.p if self.training else 0.0
-        )
-        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+        dropout = self.attn_drop.p if self.training else 0.0
+        plain = dropout == 0.0 and isinstance(self.k_norm, nn.Identity)
+        if read is not None and read.stop - read.start == 1 and plain:
+            out = self._attend_from_one(tokens, tokens[:, read.start])
+        else:
+            q, k, v = self._project(tokens, read)
+            out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
+            out = rearrange(out, "b h n d -> b n (h d)")
+        return self.proj_drop(self.proj(out))
 
     def _project(self, tokens: Tensor, read: slice | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the read tokens, keys and values of all, each ``(batch, heads, tokens, head_dim)``."""
@@ -73,3 +78,28 @@ class Attention(nn.Module):
         kv = F.linear(tokens, weight[dim:], kv_bias)
         k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=heads)
         return q, k, v
+
+    def _attend_from_one(self, tokens: Tensor, reader: Tensor) -> Tensor:
+        """Attention of a single query without projecting any key or value.
+
+        ``q . (W_k x) = (W_k^T q) . x``, and ``sum a (W_v x) = W_v (sum a x)``: the projections move from all
+        tokens to the query and to the weighted sum. The key bias adds the same to every score and cancels.
+
+        Args:
+            tokens: Normalised tokens, shape ``(batch, tokens, dim)``.
+            reader: The token that attends, shape ``(batch, dim)``.
+
+        Returns:
+            Before the projection, shape ``(batch, 1, dim)``.
+        """
+        w_q, w_k, w_v = self.qkv.weight.chunk(3)
+        bias_q, _, bias_v = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        q = rearrange(F.linear(reader, w_q, bias_q), "b (h d) -> b h d", h=self.num_heads)
+        q = self.q_norm(q) * q.shape[-1] ** -0.5
+        query = torch.einsum("bhd,hdc->bhc", q, rearrange(w_k, "(h d) c -> h d c", h=self.num_heads))
+        attn = (query @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, h, N)
+        mixed = torch.einsum(
+            "bhc,hdc->bhd", attn @ tokens, rearrange(w_v, "(h d) c -> h d c", h=self.num_heads)
+        )
+        out = rearrange(mixed, "b h d -> b 1 (h d)")
+        return out if bias_v is None else out + bias_v
