@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vit_cls.model.linear import Linear, linear
+
 
 class Attention(nn.Module):
     """Self-attention with fused softmax, and queries for a part of the tokens if asked.
@@ -38,11 +40,11 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:
@@ -69,14 +71,15 @@ class Attention(nn.Module):
         """Queries of the read tokens, keys and values of all, each ``(batch, heads, tokens, head_dim)``."""
         heads = self.num_heads
         if read is None:
-            q, k, v = rearrange(self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=heads)
+            qkv = rearrange(self.qkv(tokens), "b n (three h d) -> b n three h d", three=3, h=heads)
+            q, k, v = (rearrange(part, "b n h d -> b h n d") for part in qkv.unbind(2))
             return q, k, v
         dim = tokens.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         q_bias, kv_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
-        q = rearrange(F.linear(tokens[:, read], weight[:dim], q_bias), "b n (h d) -> b h n d", h=heads)
-        kv = F.linear(tokens, weight[dim:], kv_bias)
-        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=heads)
+        q = rearrange(linear(tokens[:, read], weight[:dim], q_bias), "b n (h d) -> b h n d", h=heads)
+        kv = rearrange(linear(tokens, weight[dim:], kv_bias), "b n (two h d) -> b n two h d", two=2, h=heads)
+        k, v = (rearrange(part, "b n h d -> b h n d") for part in kv.unbind(2))
         return q, k, v
 
     def _attend_from_one(self, tokens: Tensor, reader: Tensor) -> Tensor:

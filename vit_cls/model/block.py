@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_cls.model.attention import Attention
+from vit_cls.model.linear import Linear
 
 
 class QuickGELU(nn.Module):
@@ -93,10 +94,10 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, act: str = "gelu", drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = make_activation(act)
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,8 +151,7 @@ class Block(nn.Module):
             Shape ``(batch, read tokens, dim)``: what the whole block would give for those tokens, from
             keys and values of all tokens and everything else of the read ones alone.
         """
-        attended = self.attn(self.norm1(tokens), read)
-        if read is not None:
-            tokens = tokens[:, read]
-        tokens = tokens + self.drop_path1(self.ls1(attended))
+        # No name for what attention returns: it would live, and cost memory, until the MLP is done.
+        kept = tokens if read is None else tokens[:, read]
+        tokens = kept + self.drop_path1(self.ls1(self.attn(self.norm1(tokens), read)))
         return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
