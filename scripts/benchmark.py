@@ -9,6 +9,7 @@ compute the same. Exit status: 0 done, 1 the sides differ, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import gc
 import importlib.util
@@ -38,6 +39,8 @@ from torch.profiler import ProfilerActivity
 
 import vit_cls
 from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.files import replacing
+from vit_cls.model import linear
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.presets import PRESETS, create_model
 from vit_cls.model.vit import VisionTransformer
@@ -341,6 +344,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile both (default: on cuda only)")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--seed", type=int, default=0)
+    add(
+        "--same_linear",
+        action="store_true",
+        help="F.linear on our side too: shows the model's own savings alone",
+    )
     args = parser.parse_args(argv)
     for names, known, what in ((args.suites, SUITES, "SUITE"), (args.models, PRESETS, "--models")):
         for name in names:
@@ -351,6 +359,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(args, option)
         if value is not None and value < least:
             raise ConfigError(f"--{option} must be at least {least}; got {value}.")
+    if args.json and args.json.is_dir():
+        raise ConfigError(f"--json {args.json} cannot be written: {args.json} is a folder.")
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that torch can use, and there is none here.")
@@ -361,37 +371,29 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     return args
 
 
-def _scratch_file(target: Path) -> Path:
-    """An empty file beside ``target``, to become it once it is whole."""
-    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        scratch.touch()
-    except OSError as error:
-        raise ConfigError(f"--json {target} cannot be written: {error.strerror or error}.") from error
-    return scratch
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; ``argv`` is as for `parse`."""
-    scratch = None
     try:
         settings = parse(argv)
-        scratch = _scratch_file(settings.json) if settings.json else None
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        report = run(settings)
-        if scratch:
-            scratch.write_text(json.dumps(report, indent=2) + "\n")
-            os.replace(scratch, settings.json)
+        if settings.same_linear:
+            linear.USE_ONEDNN = False
+        # The file is begun first: a folder that cannot be written is told before the minutes, not after.
+        with replacing(settings.json) if settings.json else contextlib.nullcontext() as scratch:
+            report = run(settings)
+            if scratch:
+                scratch.write_text(json.dumps(report, indent=2) + "\n")
         print(table(report))
+    except OSError as error:
+        print(
+            f"benchmark: --json {settings.json} cannot be written: {error.strerror or error}.",
+            file=sys.stderr,
+        )
+        return 2
     except (ConfigError, Mismatch) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    finally:
-        if scratch:
-            scratch.unlink(missing_ok=True)
     return 0
 
 

@@ -203,6 +203,10 @@ def test_early_stopping_ends_a_run_that_stands_still(image_root, tmp_path):
         image_root, tmp_path / "run", epochs=30, optim=OptimOptions(lr=1e-12), early_stopping_patience=2
     )
     assert result.epochs == 3
+    # of equal epochs the last is the best
+    assert result.best_epoch == 2
+    assert read_metadata(tmp_path / "run/model.safetensors")["metrics"]["epoch"] == 2
+    assert torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)["epoch"] == 2
 
 
 def test_gradients_are_clipped_as_asked(image_root, tmp_path):

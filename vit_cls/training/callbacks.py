@@ -9,9 +9,9 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from vit_cls.environment import environment
 from vit_cls.errors import RunError
@@ -101,15 +101,23 @@ class RunCheckpoint(ModelCheckpoint):
         self.folder = folder
         self.epoch_log = epoch_log
 
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether this epoch is the best so far. Of equals the later is: its learning rate is lower.
+
+        On a small validation set many epochs are equal, and the first of them is the worst choice.
+        """
+        best = self.best_model_score
+        tie = current is not None and best is not None and bool(current == best)
+        return tie or super().check_monitor_top_k(trainer, current)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state, and the model where it is the best so far (the first of equals)."""
+        """Save the state, and the model where it is the best so far."""
         before = self.best_model_score
         super().on_train_epoch_end(trainer, pl_module)
         # Lightning's save_last writes only when the best is written too: hours could be lost.
         trainer.save_checkpoint(self.folder.last_checkpoint)
-        best = self.best_model_score
-        improved = best is not None and (before is None or bool(torch.as_tensor(best > before)))
-        if improved and trainer.is_global_zero:
+        now = trainer.callback_metrics.get("val/acc1")
+        if now is not None and (before is None or bool(now >= before)) and trainer.is_global_zero:
             assert isinstance(pl_module, ClassificationTask)
             extra = {
                 "metrics": self.epoch_log.rows[-1],

@@ -320,7 +320,9 @@ def _result(folder: RunFolder, rows: list[dict[str, float]], seconds: float) -> 
     validated = [row for row in rows if "val/acc1" in row]
     if not validated:
         raise RunError("no epoch was validated, so there is no best model; check trainer.limit_val_batches.")
-    best = max(validated, key=lambda row: row["val/acc1"])  # the first of equals
+    best = max(
+        reversed(validated), key=lambda row: row["val/acc1"]
+    )  # the last of equals, as in RunCheckpoint
     speeds = sorted(row["train_images_per_second"] for row in rows)
     return FitResult(
         folder=folder,
