@@ -99,8 +99,8 @@ class ImageDataModule(LightningDataModule):
         Raises:
             DataError: If the images cannot be used.
         """
-        self.seed = seed
-        self.load_index(seed)
+        if not self.origin or seed != self.seed:
+            self.load_index(seed)
         train = train_transform(img_size, augment=self.augment, interpolation=interpolation)
         val = eval_transform(img_size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
         self.train_set = ImageDataset(self.train_source, train, seed=seed)
@@ -115,6 +115,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             DataError: If the images cannot be used.
         """
+        self.seed = seed
         if self.name == "digits":
             everything = load_digits("train")
             train, val = stratified_split(everything.index, val_fraction=self.val_fraction, seed=seed)

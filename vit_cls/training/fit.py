@@ -101,13 +101,7 @@ def fit(
     _quiet_lightning()
     stem = f"{options.model.name}_{options.model.pool.replace(':', '')}"
     folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
-    seed_everything(options.seed, verbose=False)
-    data.load_index(options.seed)
-    classifier = options.model.build(data.class_names)
-    crop = dataclasses.asdict(classifier.preprocess)
-    data.configure(
-        seed=options.seed, **{k: crop[k] for k in ("img_size", "crop_pct", "crop_mode", "interpolation")}
-    )
+    classifier = _prepare(options, data)
     identity = _identity(options, data, classifier)
     if resuming:
         check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
@@ -122,9 +116,6 @@ def fit(
         )
     schedule = _schedule(options, data, trainer)
     task = ClassificationTask(classifier, options.optim, schedule)
-    if options.compile:
-        for block in classifier.model.blocks:
-            block.compile()
     record = _record(options, data, classifier, trainer, schedule, identity, command)
     _announce(record, data, schedule)
     with _run_folder(folder, record, trainer, epoch_log):
@@ -137,6 +128,25 @@ def fit(
     if trainer.is_global_zero:
         folder.write_record({**record, "status": "finished", "finished": _now(), "result": summary})
     return result
+
+
+def _prepare(options: FitOptions, data: ImageDataModule) -> ImageClassifier:
+    """The classifier that the data's classes ask for, and the data as the classifier's input asks for it."""
+    seed_everything(options.seed, verbose=False)
+    data.load_index(options.seed)
+    classifier = options.model.build(data.class_names)
+    if options.compile:
+        for block in classifier.model.blocks:
+            block.compile()
+    pre = classifier.preprocess
+    data.configure(
+        seed=options.seed,
+        img_size=pre.img_size,
+        crop_pct=pre.crop_pct,
+        crop_mode=pre.crop_mode,
+        interpolation=pre.interpolation,
+    )
+    return classifier
 
 
 def _make_trainer(
