@@ -386,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 scratch.write_text(json.dumps(report, indent=2) + "\n")
         print(table(report))
     except OSError as error:
-        print(f"benchmark: --json {settings.json} cannot be written: {error}.", file=sys.stderr)
+        print(f"benchmark: --json cannot be written: {error.strerror or error}.", file=sys.stderr)
         return 2
     except (ConfigError, Mismatch) as error:
         print(f"benchmark: {error}", file=sys.stderr)

@@ -7,7 +7,6 @@ import logging
 import math
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ class FitResult:
         correct: Validation images whose class was predicted.
         images: Validation images.
         top5: Share of them whose class was among the first five (or all, where there are fewer).
-        seconds: Wall time of this call.
+        seconds: Wall time of all epochs, those before a resume included.
         train_images_per_second: Median over the epochs.
         history: One row an epoch.
     """
@@ -97,7 +96,6 @@ def fit(
             left behind.
         Interrupted: If SIGINT or SIGTERM came; complete epochs are kept.
     """
-    started = time.perf_counter()
     _quiet_lightning()
     stem = f"{options.model.name}_{options.model.pool.replace(':', '')}"
     folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
@@ -123,7 +121,7 @@ def fit(
         checkpoint = str(folder.last_checkpoint) if resuming else None
         trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     rows = epoch_log.rows or folder.read_history()
-    result = _result(folder, rows, time.perf_counter() - started)
+    result = _result(folder, rows)
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
     if trainer.is_global_zero:
         folder.write_record({**record, "status": "finished", "finished": _now(), "result": summary})
@@ -326,7 +324,7 @@ def _announce(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedu
     )
 
 
-def _result(folder: RunFolder, rows: list[dict[str, float]], seconds: float) -> FitResult:
+def _result(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:
     validated = [row for row in rows if "val/acc1" in row]
     if not validated:
         raise RunError("no epoch was validated, so there is no best model; check trainer.limit_val_batches.")
@@ -341,7 +339,7 @@ def _result(folder: RunFolder, rows: list[dict[str, float]], seconds: float) -> 
         correct=int(best["val/correct"]),
         images=int(best["val/images"]),
         top5=best["val/acc5"],
-        seconds=seconds,
+        seconds=sum(row["seconds"] for row in rows),
         train_images_per_second=speeds[len(speeds) // 2],
         history=rows,
     )
