@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             raise VitClsError(
                 f"there is no verb {verb!r}.{did_you_mean(verb, COMMANDS)} Known: {', '.join(COMMANDS)}."
             )
-        # Whatever a library prints on the way is not the result.
-        with contextlib.redirect_stdout(sys.stderr):
+        # Whatever a library prints on the way is not the result, unless it is what was asked for.
+        asked = any(word in ("-h", "--help") or word.startswith("--print_config") for word in rest)
+        with contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr):
             outcome: Outcome = importlib.import_module(COMMANDS[verb][1]).run(rest)
     except VitClsError as error:
         if debug:

@@ -216,3 +216,13 @@ def test_models_lists_and_filters(place, capsys):
     out, _ = capsys.readouterr()
     assert re.search(r"vit_tiny_patch16_224\s+5,717,416\s+224\s+16\s+197\s+192\s+12\s+3", out)
     assert "vit_small" not in out
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate", "models"])
+def test_help_of_a_verb_is_on_stdout(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith(f"usage: vit-cls {verb}")
+    assert "--json" in out

@@ -136,6 +136,7 @@ def test_ctrl_c_ends_a_run_with_130_and_it_resumes(image_root, tmp_path):
     resumed = _vit_cls("fit", "--resume", "run", "--trainer.max_epochs", epochs + 1, "--json", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["epochs"] == epochs + 1
+    assert "resume" not in (tmp_path / "run/config.yaml").read_text()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])

@@ -11,7 +11,7 @@ import torch
 
 from vit_cls.data.decode import decode_image
 from vit_cls.data.transforms import eval_transform
-from vit_cls.errors import ConfigError, DataError
+from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.evaluation.metrics import evaluate_predictions
 from vit_cls.evaluation.output import check_output, write_tables
 from vit_cls.evaluation.predictions import choose_bf16, choose_device, index_for_model, predict_index
@@ -105,6 +105,14 @@ def test_a_folder_of_splits_is_not_taken_for_classes(tiny, image_root):
         DataError, match=r"holds splits \(train, val\), not classes. Choose one: --data .*train"
     ):
         index_for_model(image_root, _classifier(tiny))
+
+
+def test_a_model_that_diverged_is_refused_and_not_miscounted(tiny, image_root):
+    classifier = _classifier(tiny)
+    torch.nn.init.constant_(classifier.model.head.bias, float("nan"))
+    index = index_for_model(image_root / "val", classifier)
+    with pytest.raises(ModelFileError, match=r"no finite logits for 8 of 8 images, the first .*blue/0.png"):
+        predict_index(classifier, index, device="cpu", num_workers=0)
 
 
 def test_bf16_is_close_to_fp32(tiny, image_root):

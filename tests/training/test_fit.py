@@ -80,9 +80,27 @@ def test_a_classifier_learns_two_colours(image_root, tmp_path):
     assert result.history[-1]["train/loss"] < 0.5 * result.history[0]["train/loss"]
 
 
+class _WreckFrom(Callback):
+    """From that epoch on the model is validated with a head that says one class for everything."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.current_epoch >= self.epoch:
+            head = pl_module.classifier.model.head
+            with torch.no_grad():
+                head.weight.zero_()
+                head.bias.copy_(torch.tensor([1.0, 0.0]))
+
+
+PLAIN = dataclasses.replace(TINY_MODEL, drop_path_rate=0.0)
+
+
 def test_the_model_file_is_the_best_epoch_not_the_last(image_root, tmp_path):
-    # A learning rate that wrecks the model late: warm-up never ends, so the last epochs are the worst.
-    result = _fit(image_root, tmp_path / "run", epochs=4)
+    result = _fit(image_root, tmp_path / "run", epochs=6, model=PLAIN, trainer={"callbacks": [_WreckFrom(4)]})
+    assert result.best_epoch < 4
+    assert result.correct > 4 == result.history[-1]["val/correct"]
     state = load_file(tmp_path / "run/model.safetensors")
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     assert best["epoch"] == result.best_epoch
@@ -103,6 +121,61 @@ def test_weights_depend_on_the_seed(image_root, tmp_path):
         _fit(image_root, tmp_path / name, epochs=1, seed=seed)
     assert _same(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
     assert not _same(_weights(tmp_path / "a"), _weights(tmp_path / "c"))
+
+
+def test_an_epoch_without_validation_has_no_validation_numbers_and_is_never_the_best(image_root, tmp_path):
+    trainer = {"check_val_every_n_epoch": 2, "max_steps": 28}  # 5 steps an epoch: it ends inside epoch 5
+    result = _fit(image_root, tmp_path / "run", epochs=10, trainer=trainer)
+    assert [row["epoch"] for row in result.history if "val/acc1" in row] == [1, 3]
+    assert result.best_epoch in (1, 3)
+    assert read_metadata(tmp_path / "run/model.safetensors")["metrics"]["epoch"] == result.best_epoch
+
+
+def test_a_moved_run_remembers_its_best_epoch(image_root, tmp_path):
+    first = _fit(image_root, tmp_path / "run", epochs=6, model=PLAIN)
+    before = load_file(tmp_path / "run/model.safetensors")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    trainer = {"callbacks": [_WreckFrom(0)]}
+    second = _fit(image_root, None, epochs=8, model=PLAIN, resume=str(tmp_path / "moved"), trainer=trainer)
+    assert second.best_epoch == first.best_epoch
+    assert _same(load_file(tmp_path / "moved/model.safetensors"), before)
+
+
+class _SignalAtStart(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_before_the_first_step_stops_at_once(image_root, tmp_path):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM; no epoch was complete"):
+        _fit(image_root, tmp_path / "run", trainer={"callbacks": [_SignalAtStart()]})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failure_leaves_an_empty_folder_as_it_was(image_root, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Interrupted):
+        _fit(image_root, tmp_path / "run", trainer={"callbacks": [_StopAfter(0)]})
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_run_that_was_killed_before_its_first_epoch_is_begun_again(image_root, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    with pytest.raises(RunError, match=r"without a finished epoch.*--resume auto"):
+        _fit(image_root, tmp_path / "run")
+    assert _fit(image_root, tmp_path / "run", epochs=1, resume="auto").epochs == 1
+
+
+def test_of_two_runs_that_chose_the_same_new_folder_the_second_is_refused(image_root, tmp_path, monkeypatch):
+    def another_run_is_faster(*args):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/run.json").write_text("{}")
+
+    monkeypatch.setattr("vit_cls.training.fit._announce", another_run_is_faster)
+    with pytest.raises(RunError, match="another run has just taken"):
+        _fit(image_root, tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["run.json"]
 
 
 class _StopAfter(Callback):
@@ -160,6 +233,9 @@ def test_a_resumed_run_must_be_the_same_run(image_root, tmp_path):
     with pytest.raises(RunError, match="architecture changed"):
         model = dataclasses.replace(TINY_MODEL, depth=1)
         _fit(image_root, tmp_path / "run", epochs=2, resume="auto", model=model)
+    with pytest.raises(RunError, match=r"optim.weight_decay changed \(then 0.05, now 0.5\)"):
+        optim = OptimOptions(lr=3e-3, weight_decay=0.5)
+        _fit(image_root, tmp_path / "run", epochs=2, resume="auto", optim=optim)
 
 
 def test_a_taken_folder_is_refused_and_left_alone(image_root, tmp_path):
@@ -289,6 +365,8 @@ def test_the_training_step_reads_nothing_back_from_the_device(image_root, tmp_pa
         ),
         ({}, {"early_stopping_patience": 0}, "early_stopping_patience must be at least 1"),
         ({"accelerator": "no"}, {}, "Lightning's trainer refuses"),
+        ({"limit_val_batches": 0}, {}, "trainer.limit_val_batches must not be 0"),
+        ({"overfit_batches": 1}, {}, "trainer.overfit_batches swaps the sampler"),
         ({}, {"seed": -1}, "seed must be from 0 to 4294967295; got -1"),
         ({}, {"resume": "nowhere"}, "resume nowhere continues that folder, but run_dir is"),
     ],

@@ -14,7 +14,6 @@ from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.reports.html import write_fit_report
-from vit_cls.training.callbacks import Interrupted
 from vit_cls.training.fit import TRAINER_DEFAULTS, FitResult, fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.training.runs import RunFolder, is_first_process
@@ -75,9 +74,10 @@ class FitCLI(LightningCLI):
         self.trainer_options = dict(built.trainer)
 
     def config_yaml(self) -> str:
-        """The resolved configuration, in a form that ``--config`` takes back."""
+        """The resolved configuration, in a form that ``--config`` takes back, for this run or another."""
         config = self.config.clone()
-        config.pop("config", None)
+        for key in ("config", "run_dir", "resume"):
+            config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
 
 
@@ -95,17 +95,9 @@ def run(words: list[str]) -> Outcome:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     cli = FitCLI(_with_config_of_resumed_run(words))
-    try:
-        result = fit(
-            cli.options,
-            cli.datamodule,
-            cli.trainer_options,
-            config_yaml=cli.config_yaml(),
-            command=["vit-cls", "fit", *words],
-        )
-    except Interrupted as error:
-        error.args = (f"{error}. Complete epochs are kept; continue with --resume and the run folder.",)
-        raise
+    command = ["vit-cls", "fit", *words]
+    config_yaml = cli.config_yaml()
+    result = fit(cli.options, cli.datamodule, cli.trainer_options, config_yaml=config_yaml, command=command)
     outcome = _outcome(result)
     if not outcome.silent:
         interval = (outcome.data["top1_ci95"][0], outcome.data["top1_ci95"][1])

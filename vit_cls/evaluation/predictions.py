@@ -17,7 +17,7 @@ from vit_cls.data.loader import default_num_workers, make_loader
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS, match_classes
 from vit_cls.data.transforms import eval_transform
-from vit_cls.errors import ConfigError, DataError
+from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.model.classifier import ImageClassifier
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -43,7 +43,7 @@ class Predictions:
     @property
     def scored(self) -> np.ndarray:
         """Positions of the images that have a prediction."""
-        return np.flatnonzero(~np.isnan(self.probs[:, 0]))
+        return np.array([i for i in range(len(self.index)) if i not in self.errors], dtype=np.int64)
 
 
 def index_for_model(root: str | Path, classifier: ImageClassifier) -> ImageIndex:
@@ -95,6 +95,7 @@ def predict_index(
 
     Raises:
         ConfigError: If the device or a number is not available.
+        ModelFileError: If logits are not finite.
     """
     started = time.perf_counter()
     where = choose_device(device)
@@ -112,8 +113,7 @@ def predict_index(
     )
     classifier.to(where).eval()
     if compile:
-        for block in classifier.model.blocks:
-            block.compile()
+        classifier.model.blocks.compile()
     logits = torch.full(
         (len(index), len(classifier.class_names)), torch.nan, dtype=torch.float32, device=where
     )
@@ -126,7 +126,14 @@ def predict_index(
             with torch.autocast(where.type, dtype=torch.bfloat16, enabled=low):
                 logits[batch.indices.to(where)] = classifier(images).float()
     probs = logits.cpu().double().softmax(dim=1).numpy()
-    return Predictions(index, probs, errors, time.perf_counter() - started)
+    predictions = Predictions(index, probs, errors, time.perf_counter() - started)
+    broken = [i for i in predictions.scored if not np.isfinite(probs[i]).all()]
+    if broken:
+        raise ModelFileError(
+            f"no finite logits for {len(broken)} of {len(predictions.scored)} images, "
+            f"the first {index.path(broken[0])}: weights that diverged, or --precision bf16."
+        )
+    return predictions
 
 
 def choose_device(device: str) -> torch.device:

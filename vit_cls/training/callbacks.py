@@ -6,12 +6,13 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import Checkpoint
 
 from vit_cls.environment import environment
 from vit_cls.errors import RunError
@@ -21,6 +22,7 @@ from vit_cls.weights.bundle import save_classifier
 
 log = logging.getLogger("vit_cls")
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/correct", "val/images")
 
 
@@ -45,6 +47,7 @@ class EpochLog(Callback):
         """Start the clock of the epoch."""
         self.started = time.perf_counter()
         self.images = 0
+        self.validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,12 +59,19 @@ class EpochLog(Callback):
         """Stop the clock of training."""
         self.train_seconds = time.perf_counter() - self.started
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that this epoch has validation metrics of its own: Lightning keeps showing old ones."""
+        self.validated = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the row; on the first process alone."""
         metrics = trainer.callback_metrics
         row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
         row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
-        row |= {name: float(metrics[name]) for name in COLUMNS if name in metrics}
+        names = [
+            name for name in COLUMNS if name in metrics and (self.validated or name.startswith("train/"))
+        ]
+        row |= {name: float(metrics[name]) for name in names}
         row["seconds"] = time.perf_counter() - self.started
         row["train_images_per_second"] = self.images / max(
             getattr(self, "train_seconds", row["seconds"]), 1e-9
@@ -81,50 +91,52 @@ class EpochLog(Callback):
         )
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RunCheckpoint(Checkpoint):
     """Keep ``last.ckpt`` and ``best.ckpt``, and the best classifier as ``model.safetensors``.
+
+    The best epoch is that of the highest ``val/acc1``; of equals the later, since its learning rate is
+    lower: on a small validation set many epochs are equal, and the first of them is the worst choice.
+    Lightning's ModelCheckpoint keeps the first, writes ``last`` only together with ``best``, and forgets
+    the best score when the folder was moved.
 
     Args:
         folder: The run folder.
-        epoch_log: Holds the metrics that go into the model file.
+        epoch_log: Holds the metrics of the epoch.
     """
 
     def __init__(self, folder: RunFolder, epoch_log: EpochLog) -> None:
-        super().__init__(
-            dirpath=folder.checkpoint_dir,
-            filename="best",
-            monitor="val/acc1",
-            mode="max",
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
+        super().__init__()
         self.folder = folder
         self.epoch_log = epoch_log
-
-    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether this epoch is the best so far. Of equals the later is: its learning rate is lower.
-
-        On a small validation set many epochs are equal, and the first of them is the worst choice.
-        """
-        best = self.best_model_score
-        tie = current is not None and best is not None and bool(current == best)
-        return tie or super().check_monitor_top_k(trainer, current)
+        self.best: float | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state, and the model where it is the best so far."""
-        before = self.best_model_score
-        super().on_train_epoch_end(trainer, pl_module)
-        # Lightning's save_last writes only when the best is written too: hours could be lost.
+        """Save the model where it is the best so far, then the state: a resume repeats what a crash cut."""
+        row = self.epoch_log.rows[-1]
+        score = row.get("val/acc1")  # absent where this epoch was not validated
+        if score is not None and (self.best is None or score >= self.best):
+            self.best = score
+            if trainer.is_global_zero:
+                self._save_model(pl_module, row)
+            trainer.save_checkpoint(self.folder.best_checkpoint)
         trainer.save_checkpoint(self.folder.last_checkpoint)
-        now = trainer.callback_metrics.get("val/acc1")
-        if now is not None and (before is None or bool(now >= before)) and trainer.is_global_zero:
-            assert isinstance(pl_module, ClassificationTask)
-            extra = {
-                "metrics": self.epoch_log.rows[-1],
-                "versions": environment()["versions"],
-                "weights_licence": "trained from scratch: the licence is yours to choose",
-            }
-            save_classifier(pl_module.classifier, self.folder.model_file, extra=extra)
+
+    def _save_model(self, task: LightningModule, row: dict[str, float]) -> None:
+        assert isinstance(task, ClassificationTask)
+        extra = {
+            "metrics": row,
+            "versions": environment()["versions"],
+            "weights_licence": "trained from scratch: the licence is yours to choose",
+        }
+        save_classifier(task.classifier, self.folder.model_file, extra=extra)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score, for a resumed run."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best score of the run so far."""
+        self.best = state_dict["best"]
 
 
 class Interrupted(RunError):
@@ -140,29 +152,41 @@ class Interrupted(RunError):
 
 
 class StopOnSignal(Callback):
-    """On SIGINT or SIGTERM finish the step and stop; on a second signal stop at once."""
+    """On SIGINT or SIGTERM finish the step and stop; between steps, or on a second signal, stop at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
+        self.training = False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
+        if self.signum is not None or not self.training:
+            raise Interrupted(signum)
         self.signum = signum
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hold both signals for the time of the block; Python allows that in the main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over both signals; Python allows that in the main thread alone."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+        """From here on signals wait for the end of the step; Lightning put its own handler in between."""
+        self.training = True
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGTERM, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if a signal came."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        self._stop_if_asked()
 
     def on_validation_batch_end(
         self,
@@ -174,18 +198,12 @@ class StopOnSignal(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if a signal came."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_back()
+        self._stop_if_asked()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back, before Lightning gives back its own."""
-        self._give_back()
+        """No step is left to wait for."""
+        self.training = False
 
-    def _give_back(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def _stop_if_asked(self) -> None:
+        if self.signum is not None:
+            raise Interrupted(self.signum)

@@ -99,13 +99,11 @@ def fit(
     _quiet_lightning()
     stem = f"{options.model.name}_{options.model.pool.replace(':', '')}"
     folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
+    existed = folder.path.exists()
     classifier = _prepare(options, data)
     identity = _identity(options, data, classifier)
-    if resuming:
-        check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
-
-    epoch_log = EpochLog(folder)
-    callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), StopOnSignal()]
+    epoch_log, stop = EpochLog(folder), StopOnSignal()
+    callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), stop]
     trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
     if trainer.world_size > 1 and options.run_dir is None and options.resume is None:
         raise ConfigError(
@@ -114,14 +112,19 @@ def fit(
         )
     schedule = _schedule(options, data, trainer)
     task = ClassificationTask(classifier, options.optim, schedule)
+    identity |= {f"optim.{k}": v for k, v in dataclasses.asdict(options.optim).items()} | {
+        "peak_lr": schedule.lr
+    }
+    if resuming:
+        check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
     record = _record(options, data, classifier, trainer, schedule, identity, command)
     _announce(record, data, schedule)
-    with _run_folder(folder, record, trainer, epoch_log):
-        write_text(folder.config_file, config_yaml)
+    with stop.watching(), _run_folder(folder, record, trainer, existed=existed):
+        if trainer.is_global_zero:
+            write_text(folder.config_file, config_yaml)
         checkpoint = str(folder.last_checkpoint) if resuming else None
         trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-    rows = epoch_log.rows or folder.read_history()
-    result = _result(folder, rows)
+        result = _result(folder, epoch_log.rows or folder.read_history())
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
     if trainer.is_global_zero:
         folder.write_record({**record, "status": "finished", "finished": _now(), "result": summary})
@@ -134,8 +137,7 @@ def _prepare(options: FitOptions, data: ImageDataModule) -> ImageClassifier:
     data.load_index(options.seed)
     classifier = options.model.build(data.class_names)
     if options.compile:
-        for block in classifier.model.blocks:
-            block.compile()
+        classifier.model.blocks.compile()
     pre = classifier.preprocess
     data.configure(
         seed=options.seed,
@@ -152,6 +154,11 @@ def _make_trainer(
 ) -> Trainer:
     """Lightning's Trainer with our defaults, our callbacks and the user's."""
     arguments = {**TRAINER_DEFAULTS, **given}
+    if arguments.get("overfit_batches"):
+        raise ConfigError(
+            f"trainer.overfit_batches swaps the sampler that makes runs repeatable; got "
+            f"{arguments['overfit_batches']}. Use trainer.limit_train_batches."
+        )
     loggers: list[Any] = []
     if arguments.get("logger") is not False:
         loggers = [TensorBoardLogger(folder.path, name="", version="tensorboard", default_hp_metric=False)]
@@ -183,6 +190,10 @@ def _make_trainer(
 
 def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> Schedule:
     """Steps of the run. Lightning's own estimate drops the state of a resumed loader."""
+    if trainer.limit_val_batches == 0:
+        raise ConfigError(
+            "trainer.limit_val_batches must not be 0: without validation there is no best epoch."
+        )
     images = len(data.train_set) // trainer.world_size
     batches = math.ceil(images / max(1, data.batch_size))
     limit = trainer.limit_train_batches
@@ -214,16 +225,19 @@ def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> S
 
 @contextmanager
 def _run_folder(
-    folder: RunFolder, record: dict[str, Any], trainer: Trainer, epoch_log: EpochLog
+    folder: RunFolder, record: dict[str, Any], trainer: Trainer, *, existed: bool
 ) -> Iterator[None]:
-    """Make the folder; take it away again if the run fails before it has anything to show."""
-    new = not folder.path.exists()
+    """Make the folder; take away what is in it if the run fails before it has anything to show."""
     if not trainer.is_global_zero:
         yield
         return
+    new = not existed or not any(folder.path.iterdir())
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        # Two runs that start together may have chosen the same new folder: the second is refused.
+        folder.path.mkdir(parents=True, exist_ok=existed)
         folder.write_record({**record, "status": "running"})
+    except FileExistsError:
+        raise RunError(f"another run has just taken {folder.path}. Start this one again.") from None
     except OSError as error:
         raise RunError(
             f"run_dir {folder.path} cannot be written: {error.strerror}. Choose another folder."
@@ -231,11 +245,21 @@ def _run_folder(
     try:
         yield
     except BaseException as error:
-        if new and not folder.last_checkpoint.exists():
-            shutil.rmtree(folder.path, ignore_errors=True)
-        else:
-            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        kept = folder.last_checkpoint.exists()
+        if isinstance(error, Interrupted):
+            hint = (
+                f"continue with --resume {folder.path}"
+                if kept
+                else "no epoch was complete, so nothing is kept"
+            )
+            error.args = (f"{error}; {hint}.",)
+        if kept or not new:
+            status = "interrupted" if isinstance(error, Interrupted) else "failed"
             folder.write_record({**record, "status": status, "finished": _now()})
+        else:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            if existed:
+                folder.path.mkdir()
         raise
 
 
@@ -294,7 +318,9 @@ def _record(
             "total_steps": schedule.total_steps,
         },
         "device": str(trainer.strategy.root_device),
-        "device_name": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else None,
+        "device_name": torch.cuda.get_device_name(trainer.strategy.root_device)
+        if trainer.strategy.root_device.type == "cuda"
+        else None,
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
     }
@@ -327,7 +353,10 @@ def _announce(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedu
 def _result(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:
     validated = [row for row in rows if "val/acc1" in row]
     if not validated:
-        raise RunError("no epoch was validated, so there is no best model; check trainer.limit_val_batches.")
+        raise RunError(
+            "no epoch was validated, so there is no best model; check trainer.max_steps and "
+            "trainer.check_val_every_n_epoch."
+        )
     best = max(
         reversed(validated), key=lambda row: row["val/acc1"]
     )  # the last of equals, as in RunCheckpoint

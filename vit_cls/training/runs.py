@@ -52,6 +52,11 @@ class RunFolder:
         return self.checkpoint_dir / "last.ckpt"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """The training state after the best epoch."""
+        return self.checkpoint_dir / "best.ckpt"
+
+    @property
     def model_file(self) -> Path:
         """The best model, for everything but resuming."""
         return self.path / MODEL_FILE
@@ -121,7 +126,7 @@ def open_run(
         if not folder.last_checkpoint.is_file():
             raise RunError(
                 f"resume {resume}: there is no {folder.last_checkpoint}. A run can be resumed once it has "
-                "finished an epoch; begin anew without --resume."
+                "finished an epoch; to begin one again use --run_dir FOLDER --resume auto."
             )
         return folder, True
     if run_dir is None:
@@ -137,7 +142,13 @@ def open_run(
     if resume == "auto" and folder.last_checkpoint.is_file():
         return folder, True
     taken = first_process and folder.path.is_dir() and any(folder.path.iterdir())
-    if taken and not (resume == "auto" and folder.record_file.is_file()):
+    begun = taken and folder.record_file.is_file()
+    if begun and resume is None and not folder.last_checkpoint.is_file():
+        raise RunError(
+            f"run_dir {run_dir} holds a run without a finished epoch. Begin it again with --resume auto, or "
+            "give a new folder."
+        )
+    if taken and not (resume == "auto" and begun):
         raise RunError(
             f"run_dir {run_dir} is not empty. Give a new folder, or continue the run in it with "
             f"--resume {run_dir}."

@@ -96,7 +96,7 @@ class ClassificationTask(LightningModule):
         correct, images = counts[0], counts[4]
         self.log("val/correct", correct.float())
         self.log("val/images", images.float())
-        self.log("val/acc1", correct.double() / images, prog_bar=True)
+        self.log("val/acc1", correct.float() / images.float(), prog_bar=True)
         self.log("val/acc5", self.val_acc5.compute())
         self.val_counts.reset()
         self.val_acc5.reset()
