@@ -86,7 +86,7 @@ def test_fit_then_evaluate_from_the_command_line(image_root, tmp_path):
     assert (result["correct"], result["images"], result["failed"]) == (fitted["correct"], 8, 0)
     found = sorted(os.listdir(tmp_path / "out"))
     assert found == ["per_class.csv", "predictions.csv", "report.html"]
-    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").read_text().splitlines()))
     assert sum(int(row["correct"]) for row in rows) == result["correct"]
     assert (tmp_path / "run/report.html").is_file()
 
@@ -96,7 +96,10 @@ def test_fit_then_evaluate_from_the_command_line(image_root, tmp_path):
     assert json.loads(again.stdout)["correct"] == fitted["correct"]
     columns = ["train/loss", "val/loss", "val/acc1"]
     histories = [
-        [[row[c] for c in columns] for row in csv.DictReader((tmp_path / run / "metrics.csv").open())]
+        [
+            [row[c] for c in columns]
+            for row in csv.DictReader((tmp_path / run / "metrics.csv").read_text().splitlines())
+        ]
         for run in ("run", "again")
     ]
     assert histories[0] == histories[1]
@@ -132,7 +135,7 @@ def test_ctrl_c_ends_a_run_with_130_and_it_resumes(image_root, tmp_path):
     assert "stopped by SIGINT" in errors
     assert "Traceback" not in errors
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
-    epochs = len(list(csv.DictReader((tmp_path / "run/metrics.csv").open())))
+    epochs = len(list(csv.DictReader((tmp_path / "run/metrics.csv").read_text().splitlines())))
     resumed = _vit_cls("fit", "--resume", "run", "--trainer.max_epochs", epochs + 1, "--json", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["epochs"] == epochs + 1

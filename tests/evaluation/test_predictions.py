@@ -60,7 +60,7 @@ def test_an_unreadable_file_is_a_row_with_its_reason(tiny, image_root, tmp_path)
     others = [i for i in range(8) if i != 1]
     np.testing.assert_allclose(predictions.probs[others], clean.probs[others], atol=1e-6)
     write_tables(tmp_path / "out", predictions, evaluate_predictions(predictions))
-    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").read_text().splitlines()))
     assert [row["path"] for row in rows] == list(index.paths)
     assert rows[1] == {
         "path": "blue/1.png",
@@ -74,7 +74,9 @@ def test_an_unreadable_file_is_a_row_with_its_reason(tiny, image_root, tmp_path)
         sum(int(row["correct"]) for row in rows if row["correct"])
         == evaluate_predictions(predictions).correct
     )
-    assert [row["class"] for row in csv.DictReader((tmp_path / "out/per_class.csv").open())] == [
+    assert [
+        row["class"] for row in csv.DictReader((tmp_path / "out/per_class.csv").read_text().splitlines())
+    ] == [
         "blue",
         "red",
     ]
