@@ -127,13 +127,17 @@ def predict_index(
                 logits[batch.indices.to(where)] = classifier(images).float()
     probs = logits.cpu().double().softmax(dim=1).numpy()
     predictions = Predictions(index, probs, errors, time.perf_counter() - started)
-    broken = [i for i in predictions.scored if not np.isfinite(probs[i]).all()]
+    _refuse_diverged(predictions)
+    return predictions
+
+
+def _refuse_diverged(predictions: Predictions) -> None:
+    broken = [i for i in predictions.scored if not np.isfinite(predictions.probs[i]).all()]
     if broken:
         raise ModelFileError(
             f"no finite logits for {len(broken)} of {len(predictions.scored)} images, "
-            f"the first {index.path(broken[0])}: weights that diverged, or --precision bf16."
+            f"the first {predictions.index.path(broken[0])}: weights that diverged, or --precision bf16."
         )
-    return predictions
 
 
 def choose_device(device: str) -> torch.device:

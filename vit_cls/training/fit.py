@@ -178,12 +178,9 @@ def _make_trainer(
     if arguments.get("precision") is None:
         gpu = arguments.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
         arguments["precision"] = "bf16-mixed" if gpu else "32-true"
+    arguments["default_root_dir"] = folder.path
     try:
-        return Trainer(
-            default_root_dir=folder.path,
-            enable_progress_bar=bool(bar),
-            **_without(arguments, "default_root_dir"),
-        )
+        return Trainer(enable_progress_bar=bool(bar), **arguments)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"Lightning's trainer refuses these settings: {error}") from error
 
@@ -386,10 +383,6 @@ def _quiet_lightning() -> None:
     )
     for message in messages:
         warnings.filterwarnings("ignore", message=message)
-
-
-def _without(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {k: v for k, v in arguments.items() if k != name}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
