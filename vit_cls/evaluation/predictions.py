@@ -114,9 +114,7 @@ def predict_index(
     classifier.to(where).eval()
     if compile:
         classifier.model.blocks.compile()
-    logits = torch.full(
-        (len(index), len(classifier.class_names)), torch.nan, dtype=torch.float32, device=where
-    )
+    logits = torch.full((len(index), len(classifier.class_names)), torch.nan, device=where)
     errors: dict[int, str] = {}
     console = Console(stderr=True, quiet=not show_progress)
     for batch in track(loader, "predicting", total=len(loader), console=console, disable=not show_progress):

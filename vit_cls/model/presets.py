@@ -19,7 +19,7 @@ SIZES: dict[str, dict[str, int]] = {
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 
-# name: (size, patch_size, img_size)
+# The patch and image sides, in pixels, that each size comes in.
 _GRID: dict[str, list[tuple[int, int]]] = {
     "pico": [(7, 28), (4, 28), (4, 32), (8, 64)],
     "nano": [(7, 28), (4, 28), (4, 32), (8, 64)],

@@ -28,7 +28,7 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training.callbacks import EpochLog, Interrupted, RunCheckpoint, StopOnSignal
 from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import FitOptions
-from vit_cls.training.runs import RunFolder, check_same_run, is_first_process, open_run
+from vit_cls.training.runs import FROM_SCRATCH_LICENCE, RunFolder, check_same_run, is_first_process, open_run
 from vit_cls.training.task import ClassificationTask, Schedule
 
 log = logging.getLogger("vit_cls")
@@ -307,7 +307,7 @@ def _record(
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens": model.layout.num_tokens,
             "preprocess": _plain(dataclasses.asdict(classifier.preprocess)),
-            "weights_licence": "trained from scratch: the licence is yours to choose",
+            "weights_licence": FROM_SCRATCH_LICENCE,
         },
         "optim": {
             **dataclasses.asdict(options.optim),
