@@ -42,7 +42,7 @@ from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.files import replacing
 from vit_cls.model import linear
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.presets import PRESETS, create_model
+from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.vit import VisionTransformer
 
 TIMM_POOLS = {"cls": "token", "gap": "avg", "max": "max"}
@@ -76,7 +76,7 @@ def build_pair(name: str, pool: str, num_classes: int = 1000) -> tuple[VisionTra
     Raises:
         Mismatch: If their parameters differ in name, shape or count.
     """
-    ours = create_model(name, pool=pool, num_classes=num_classes)
+    ours = VisionTransformer(preset_config(name, pool=pool, num_classes=num_classes))
     options: Row = {"global_pool": TIMM_POOLS[pool], "num_classes": num_classes}
     if timm.is_model(name):
         theirs = timm.create_model(name, **options)

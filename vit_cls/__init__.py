@@ -8,11 +8,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "load"]
 
 if TYPE_CHECKING:
-    from vit_cls.model.presets import create_model
-    from vit_cls.weights.bundle import load
+    from vit_cls.weights.factory import create_model, load
 
 # Public name -> module that defines it. Loaded on first use, so that `vit-cls --help` needs no torch.
-_LAZY = {"create_model": "vit_cls.model.presets", "load": "vit_cls.weights.bundle"}
+_LAZY = {"create_model": "vit_cls.weights.factory", "load": "vit_cls.weights.factory"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.block import DropPath
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import POOLINGS, make_pooling
+from vit_cls.model.pooling import POOLINGS, PoolingContext, make_pooling
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.tokens import TokenLayout, sincos_2d_positions
 from vit_cls.model.vit import VisionTransformer
@@ -34,15 +34,15 @@ def test_each_pooling_builds_runs_and_sends_gradients_everywhere(spec, tiny, gen
     assert torch.isfinite(logits).all()
 
 
-def test_the_pooling_table_has_the_four_rows_that_are_documented():
-    assert SPECS == ["cls", "gap", "max", "token:3"]
+def test_the_pooling_table_has_the_rows_that_are_documented():
+    assert SPECS == ["cls", "gap", "max", "token:3", "cls+gap", "map"]
 
 
 @pytest.mark.parametrize(("spec", "expected"), [("cls", 0.0), ("gap", 5.5), ("max", 7.0), ("token:2", 6.0)])
 def test_poolings_on_a_hand_worked_sequence(spec, expected):
     layout = TokenLayout(class_token=True, reg_tokens=3, grid_size=(2, 2))
     tokens = torch.arange(8.0).view(1, 8, 1).repeat(1, 1, 2)  # 0 class, 1-3 registers, 4-7 patches
-    pooling = make_pooling(spec, layout)
+    pooling = make_pooling(spec, PoolingContext(layout))
     assert pooling(tokens[:, pooling.read]).tolist() == [[expected, expected]]
 
 
@@ -113,14 +113,14 @@ def test_sincos_positions_tell_rows_from_columns():
         ({"img_size": (16, 18)}, r"got 16x18 and 4"),
         ({"num_heads": 5}, r"model.num_heads must divide model.embed_dim; got 5 heads and width 24.*is 4"),
         ({"pool": "cls", "class_token": False}, r"model.pool cls reads the class token.*Use model.pool gap"),
-        ({"pool": "mean"}, r"model.pool must be one of cls, gap, max, token:K; got 'mean'"),
+        ({"pool": "mean"}, r"model.pool must be one of cls, gap, max, token:K, cls\+gap, map; got 'mean'"),
         ({"pool": "gap:3"}, r"model.pool gap takes no index"),
         ({"pool": "token"}, r"needs a patch K from 0 to 15"),
         ({"pool": "token:16"}, r"from 0 to 15 for a 4x4 grid; got 16"),
         ({"pool": "token:-1"}, r"needs a whole number K; got 'token:-1'"),
         ({"depth": 0}, r"model.depth must be at least 1; got 0"),
         ({"drop_path_rate": 1.0}, r"model.drop_path_rate must be in \[0, 1\); got 1.0"),
-        ({"act": "relu"}, r"model.act must be one of gelu, gelu_tanh, quick_gelu; got 'relu'"),
+        ({"act": "relu"}, r"model.act must be one of gelu, gelu_tanh, quick_gelu, silu; got 'relu'"),
         ({"pos_embed": "rope"}, r"model.pos_embed must be one of"),
         ({"embed_dim": 26, "num_heads": 2, "pos_embed": "sincos2d"}, r"divisible by 4; got 26"),
         ({"depht": 3}, r"unknown architecture setting `depht`. Did you mean `depth`"),

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import add_runtime_arguments, make_parser, parse
+from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, make_parser, parse
 from vit_cls.environment import environment
 from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
 from vit_cls.evaluation.output import check_output, write_tables
 from vit_cls.evaluation.predictions import index_for_model, predict_index
 from vit_cls.reports.html import write_evaluation_report
-from vit_cls.weights.bundle import load
+from vit_cls.weights.factory import load
 
 
 def run(words: list[str]) -> Outcome:
@@ -28,7 +28,7 @@ def run(words: list[str]) -> Outcome:
         VitClsError: If the request cannot be carried out.
     """
     parser = make_parser("evaluate", "Score a model on a folder with one sub-folder a class.")
-    parser.add_argument("--model", type=str, required=True, help="a run folder, model.safetensors or .ckpt")
+    parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
     parser.add_argument("--data", type=str, required=True, help="the image folder")
     add_runtime_arguments(parser)
     args = parse(parser, words)

@@ -9,6 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from vit_cls.errors import ConfigError, did_you_mean
 
+MODEL_HELP = (
+    "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
+)
 EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
 
 

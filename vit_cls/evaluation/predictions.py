@@ -95,8 +95,13 @@ def predict_index(
 
     Raises:
         ConfigError: If the device or a number is not available.
-        ModelFileError: If logits are not finite.
+        ModelFileError: If the model has no head, or logits are not finite.
     """
+    if not classifier.class_names:
+        raise ModelFileError(
+            "the model has no head, so it cannot name a class. Train one: vit-cls fit --config "
+            "configs/linear_probe.yaml --model.name NAME --model.pretrained WEIGHTS --data.root FOLDER."
+        )
     started = time.perf_counter()
     where = choose_device(device)
     low = choose_bf16(precision, where)

@@ -31,7 +31,12 @@ def make_activation(name: str) -> nn.Module:
         >>> make_activation("gelu_tanh")
         GELU(approximate='tanh')
     """
-    rows = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU()}
+    rows = {
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU(approximate="tanh"),
+        "quick_gelu": QuickGELU(),
+        "silu": nn.SiLU(),
+    }
     return rows[name]
 
 
@@ -105,6 +110,34 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
+class SwiGLUPacked(nn.Module):
+    """Gated MLP whose gate and value share one matrix: ``fc2(act(gate) * value)``.
+
+    Args:
+        dim: Width of a token.
+        hidden_dim: Width of gate and value together; even.
+        act: Name of the gate's activation.
+        drop: Dropout after each layer.
+
+    Source:
+        GLU variants, https://arxiv.org/abs/2002.05202; packed as in DINOv2's ``w12`` and timm's ``GluMlp``
+        with ``gate_last=False``.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, act: str = "silu", drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.act = make_activation(act)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_dim // 2, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x``, shape ``(batch, tokens, dim)``; the shape stays."""
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.drop2(self.fc2(self.drop1(self.act(gate) * value)))
+
+
 class Block(nn.Module):
     """Pre-norm encoder block, which computes only the tokens that are read after it.
 
@@ -124,7 +157,7 @@ class Block(nn.Module):
         self,
         dim: int,
         attn: Attention,
-        mlp: Mlp,
+        mlp: Mlp | SwiGLUPacked,
         *,
         init_values: float | None = None,
         drop_path: float = 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.token_model import TokenModel
 from vit_cls.model.vit import VisionTransformer
 
 CROP_MODES = ("center", "squash")
@@ -70,6 +71,20 @@ class Preprocess:
         whole = max(img_size) <= 64 or max(img_size) >= 384
         return cls(img_size, crop_pct=1.0 if whole else 0.9)
 
+    def resized(self, img_size: tuple[int, int], in_chans: int) -> Preprocess:
+        """The same preprocessing for another input.
+
+        Args:
+            img_size: Height and width, in pixels.
+            in_chans: Channels. For one channel mean and std are averaged, for others repeated in turn.
+        """
+        mean, std = self.mean, self.std
+        if in_chans == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        elif in_chans != len(mean):
+            mean, std = (tuple(values[i % len(values)] for i in range(in_chans)) for values in (mean, std))
+        return dataclasses.replace(self, img_size=img_size, mean=mean, std=std)
+
 
 class ImageClassifier(nn.Module):
     """A Vision Transformer that owns its preprocessing and knows its classes by name.
@@ -84,8 +99,8 @@ class ImageClassifier(nn.Module):
 
     Example:
         >>> import torch
-        >>> from vit_cls.model.presets import create_model
-        >>> model = create_model("vit_pico_patch7_28", num_classes=2)
+        >>> from vit_cls.model.presets import preset_config
+        >>> model = VisionTransformer(preset_config("vit_pico_patch7_28", num_classes=2))
         >>> classifier = ImageClassifier(model, Preprocess((28, 28)), ["cat", "dog"])
         >>> classifier(torch.zeros(4, 3, 28, 28, dtype=torch.uint8)).shape
         torch.Size([4, 2])
@@ -93,8 +108,12 @@ class ImageClassifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    weights_licence: str | None
+    """Licence of the weights, or of those they were fine-tuned from."""
+    weights_source: str | None
+    """What the weights were fine-tuned from; None for fresh ones."""
 
-    def __init__(self, model: VisionTransformer, preprocess: Preprocess, class_names: Sequence[str]) -> None:
+    def __init__(self, model: TokenModel, preprocess: Preprocess, class_names: Sequence[str]) -> None:
         super().__init__()
         config = model.config
         if len(set(class_names)) != len(class_names):
@@ -112,6 +131,8 @@ class ImageClassifier(nn.Module):
         self.model = model
         self.preprocess = preprocess
         self.class_names = list(class_names)
+        self.weights_licence: str | None = None
+        self.weights_source: str | None = None
         # Not in the state dict: the metadata holds them exactly.
         shape = (1, config.in_chans, 1, 1)
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape), persistent=False)
@@ -159,20 +180,29 @@ class ImageClassifier(nn.Module):
             "architecture": self.model.config.to_dict(),
             "preprocess": dataclasses.asdict(self.preprocess),
             "class_names": self.class_names,
+            "weights_licence": self.weights_licence,
+            "weights_source": self.weights_source,
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> ImageClassifier:
+    def from_metadata(
+        cls, metadata: Mapping[str, Any], build: Callable[[Mapping[str, Any]], TokenModel] | None = None
+    ) -> ImageClassifier:
         """Rebuild a classifier, with fresh weights, from `to_metadata`.
 
         Args:
             metadata: What `to_metadata` returned, after JSON or not.
+            build: Makes the model of an architecture; None makes native ones alone.
 
         Raises:
             ConfigError: If the data do not describe a classifier.
         """
         try:
-            model = VisionTransformer(ViTConfig.from_dict(metadata["architecture"]))
-            return cls(model, Preprocess(**metadata["preprocess"]), metadata["class_names"])
+            build = build or (lambda values: VisionTransformer(ViTConfig.from_dict(values)))
+            model = build(metadata["architecture"])
+            classifier = cls(model, Preprocess(**metadata["preprocess"]), metadata["class_names"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the metadata do not describe a classifier: {error}.") from error
+        classifier.weights_licence = metadata.get("weights_licence")
+        classifier.weights_source = metadata.get("weights_source")
+        return classifier

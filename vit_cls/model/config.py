@@ -5,12 +5,52 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vit_cls.errors import ConfigError, did_you_mean
 
 POS_EMBEDS = ("learn", "sincos2d", "none")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+MLPS = ("mlp", "swiglu_packed")
+
+
+class ModelConfig(Protocol):
+    """What every token model's configuration tells, native or adapted."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head; 0 where the model is headless."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the image."""
+
+    @property
+    def pool(self) -> str:
+        """What the head reads."""
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a token."""
+
+    @property
+    def depth(self) -> int:
+        """Encoder blocks."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads in each block."""
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Image height and width, in pixels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold and the model is rebuilt from."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +62,8 @@ class ViTConfig:
         patch_size: Side of a square patch in pixels; divides both image sides.
         in_chans: Channels of the image.
         num_classes: Classes of the linear head; 0 leaves the model headless (it returns features).
-        pool: What the head reads: ``cls``, ``gap``, ``max`` or ``token:K`` (patch K, counted from 0 in
-            raster order).
+        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K, counted from 0 in
+            raster order), ``cls+gap`` (both, concatenated) or ``map`` (attention by a learned query).
         embed_dim: Width of a token; divisible by ``num_heads``.
         depth: Encoder blocks.
         num_heads: Attention heads in each block.
@@ -40,7 +80,11 @@ class ViTConfig:
         fc_norm: Whether that norm stands after pooling; None follows timm's constructor: after for
             ``gap`` and ``max``, before for tokens.
         norm_eps: Epsilon of every LayerNorm.
-        act: ``gelu``, ``gelu_tanh`` or ``quick_gelu``.
+        act: ``gelu``, ``gelu_tanh``, ``quick_gelu`` or ``silu``.
+        mlp: ``mlp``, or ``swiglu_packed``: gated, both halves in one matrix (DINOv2 giant).
+        pool_include_prefix: Whether ``gap``, ``max`` and ``map`` read class token and registers too.
+        floor_grid: Whether an image side that the patch size does not divide is allowed; the patches then
+            leave out its last pixels, as in SigLIP's 384 pixels of 14.
         drop_rate: Dropout before the head, in [0, 1).
         pos_drop_rate: Dropout after the position embedding, in [0, 1).
         proj_drop_rate: Dropout after attention's and the MLP's projections, in [0, 1).
@@ -79,6 +123,9 @@ class ViTConfig:
     fc_norm: bool | None = None
     norm_eps: float = 1e-6
     act: str = "gelu"
+    mlp: str = "mlp"
+    pool_include_prefix: bool = False
+    floor_grid: bool = False
     drop_rate: float = 0.0
     pos_drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
@@ -100,7 +147,8 @@ class ViTConfig:
         for name in ("num_classes", "reg_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must not be negative; got {getattr(self, name)}.")
-        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+        remainder = height % self.patch_size or width % self.patch_size
+        if min(height, width) < self.patch_size or (remainder and not self.floor_grid):
             smaller = max(self.patch_size, min(height, width) // self.patch_size * self.patch_size)
             raise ConfigError(
                 f"model.img_size must be divisible by model.patch_size; got {_hw(height, width)} and "
@@ -116,11 +164,16 @@ class ViTConfig:
             )
 
     def _check_choices(self) -> None:
-        for name, choices in (("pos_embed", POS_EMBEDS), ("act", ACTIVATIONS)):
+        for name, choices in (("pos_embed", POS_EMBEDS), ("act", ACTIVATIONS), ("mlp", MLPS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"model.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}."
                 )
+        if self.mlp == "swiglu_packed" and self.mlp_dim % 2:
+            raise ConfigError(
+                f"model.mlp swiglu_packed needs an even hidden width; got {self.mlp_dim}. Change "
+                "model.mlp_ratio."
+            )
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
             raise ConfigError(
                 f"model.pos_embed sincos2d needs model.embed_dim divisible by 4; got {self.embed_dim}."
@@ -140,6 +193,11 @@ class ViTConfig:
         """Patch rows and columns."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and JSON take back."""

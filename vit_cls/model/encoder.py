@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_cls.model.attention import Attention
-from vit_cls.model.block import Block, Mlp
+from vit_cls.model.block import Block, Mlp, SwiGLUPacked
 from vit_cls.model.config import ViTConfig
 
 
@@ -51,8 +51,8 @@ def _make_block(config: ViTConfig, drop_path: float) -> Block:
         proj_drop=config.proj_drop_rate,
         norm_eps=config.norm_eps,
     )
-    hidden_dim = int(config.embed_dim * config.mlp_ratio)
-    mlp = Mlp(config.embed_dim, hidden_dim, act=config.act, drop=config.proj_drop_rate)
+    make_mlp = SwiGLUPacked if config.mlp == "swiglu_packed" else Mlp
+    mlp = make_mlp(config.embed_dim, config.mlp_dim, act=config.act, drop=config.proj_drop_rate)
     return Block(
         config.embed_dim,
         attn,

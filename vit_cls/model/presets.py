@@ -6,7 +6,6 @@ from typing import Any
 
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
 
 # Width, depth and heads of each size. Tiny to huge: ViT table 1 and DeiT; nano and pico are ours.
 SIZES: dict[str, dict[str, int]] = {
@@ -57,29 +56,3 @@ def preset_config(name: str, **overrides: Any) -> ViTConfig:
             "`vit-cls models` lists them all."
         )
     return ViTConfig.from_dict({**PRESETS[name], **overrides})
-
-
-def create_model(
-    name: str, *, num_classes: int = 1000, pool: str = "cls", **overrides: Any
-) -> VisionTransformer:
-    """Build a Vision Transformer with fresh weights.
-
-    Args:
-        name: A row of `PRESETS`, such as ``vit_tiny_patch16_224``.
-        num_classes: Classes of the head; 0 leaves the model headless.
-        pool: What the head reads: ``cls``, ``gap``, ``max`` or ``token:K``.
-        overrides: Other fields of `ViTConfig`, with timm's names: ``depth=2``, ``img_size=96``.
-
-    Returns:
-        The model, in training mode, on the CPU, weights drawn from torch's global generator.
-
-    Raises:
-        ConfigError: If the name or a setting is unknown, or the settings do not fit together.
-
-    Example:
-        >>> import torch
-        >>> model = create_model("vit_pico_patch7_28", num_classes=10, pool="gap")
-        >>> model(torch.zeros(2, 3, 28, 28)).shape
-        torch.Size([2, 10])
-    """
-    return VisionTransformer(preset_config(name, num_classes=num_classes, pool=pool, **overrides))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.encoder import Encoder
 from vit_cls.model.patch_embed import PatchEmbed
-from vit_cls.model.pooling import make_pooling
+from vit_cls.model.pooling import PoolingContext, make_pooling
+from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout, add_prefix_and_positions, sincos_2d_positions
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TokenModel):
     """A plain ViT whose weights and numbers are timm's, key for key.
 
     Args:
@@ -33,6 +35,9 @@ class VisionTransformer(nn.Module):
         ``VisionTransformer`` (``weight_init=''``).
     """
 
+    config: ViTConfig
+    blocks: Encoder
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -48,16 +53,33 @@ class VisionTransformer(nn.Module):
         self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = Encoder(config)
 
-        self.pool = make_pooling(config.pool, self.layout)
-        norm_after = self.pool.norm_after if config.fc_norm is None else config.fc_norm
-        norms = [
-            nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity(),
-            nn.Identity(),
-        ]
-        self.norm, self.fc_norm = reversed(norms) if norm_after else norms
+        pooling = make_pooling(config.pool, self._pooling_context())
+        norm_after = pooling.norm_after if config.fc_norm is None else config.fc_norm
+        if norm_after and pooling.parts:
+            raise ConfigError(
+                f"model.fc_norm must not be true with model.pool {config.pool}: the norm belongs to each "
+                "token before they are joined. Leave model.fc_norm out."
+            )
+        norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        # In timm's order, which is the order of the keys.
+        self.norm = nn.Identity() if norm_after else norm
+        self.attn_pool = pooling
+        self.fc_norm = norm if norm_after else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
-        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        self.head = nn.Linear(pooling.out_dim, config.num_classes) if config.num_classes else nn.Identity()
         self.init_weights()
+
+    def _pooling_context(self) -> PoolingContext:
+        config = self.config
+        return PoolingContext(
+            self.layout,
+            embed_dim=config.embed_dim,
+            num_heads=config.num_heads,
+            mlp_dim=config.mlp_dim,
+            norm_eps=config.norm_eps,
+            act=config.act,
+            include_prefix=config.pool_include_prefix,
+        )
 
     def _make_positions(self) -> nn.Parameter | None:
         config = self.config
@@ -87,62 +109,13 @@ class VisionTransformer(nn.Module):
             self.pos_embed[0, -self.layout.num_patches :] = patches.to(self.pos_embed)
 
     def embed_tokens(self, images: Tensor) -> Tensor:
-        """Images to the encoder's input.
-
-        Args:
-            images: Normalised floats, shape ``(batch, channels, height, width)``.
-
-        Returns:
-            Class token, registers and patches with positions, shape ``(batch, tokens, dim)``.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
-        """
+        """See `TokenModel.embed_tokens`."""
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = add_prefix_and_positions(
             self.patch_embed(images), prefix, self.pos_embed, no_embed_class=self.config.no_embed_class
         )
         return self.norm_pre(self.pos_drop(tokens))
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Every token after the last block, whatever the pooling reads.
-
-        Args:
-            images: As for `embed_tokens`.
-
-        Returns:
-            Shape ``(batch, tokens, dim)``, after the final norm where that stands before the pooling.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
-        """
-        return self.norm(self.blocks(self.embed_tokens(images)))
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The vector that the head reads.
-
-        Args:
-            images: As for `embed_tokens`.
-
-        Returns:
-            Features, shape ``(batch, dim)``.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
-        """
-        tokens = self.blocks(self.embed_tokens(images), self.pool.read)
-        return self.fc_norm(self.pool(self.norm(tokens)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify.
-
-        Args:
-            images: As for `embed_tokens`.
-
-        Returns:
-            Logits, shape ``(batch, classes)``; features where the model is headless.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
-        """
-        return self.head(self.head_drop(self.forward_features(images)))
+    def run_blocks(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+        """See `TokenModel.run_blocks`; of the last block only the read tokens are computed."""
+        return self.blocks(tokens, read)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from vit_cls.environment import environment
 from vit_cls.errors import RunError
-from vit_cls.training.runs import FROM_SCRATCH_LICENCE, RunFolder
+from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
 from vit_cls.weights.bundle import save_classifier
 
@@ -126,7 +126,6 @@ class RunCheckpoint(Checkpoint):
         extra = {
             "metrics": row,
             "versions": environment()["versions"],
-            "weights_licence": FROM_SCRATCH_LICENCE,
         }
         save_classifier(task.classifier, self.folder.model_file, extra=extra)
 

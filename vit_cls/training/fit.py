@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training.callbacks import EpochLog, Interrupted, RunCheckpoint, StopOnSignal
-from vit_cls.training.optim import peak_lr
-from vit_cls.training.options import FitOptions
-from vit_cls.training.runs import FROM_SCRATCH_LICENCE, RunFolder, check_same_run, is_first_process, open_run
+from vit_cls.training.optim import lr_table, optimizer_groups, peak_lr
+from vit_cls.training.options import AUTO, FitOptions
+from vit_cls.training.runs import RunFolder, check_same_run, is_first_process, open_run
 from vit_cls.training.task import ClassificationTask, Schedule
 
 log = logging.getLogger("vit_cls")
@@ -97,10 +98,12 @@ def fit(
         Interrupted: If SIGINT or SIGTERM came; complete epochs are kept.
     """
     _quiet_lightning()
-    stem = f"{options.model.name}_{options.model.pool.replace(':', '')}"
-    folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
+    folder, resuming = open_run(
+        options.run_dir, options.resume, stem=_stem(options), first_process=is_first_process()
+    )
     existed = folder.path.exists()
-    classifier = _prepare(options, data)
+    options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
+    classifier = _prepare(options, data, load_weights=not resuming)
     identity = _identity(options, data, classifier)
     epoch_log, stop = EpochLog(folder), StopOnSignal()
     callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), stop]
@@ -111,6 +114,7 @@ def fit(
             "or train in one process with --trainer.devices 1."
         )
     schedule = _schedule(options, data, trainer)
+    _check_strategy(options, trainer)
     task = ClassificationTask(classifier, options.optim, schedule)
     identity |= {f"optim.{k}": v for k, v in dataclasses.asdict(options.optim).items()} | {
         "peak_lr": schedule.lr
@@ -118,7 +122,10 @@ def fit(
     if resuming:
         check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
     record = _record(options, data, classifier, trainer, schedule, identity, command)
+    if resuming:
+        record["model"]["load_report"] = folder.read_record().get("model", {}).get("load_report")
     _announce(record, data, schedule)
+    _announce_weights(options, classifier, schedule)
     with stop.watching(), _run_folder(folder, record, trainer, existed=existed):
         if trainer.is_global_zero:
             write_text(folder.config_file, config_yaml)
@@ -131,11 +138,28 @@ def fit(
     return result
 
 
-def _prepare(options: FitOptions, data: ImageDataModule) -> ImageClassifier:
+def _stem(options: FitOptions) -> str:
+    """Start of the run folder's name where none was given: what is trained, and what its head reads."""
+    model = options.model
+    name = model.name if model.name != AUTO else Path(str(model.pretrained)).stem
+    return "_".join([name, *([model.pool.replace(":", "")] if model.pool else [])])
+
+
+def _check_strategy(options: FitOptions, trainer: Trainer) -> None:
+    """Two stages leave parameters without gradient for a while, which DDP must be told."""
+    told = getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
+    if options.optim.head_first_epochs and trainer.world_size > 1 and not told:
+        raise ConfigError(
+            f"optim.head_first_epochs with {trainer.world_size} processes needs "
+            "--trainer.strategy ddp_find_unused_parameters_true: parameters are without gradient in the first stage."
+        )
+
+
+def _prepare(options: FitOptions, data: ImageDataModule, *, load_weights: bool) -> ImageClassifier:
     """The classifier that the data's classes ask for, and the data as the classifier's input asks for it."""
     seed_everything(options.seed, verbose=False)
     data.load_index(options.seed)
-    classifier = options.model.build(data.class_names)
+    classifier = options.model.build(data.class_names, load_weights=load_weights)
     if options.compile:
         classifier.model.blocks.compile()
     pre = classifier.preprocess
@@ -202,6 +226,7 @@ def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> S
         else batches
     )
     accumulate = trainer.accumulate_grad_batches
+    first = options.optim.head_first_epochs
     steps_per_epoch = max(1, math.ceil(batches / accumulate))
     epochs = trainer.max_epochs
     if (epochs is None or epochs < 1) and trainer.max_steps < 1:
@@ -210,8 +235,13 @@ def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> S
         )
     by_epochs = epochs * steps_per_epoch if epochs is not None and epochs > 0 else math.inf
     total_steps = int(min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf))
+    if first * steps_per_epoch >= total_steps:
+        raise ConfigError(
+            f"optim.head_first_epochs must be fewer than the run's; got {first} of "
+            f"{total_steps / steps_per_epoch:g}. To train the head alone use optim.freeze backbone."
+        )
     warmup = options.optim.warmup_epochs
-    if warmup is not None and warmup * steps_per_epoch >= total_steps:
+    if warmup is not None and warmup * steps_per_epoch >= total_steps - first * steps_per_epoch:
         raise ConfigError(
             f"optim.warmup_epochs must be shorter than the run; got {warmup:g} of "
             f"{total_steps / steps_per_epoch:g} epochs. Leave it out for a tenth of the run."
@@ -303,16 +333,19 @@ def _record(
         },
         "model": {
             "name": options.model.name,
-            "pool": options.model.pool,
+            "pool": model.config.pool,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens": model.layout.num_tokens,
             "preprocess": _plain(dataclasses.asdict(classifier.preprocess)),
-            "weights_licence": FROM_SCRATCH_LICENCE,
+            "weights_licence": classifier.weights_licence,
+            "weights_source": classifier.weights_source,
+            "load_report": None if model.load_report is None else model.load_report.to_dict(),
         },
         "optim": {
             **dataclasses.asdict(options.optim),
             "peak_lr": schedule.lr,
             "total_steps": schedule.total_steps,
+            "recipe": options.model.recipe.family,
         },
         "device": str(trainer.strategy.root_device),
         "device_name": torch.cuda.get_device_name(trainer.strategy.root_device)
@@ -345,6 +378,26 @@ def _announce(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedu
         f"{record['precision']}, {schedule.total_steps:,} steps, peak learning rate {schedule.lr:.3g}, "
         f"seed {record['seed']}"
     )
+
+
+def _announce_weights(options: FitOptions, classifier: ImageClassifier, schedule: Schedule) -> None:
+    """Say what became of the weights, and at which rate each layer learns."""
+    if not is_first_process():
+        return
+    if classifier.model.load_report is not None:
+        log.info(classifier.model.load_report.table())
+    optim = options.optim
+    if optim.freeze is not None:
+        counts = [p.numel() for p in classifier.model.parameters() if not p.requires_grad]
+        log.info(f"{sum(counts):,} parameters are frozen (optim.freeze {optim.freeze})")
+    if optim.head_first_epochs:
+        log.info(
+            f"epochs 0 to {optim.head_first_epochs - 1}: the head alone, learning rate {optim.head_first_lr:g}; "
+            "then all"
+        )
+    groups = optimizer_groups(classifier.model, optim, lr=schedule.lr)
+    if len({group["lr"] for group in groups}) > 1:
+        log.info(lr_table(groups))
 
 
 def _result(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:

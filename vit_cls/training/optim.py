@@ -3,46 +3,142 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from vit_cls.model.token_model import TokenModel
 from vit_cls.training.options import OptimOptions
 
-NOT_DECAYED = ("cls_token", "reg_token", "pos_embed")
+NOT_DECAYED = (
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "pos_embed",
+    "latent",
+    "freqs",
+    "relative_position_bias_table",
+)
+HEAD_MODULES = ("head", "head_dist", "attn_pool")
+"""What reads the encoder's tokens: classifier, and a pooling with weights."""
 DEFAULT_WARMUP_EPOCHS = 5.0
 DEFAULT_WARMUP_SHARE = 0.1
 
 
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to the head or to a pooling with weights.
+
+    Args:
+        name: Of a parameter, as ``named_parameters`` gives it.
+    """
+    return name.split(".")[0] in HEAD_MODULES
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a parameter, counted from the image: what layer decay and freezing go by.
+
+    Args:
+        name: Of a parameter, as ``named_parameters`` gives it.
+        depth: Encoder blocks.
+
+    Returns:
+        0 for patch embedding, tokens and positions; i + 1 for block i; ``depth + 1`` for what follows the blocks.
+
+    Example:
+        >>> [layer_of(name, 12) for name in ("cls_token", "blocks.0.norm1.weight", "fc_norm.weight", "head.bias")]
+        [0, 1, 13, 13]
+    """
+    block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    after = is_head(name) or name.split(".")[0] in ("norm", "fc_norm")
+    return depth + 1 if after else 0
+
+
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    lr: float = 1.0,
+    layer_decay: float = 1.0,
+    head_lr_ratio: float = 1.0,
+    depth: int = 0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: with weight decay and without.
+    """Trainable parameters in groups that share weight decay and learning rate.
+
+    The learning rate of a layer is in its group's ``lr``, where every scheduler finds it; timm's ``lr_scale`` is
+    honoured by timm's schedulers alone.
 
     Args:
         named_parameters: Of the Vision Transformer.
-        weight_decay: For the first group. Norms, biases, LayerScale (all one-dimensional), tokens and
-            positions are in the second.
+        weight_decay: For weight matrices. Norms, biases, LayerScale (all one-dimensional), tokens, queries and
+            positions are never decayed.
+        lr: Peak learning rate of the last layer.
+        layer_decay: Factor from each layer to the one below, in (0, 1].
+        head_lr_ratio: Learning rate of head and pooling over that of the last layer.
+        depth: Encoder blocks.
+
+    Returns:
+        Groups from the last layer to the first, each with ``params``, ``weight_decay``, ``lr`` and ``name``.
 
     Example:
-        >>> from vit_cls.model.presets import create_model
+        >>> from vit_cls import create_model
         >>> groups = parameter_groups(create_model("vit_pico_patch7_28").named_parameters(), weight_decay=0.1)
-        >>> [(group["weight_decay"], len(group["params"])) for group in groups]
-        [(0.1, 18), (0.0, 38)]
+        >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
+        [('decayed', 0.1, 18), ('not decayed', 0.0, 38)]
 
     Source:
-        timm's ``param_groups_weight_decay`` with ``no_weight_decay``.
+        timm's ``param_groups_weight_decay`` and ``param_groups_layer_decay`` with its ``group_matcher``; layer
+        decay: ELECTRA, https://arxiv.org/abs/2003.10555, BEiT, https://arxiv.org/abs/2106.08254.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    found: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
+    by_layer = layer_decay != 1.0
     for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NOT_DECAYED
-            (others if plain else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NOT_DECAYED
+        layer = layer_of(name, depth) if by_layer else depth + 1
+        head = is_head(name) and head_lr_ratio != 1.0
+        found.setdefault((layer, head, plain), []).append(parameter)
+    if not by_layer:  # both groups, one of them empty where everything else is frozen
+        for plain in (False, True):
+            found.setdefault((depth + 1, False, plain), [])
+    groups = []
+    for layer, head, plain in sorted(found, key=lambda key: (-key[0], key[1], key[2])):
+        scale = layer_decay ** (depth + 1 - layer) * (head_lr_ratio if head else 1.0)
+        place = "head " if head else f"{_layer_name(layer, depth)} " if by_layer else ""
+        groups.append(
+            {
+                "params": found[layer, head, plain],
+                "weight_decay": 0.0 if plain else weight_decay,
+                "lr": lr * scale,
+                "name": f"{place}{'not decayed' if plain else 'decayed'}",
+            }
+        )
+    return groups
+
+
+def _layer_name(layer: int, depth: int) -> str:
+    return "embedding" if layer == 0 else "after blocks" if layer > depth else f"block {layer - 1}"
+
+
+def lr_table(groups: Iterable[dict[str, Any]]) -> str:
+    """The groups of an optimiser for people: learning rate, weight decay, parameters.
+
+    Args:
+        groups: From `parameter_groups`.
+    """
+    rows = [group for group in groups if group["params"]]
+    lines = [f"{'group':<26}{'peak lr':>12}{'decay':>8}{'parameters':>14}"]
+    for group in rows:
+        count = sum(p.numel() for p in group["params"])
+        lines.append(f"{group['name']:<26}{group['lr']:>12.3g}{group['weight_decay']:>8g}{count:>14,}")
+    return "\n".join(lines)
 
 
 def peak_lr(options: OptimOptions, *, images_per_step: int) -> float:
@@ -58,6 +154,7 @@ def peak_lr(options: OptimOptions, *, images_per_step: int) -> float:
     """
     if options.lr is not None:
         return options.lr
+    assert not isinstance(options.base_lr_per_256_images, str), "auto was not resolved"
     return options.base_lr_per_256_images * images_per_step / 256
 
 
@@ -98,40 +195,65 @@ def lr_factor(step: int, *, warmup: int, total_steps: int, min_ratio: float) -> 
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions, *, lr: float, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(model: TokenModel, options: OptimOptions, *, lr: float, fused: bool) -> torch.optim.AdamW:
     """AdamW over the trainable parameters.
 
     Args:
         model: The Vision Transformer.
-        options: Decay, betas and eps.
+        options: Decay, layer decay, betas and eps.
         lr: Peak learning rate.
         fused: Whether the update is one kernel.
 
     Source:
         https://arxiv.org/abs/1711.05101
     """
-    groups = parameter_groups(model.named_parameters(), weight_decay=options.weight_decay)
+    groups = optimizer_groups(model, options, lr=lr)
     betas = (options.beta1, options.beta2)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=options.eps, fused=fused)
+
+
+def optimizer_groups(model: TokenModel, options: OptimOptions, *, lr: float) -> list[dict[str, Any]]:
+    """The groups that `make_optimizer` optimises.
+
+    Args:
+        model: The Vision Transformer.
+        options: Decay, layer decay and head ratio.
+        lr: Peak learning rate.
+    """
+    assert not isinstance(options.layer_decay, str), "auto was not resolved"
+    return parameter_groups(
+        model.named_parameters(),
+        weight_decay=options.weight_decay,
+        lr=lr,
+        layer_decay=options.layer_decay,
+        head_lr_ratio=options.head_lr_ratio,
+        depth=model.config.depth,
+    )
 
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, options: OptimOptions, *, steps_per_epoch: int, total_steps: int
 ) -> LambdaLR:
-    """Warm-up and cosine, one call a step.
+    """Warm-up and cosine, one call a step; with ``head_first_epochs`` once for the head, then once for all.
 
     Args:
-        optimizer: Its groups hold the peak learning rate.
-        options: Warm-up and last rate.
+        optimizer: Its groups hold the peak learning rates.
+        options: Warm-up, last rate and the head's first stage.
         steps_per_epoch: Optimiser steps of one epoch.
         total_steps: Optimiser steps of the run.
 
     Source:
         Cosine: SGDR, https://arxiv.org/abs/1608.03983, without restarts.
     """
-    warmup = warmup_steps(options, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    first = options.head_first_epochs * steps_per_epoch
+    warmup = warmup_steps(options, steps_per_epoch=steps_per_epoch, total_steps=total_steps - first)
+    first_warmup = min(round(DEFAULT_WARMUP_SHARE * first), max(0, first - 1))
 
-    def factor(step: int) -> float:
-        return lr_factor(step, warmup=warmup, total_steps=total_steps, min_ratio=options.min_lr_ratio)
+    def factor(step: int, peak: float) -> float:
+        if step < first:
+            own = lr_factor(step, warmup=first_warmup, total_steps=first, min_ratio=options.min_lr_ratio)
+            return own * options.head_first_lr / peak
+        rest = total_steps - first
+        return lr_factor(step - first, warmup=warmup, total_steps=rest, min_ratio=options.min_lr_ratio)
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, [partial(factor, peak=group["lr"]) for group in optimizer.param_groups])

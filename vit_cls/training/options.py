@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vit_cls.errors import ConfigError
-from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.presets import preset_config
-from vit_cls.model.vit import VisionTransformer
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.weights.factory import MAX_FRESH, create_classifier
+from vit_cls.weights.families import Recipe, recipe_of
+
+BACKBONE = "backbone"
+
+
+AUTO = "auto"
+"""What suits the family of the weights (`vit_cls.weights.families`)."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The architecture: a name, what its head reads, and changes; null keeps what the name stands for.
+    """The architecture, its weights, what its head reads, and changes; null keeps what the name stands for.
 
     Args:
-        name: An architecture of ``vit-cls models``.
-        pool: What the head reads: ``cls``, ``gap``, ``max`` or ``token:K`` (patch K in raster order).
+        name: An architecture of ``vit-cls models``, or ``architecture.tag``; ``auto`` takes that of the weights,
+            where they say it themselves (a run, a model of transformers, an export for timm).
+        pretrained: Weights to start from: true (those of the tag, from the hub's cache or the hub), a tag, a file
+            or a folder; null starts from fresh ones.
+        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K in raster order), ``cls+gap`` or
+            ``map``; null is the architecture's own.
+        keep_head: Whether the head of the weights is kept where it has these classes, by name.
+        head_init: A new head's weights: ``normal`` or ``zero``.
+        max_fresh: Largest share of the encoder that the weights may lack, in [0, 1].
         img_size: Side of the input in pixels; divisible by the patch size.
         patch_size: Side of a patch in pixels.
         embed_dim: Width of a token; divisible by the number of heads.
@@ -29,17 +43,22 @@ class ModelOptions:
         class_token: Whether a class token is prepended.
         reg_tokens: Register tokens.
         pos_embed: Positions: ``learn``, ``sincos2d`` (fixed) or ``none``.
+        fc_norm: Whether the final norm stands after the pooling; null follows timm.
         drop_rate: Dropout before the head.
         pos_drop_rate: Dropout after the positions.
         proj_drop_rate: Dropout after the projections of attention and MLP.
         attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the last block; rises linearly from 0.
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0; ``auto`` suits the weights.
         crop_pct: Side of the evaluation crop over the side of the resized image.
         crop_mode: Evaluation crop: ``center`` or ``squash``.
     """
 
     name: str = "vit_tiny_patch16_224"
-    pool: str = "cls"
+    pretrained: bool | str | None = None
+    pool: str | None = None
+    keep_head: bool = True
+    head_init: str = "normal"
+    max_fresh: float = MAX_FRESH
     img_size: int | None = None
     patch_size: int | None = None
     embed_dim: int | None = None
@@ -51,41 +70,67 @@ class ModelOptions:
     class_token: bool | None = None
     reg_tokens: int | None = None
     pos_embed: str | None = None
+    fc_norm: bool | None = None
     drop_rate: float | None = None
     pos_drop_rate: float | None = None
     proj_drop_rate: float | None = None
     attn_drop_rate: float | None = None
-    drop_path_rate: float | None = None
+    drop_path_rate: float | str | None = None
     crop_pct: float | None = None
     crop_mode: str | None = None
 
-    def build(self, class_names: list[str]) -> ImageClassifier:
-        """A classifier with fresh weights, drawn from torch's global generator.
+    def __post_init__(self) -> None:
+        _check_auto("model.drop_path_rate", self.drop_path_rate)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How weights of this family are usually fine-tuned."""
+        if not self.pretrained:
+            return recipe_of(None)
+        tag = "" if self.pretrained is True or Path(self.pretrained).exists() else f".{self.pretrained}"
+        named = self.name != AUTO
+        return recipe_of(f"{self.name}{tag}" if named else Path(str(self.pretrained)).name)
+
+    def build(self, class_names: list[str], *, load_weights: bool = True) -> ImageClassifier:
+        """A classifier, fresh weights drawn from torch's global generator.
 
         Args:
             class_names: One name an output.
+            load_weights: Whether pretrained weights are read; a resumed run has its own.
 
         Raises:
             ConfigError: If the settings do not make a model.
+            ModelFileError: If the weights cannot be had, or do not fit.
         """
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "name"}
-        crop = {k: given.pop(k) for k in ("crop_pct", "crop_mode") if k in given}
-        config = preset_config(self.name, num_classes=len(class_names), **given)
-        preprocess = dataclasses.replace(Preprocess.for_size(config.image_hw), **crop)
-        return ImageClassifier(VisionTransformer(config), preprocess, class_names)
+        if given.get("drop_path_rate") == AUTO:
+            given["drop_path_rate"] = self.recipe.drop_path_rate
+        return create_classifier(self.name, class_names, load_weights=load_weights, **given)
+
+
+def _check_auto(name: str, value: object) -> None:
+    if isinstance(value, str) and value != AUTO:
+        raise ConfigError(f"{name} must be a number or {AUTO}; got {value!r}.")
 
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with warm-up and cosine decay.
+    """AdamW with warm-up and cosine decay, and which part of the model it trains.
 
     Args:
         base_lr_per_256_images: Peak learning rate for 256 images a step; scaled by the images of a step
-            over all processes and accumulated batches.
+            over all processes and accumulated batches; ``auto`` suits the weights.
         lr: Peak learning rate as it is, instead of the scaled one.
         min_lr_ratio: Last learning rate over the peak, in [0, 1].
         warmup_epochs: Linear warm-up; null means a tenth of the run, 5 epochs at most.
         weight_decay: Decoupled weight decay; never on norms, biases, tokens and positions.
+        layer_decay: Factor of the learning rate from each layer to the one below, in (0, 1]; ``auto`` suits the
+            weights.
+        head_lr_ratio: Learning rate of head and pooling over that of the last layer.
+        freeze: ``backbone`` trains head and pooling alone; a number freezes the embedding and that many blocks;
+            null trains everything. What is frozen has no dropout and no drop path either.
+        head_first_epochs: Epochs in which head and pooling are trained alone, before all the rest is.
+        head_first_lr: Peak learning rate of those epochs.
         beta1: Decay of the gradient's average.
         beta2: Decay of the squared gradient's average.
         eps: Added to the denominator.
@@ -95,22 +140,29 @@ class OptimOptions:
         ConfigError: If a value is out of range.
     """
 
-    base_lr_per_256_images: float = 5e-4
+    base_lr_per_256_images: float | str = 5e-4
     lr: float | None = None
     min_lr_ratio: float = 0.01
     warmup_epochs: float | None = None
     weight_decay: float = 0.05
+    layer_decay: float | str = 1.0
+    head_lr_ratio: float = 1.0
+    freeze: int | str | None = None
+    head_first_epochs: int = 0
+    head_first_lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("base_lr_per_256_images", "lr", "eps"):
+        _check_auto("optim.base_lr_per_256_images", self.base_lr_per_256_images)
+        _check_auto("optim.layer_decay", self.layer_decay)
+        for name in ("base_lr_per_256_images", "lr", "eps", "layer_decay", "head_lr_ratio", "head_first_lr"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, AUTO) and not value > 0:
                 raise ConfigError(f"optim.{name} must be above 0; got {value}.")
-        for name in ("weight_decay", "warmup_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "head_first_epochs"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"optim.{name} must not be negative; got {value}.")
@@ -119,10 +171,33 @@ class OptimOptions:
             ("label_smoothing", True),
             ("beta1", True),
             ("beta2", True),
+            ("layer_decay", False),
         ):
             value = getattr(self, name)
-            if not 0 <= value <= 1 or (below_one and value == 1):
+            if value != AUTO and (not 0 <= value <= 1 or (below_one and value == 1)):
                 raise ConfigError(f"optim.{name} must be in [0, 1{')' if below_one else ']'}; got {value}.")
+        self._check_freeze()
+
+    def _check_freeze(self) -> None:
+        if isinstance(self.freeze, str) and self.freeze != BACKBONE:
+            raise ConfigError(f"optim.freeze must be {BACKBONE} or a number of blocks; got {self.freeze!r}.")
+        if isinstance(self.freeze, int) and self.freeze < 0:
+            raise ConfigError(f"optim.freeze must not be negative; got {self.freeze}.")
+        if self.freeze == BACKBONE and self.head_first_epochs:
+            raise ConfigError(
+                "optim.head_first_epochs has no effect with optim.freeze backbone: the head is trained alone in "
+                "every epoch. Leave one of them out."
+            )
+
+    def resolved(self, recipe: Recipe) -> OptimOptions:
+        """The same with numbers in place of ``auto``.
+
+        Args:
+            recipe: Of the weights.
+        """
+        names = ("base_lr_per_256_images", "layer_decay")
+        values = {name: getattr(recipe, name) for name in names if getattr(self, name) == AUTO}
+        return dataclasses.replace(self, **values)
 
 
 @dataclass(frozen=True)

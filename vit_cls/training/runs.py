@@ -15,9 +15,6 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.weights.bundle import MODEL_FILE
 
-FROM_SCRATCH_LICENCE = "trained from scratch: the licence is yours to choose"
-"""Licence of weights that came from no checkpoint, in the run record and the model file."""
-
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -13,8 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from vit_cls.data.dataset import Batch
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training.freezing import Freezer
 from vit_cls.training.optim import make_optimizer, make_schedule
-from vit_cls.training.options import OptimOptions
+from vit_cls.training.options import BACKBONE, OptimOptions
 from vit_cls.weights.bundle import CHECKPOINT_KEY, FORMAT_VERSION
 
 RNG_KEY = "vit_cls_rng"
@@ -51,6 +52,7 @@ class ClassificationTask(LightningModule):
         super().__init__()
         self.classifier = classifier
         self.optim = optim
+        self.freezer = Freezer(classifier.model, optim.freeze)
         self.schedule = schedule
         classes = len(classifier.class_names)
         # validate_args would copy every batch's targets to the host to look at them
@@ -58,6 +60,23 @@ class ClassificationTask(LightningModule):
         self.val_acc5 = MulticlassAccuracy(
             classes, top_k=min(5, classes), average="micro", validate_args=False
         )
+
+    def train(self, mode: bool = True) -> ClassificationTask:
+        """Training mode for what is trained; what is frozen stays in evaluation mode.
+
+        Args:
+            mode: Whether to train.
+        """
+        super().train(mode)
+        if hasattr(self, "freezer"):  # Lightning calls this while the object is being made
+            self.freezer.calm()
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Begin with the head alone where that was asked for, then train all."""
+        wanted = BACKBONE if self.current_epoch < self.optim.head_first_epochs else self.optim.freeze
+        if self.freezer.current != wanted:
+            self.freezer.set(wanted)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one batch.

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.files import replacing
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.token_model import TokenModel
+from vit_cls.model.vit import VisionTransformer
 
 FORMAT_VERSION = 1
 METADATA_KEY = "vit_cls"
@@ -85,11 +89,106 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def load_classifier(path: str | Path) -> ImageClassifier:
-    """Rebuild a classifier from a file that `save_classifier` wrote.
+def is_own_file(path: Path) -> bool:
+    """Whether a file is one that `save_classifier` wrote, or a training checkpoint of ours.
 
     Args:
-        path: The file.
+        path: The file; a damaged one is not.
+    """
+    if path.suffix == ".ckpt":
+        try:
+            _read_checkpoint(path)
+        except ModelFileError:
+            return False
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_own_file(path: Path, *, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and weights of a model file or a training checkpoint of ours.
+
+    Args:
+        path: ``model.safetensors`` or ``.ckpt``. The latter is read with ``weights_only=True``: no code in it
+            ever runs.
+        weights: Whether the weights are wanted too.
+
+    Returns:
+        The metadata, and the weights under timm's names; none where they are not wanted.
+
+    Raises:
+        ModelFileError: If the file is missing, unsafe, damaged or not one of ours.
+    """
+    if path.suffix == ".ckpt":
+        checkpoint = _read_checkpoint(path)
+        prefix = "classifier.model."
+        state = {
+            k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)
+        }
+        return checkpoint[CHECKPOINT_KEY], state
+    metadata = read_metadata(path)
+    if not weights:
+        return metadata, {}
+    with safe_open(path, framework="pt") as file:
+        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no dict
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelFileError(f"{path} is not a file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint[CHECKPOINT_KEY]
+    except Exception as error:  # unpickling a foreign file can raise anything
+        raise ModelFileError(
+            f"{path} is not a training checkpoint of vit_cls (it is opened for tensors and plain data "
+            f"alone): {str(error).splitlines()[0] if str(error) else type(error).__name__}."
+        ) from error
+    return checkpoint
+
+
+def architecture_config(values: Mapping[str, Any]) -> Any:
+    """The configuration that a file's architecture describes.
+
+    Args:
+        values: `ViTConfig.to_dict` or `AdapterConfig.to_dict`, after JSON or not.
+
+    Raises:
+        ConfigError: If they describe none.
+    """
+    if "timm_architecture" in values:
+        from vit_cls.weights.adapter import (
+            AdapterConfig,
+        )  # imports timm: seconds that native models do not need
+
+        return AdapterConfig.from_dict(values)
+    return ViTConfig.from_dict(values)
+
+
+def build_model(config: Any) -> TokenModel:
+    """A model with fresh weights.
+
+    Args:
+        config: A `ViTConfig`, or an `AdapterConfig`.
+
+    Raises:
+        ConfigError: If its settings do not fit together.
+    """
+    if isinstance(config, ViTConfig):
+        return VisionTransformer(config)
+    from vit_cls.weights.adapter import TimmAdapter
+
+    return TimmAdapter(config)
+
+
+def load_classifier(path: str | Path) -> ImageClassifier:
+    """Rebuild a classifier from a file that `save_classifier` wrote, or from a training checkpoint of ours.
+
+    Args:
+        path: The file: ``model.safetensors`` or ``.ckpt``.
 
     Returns:
         The classifier in evaluation mode, on the CPU, weights bit for bit those saved.
@@ -97,73 +196,18 @@ def load_classifier(path: str | Path) -> ImageClassifier:
     Raises:
         ModelFileError: If the file is missing, damaged, not one of ours, or does not hold every weight.
     """
-    metadata = read_metadata(path)
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no dict
-    return _rebuild(metadata, state, str(path))
-
-
-def load_checkpoint_classifier(path: str | Path) -> ImageClassifier:
-    """Rebuild a classifier from a training checkpoint (``.ckpt``) of ours.
-
-    Args:
-        path: The checkpoint. It is read with ``weights_only=True``: no code in it ever runs.
-
-    Raises:
-        ModelFileError: If the file is missing, unsafe, damaged or not one of ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelFileError(f"{path} is not a file.")
+    metadata, state = read_own_file(Path(path))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        metadata = checkpoint[CHECKPOINT_KEY]
-    except Exception as error:  # unpickling a foreign file can raise anything
-        raise ModelFileError(
-            f"{path} is not a training checkpoint of vit_cls (it is opened for tensors and plain data "
-            f"alone): {str(error).splitlines()[0] if str(error) else type(error).__name__}."
-        ) from error
-    prefix = "classifier.model."
-    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return _rebuild(metadata, state, str(path))
-
-
-def _rebuild(metadata: Mapping[str, Any], state: Mapping[str, torch.Tensor], path: str) -> ImageClassifier:
-    try:
-        classifier = ImageClassifier.from_metadata(metadata)
+        classifier = ImageClassifier.from_metadata(
+            metadata, lambda values: build_model(architecture_config(values))
+        )
         classifier.model.load_state_dict(state, assign=True)
     except (ConfigError, RuntimeError) as error:
         raise ModelFileError(f"{path} does not hold the model that it describes: {error}") from error
+    config = classifier.model.config
+    fixed = isinstance(config, ViTConfig) and config.pos_embed != "learn"
     for name, parameter in classifier.model.named_parameters():
-        parameter.requires_grad_(name != "pos_embed" or classifier.model.config.pos_embed == "learn")
+        parameter.requires_grad_(name != "pos_embed" or not fixed)
     # The dtype of the weights is the dtype of the input.
     classifier.to(next(classifier.model.parameters()).dtype)
     return classifier.eval()
-
-
-def load(model: str | Path) -> ImageClassifier:
-    """Load a classifier from anything that ``--model`` takes.
-
-    Args:
-        model: A run folder, a ``model.safetensors``, or a training checkpoint (``.ckpt``).
-
-    Returns:
-        The classifier in evaluation mode, on the CPU.
-
-    Raises:
-        ModelFileError: If there is no such file, or it is not a model of ours.
-    """
-    path = Path(model)
-    if path.is_dir():
-        if not (path / MODEL_FILE).is_file():
-            raise ModelFileError(
-                f"{path} is a folder without a {MODEL_FILE}. --model takes a run folder that `vit-cls fit` "
-                "finished at least one epoch in, or a model file."
-            )
-        return load_classifier(path / MODEL_FILE)
-    if not path.exists():
-        raise ModelFileError(
-            f"there is no file or folder {str(model)!r}. --model takes a run folder, its {MODEL_FILE}, or a "
-            ".ckpt of a run."
-        )
-    return load_checkpoint_classifier(path) if path.suffix == ".ckpt" else load_classifier(path)

@@ -1,0 +1,106 @@
+"""The interface that every model here has, native or adapted: tokens, encoder, norm, pooling, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vit_cls.model.config import ModelConfig
+from vit_cls.model.pooling import Pooling
+from vit_cls.model.tokens import TokenLayout
+
+
+class TokenModel(nn.Module):
+    """Images to tokens to logits; what evaluation, probes and explanations may rely on.
+
+    A subclass sets the attributes and defines `patch_embed`, `embed_tokens` and `run_blocks`.
+    """
+
+    config: ModelConfig
+    layout: TokenLayout
+    blocks: nn.ModuleList | nn.Sequential
+    norm: nn.Module
+    """The final norm where it stands before the pooling; else the identity."""
+    attn_pool: Pooling
+    """The pooling, under the name that timm gives to one with weights."""
+    fc_norm: nn.Module
+    """The final norm where it stands after the pooling; else the identity."""
+    head_drop: nn.Dropout
+    head: nn.Module
+    load_report: Any = None
+    """The fate of every key (`vit_cls.weights.load_report.LoadReport`); None with fresh weights."""
+
+    @property
+    def pool(self) -> Pooling:
+        """How tokens become the vector that the head reads."""
+        return self.attn_pool
+
+    def embed_tokens(self, images: Tensor) -> Tensor:
+        """Images to the encoder's input.
+
+        Args:
+            images: Normalised floats, shape ``(batch, channels, height, width)``.
+
+        Returns:
+            Class token, registers and patches with positions, shape ``(batch, tokens, dim)``.
+
+        Raises:
+            ValueError: If the image shape is not the model's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define embed_tokens")
+
+    def run_blocks(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+        """Every block in order.
+
+        Args:
+            tokens: From `embed_tokens`, shape ``(batch, tokens, dim)``.
+            read: The tokens wanted from the last block; None means all.
+
+        Returns:
+            Before the final norm, shape ``(batch, read tokens, dim)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define run_blocks")
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Every token after the last block, whatever the pooling reads.
+
+        Args:
+            images: As for `embed_tokens`.
+
+        Returns:
+            Shape ``(batch, tokens, dim)``, after the final norm where that stands before the pooling.
+
+        Raises:
+            ValueError: If the image shape is not the model's.
+        """
+        return self.norm(self.run_blocks(self.embed_tokens(images)))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The vector that the head reads.
+
+        Args:
+            images: As for `embed_tokens`.
+
+        Returns:
+            Features, shape ``(batch, dim)``; ``(batch, 2 * dim)`` where the pooling concatenates two.
+
+        Raises:
+            ValueError: If the image shape is not the model's.
+        """
+        tokens = self.run_blocks(self.embed_tokens(images), self.pool.read)
+        return self.fc_norm(self.pool(self.norm(tokens)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            images: As for `embed_tokens`.
+
+        Returns:
+            Logits, shape ``(batch, classes)``; features where the model is headless.
+
+        Raises:
+            ValueError: If the image shape is not the model's.
+        """
+        return self.head(self.head_drop(self.forward_features(images)))

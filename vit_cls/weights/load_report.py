@@ -1,0 +1,111 @@
+"""What became of every key when weights were loaded: loaded, resized, moved, dropped or fresh."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+FATES = ("loaded", "resized", "moved", "dropped", "fresh")
+"""In the order of the table. Loaded: as it was. Resized: interpolated or cut to a new shape. Moved: to another
+place in the model. Dropped: of the checkpoint alone. Fresh: of the model alone, initialised anew."""
+
+
+@dataclass(frozen=True)
+class KeyFate:
+    """The fate of one key.
+
+    Args:
+        key: Of the model; of the checkpoint where it was dropped.
+        fate: One of `FATES`.
+        note: How it was resized, where it came from, how it was initialised; may be empty.
+    """
+
+    key: str
+    fate: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The fate of every key of the checkpoint and of the model.
+
+    Args:
+        source: Where the weights came from, as a person would say it.
+        keys: One row a key.
+        fresh_share: Share of the encoder's parameters that the checkpoint did not hold, in [0, 1].
+        notes: What else a user should know: where the norm went, which activation was chosen.
+        licence: Licence of the weights; None where the source states none.
+        class_names: Classes of the checkpoint's head, in order; None where it has none or they are unknown.
+
+    Example:
+        >>> rows = (KeyFate("norm.weight", "loaded"), KeyFate("head.weight", "fresh", "10 classes"))
+        >>> report = LoadReport("weights.pth", rows, fresh_share=0.0)
+        >>> report.counts()
+        {'loaded': 1, 'resized': 0, 'moved': 0, 'dropped': 0, 'fresh': 1}
+    """
+
+    source: str
+    keys: tuple[KeyFate, ...]
+    fresh_share: float
+    notes: tuple[str, ...] = ()
+    licence: str | None = None
+    class_names: tuple[str, ...] | None = field(default=None, repr=False)
+
+    def counts(self) -> dict[str, int]:
+        """How many keys had each fate."""
+        found = Counter(row.fate for row in self.keys)
+        return {fate: found[fate] for fate in FATES}
+
+    def of(self, fate: str) -> dict[str, str]:
+        """The keys of one fate, with their notes.
+
+        Args:
+            fate: One of `FATES`.
+        """
+        return {row.key: row.note for row in self.keys if row.fate == fate}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the run record: counts, and every key that was not simply loaded."""
+        return {
+            "source": self.source,
+            "counts": self.counts(),
+            "fresh_share_of_encoder": self.fresh_share,
+            "notes": list(self.notes),
+            "licence": self.licence,
+            "changed": {fate: self.of(fate) for fate in FATES if fate != "loaded" and self.of(fate)},
+        }
+
+    def table(self) -> str:
+        """The report for people; keys that differ only in the number of their block share a row."""
+        counts = self.counts()
+        total = ", ".join(f"{count} {fate}" for fate, count in counts.items() if count)
+        lines = [f"weights from {self.source}: {total}"]
+        for fate in FATES:
+            if fate == "loaded":
+                continue
+            for name, count, note in _grouped(self.of(fate).items()):
+                times = f" ({count} keys)" if count > 1 else ""
+                lines.append(f"  {fate:<8} {name}{times}{f': {note}' if note else ''}")
+        lines += [f"  {note}" for note in self.notes]
+        if self.fresh_share:
+            lines.append(f"  {self.fresh_share:.1%} of the encoder's parameters are fresh")
+        return "\n".join(lines)
+
+
+def _grouped(rows: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
+    """Rows of one pattern and one note together; many of one first word (another tower) as one."""
+    groups: dict[tuple[str, str], int] = {}
+    for key, note in rows:
+        pattern = re.sub(r"\.\d+\.", ".*.", key)
+        groups[(pattern, note)] = groups.get((pattern, note), 0) + 1
+    if len(groups) <= 12:
+        return [(name, count, note) for (name, note), count in groups.items()]
+    merged: dict[tuple[str, str], int] = {}
+    for (name, note), count in groups.items():
+        first = name.partition(".")
+        shown = f"{first[0]}.*" if first[1] else name
+        merged[(shown, note)] = merged.get((shown, note), 0) + count
+    return [(name, count, note) for (name, note), count in merged.items()]

@@ -1,0 +1,412 @@
+"""Where weights come from: a tag of timm's, a file, a folder; each as one `Source` with timm's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models import PretrainedCfg
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.model.classifier import Preprocess
+from vit_cls.model.config import ModelConfig, ViTConfig
+from vit_cls.weights.adapter import AdapterConfig, adapter_config
+from vit_cls.weights.bundle import architecture_config, is_own_file, read_own_file
+from vit_cls.weights.hf_folder import is_hf_folder, read_hf_folder
+from vit_cls.weights.hub import weights_file
+from vit_cls.weights.tensor_files import read_tensors
+from vit_cls.weights.timm_models import (
+    QUICK_GELU_NOTE,
+    class_names_of,
+    filter_of,
+    native_config,
+    preprocess_of,
+    pretrained_config,
+    skeleton,
+    timm_arguments,
+)
+
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a source, ready to be converted.
+
+    Args:
+        raw: Under the file's own names.
+        state: Under timm's names, for the grid of the target, with the tokens of ``config``.
+        config: The architecture that the tensors have, tokens and classes as found in the file.
+        remarks: What a user should know of the file.
+    """
+
+    raw: Mapping[str, Tensor | None]
+    state: dict[str, Tensor]
+    config: Any
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that are known but not yet read.
+
+    Args:
+        label: Where they come from, for people.
+        config: Their architecture.
+        read: Reads them for a target architecture.
+        preprocess: How their images are prepared; None where the source does not say.
+        class_names: Classes of their head; None where unknown.
+        licence: Their licence; None where the source does not say.
+        remarks: What a user should know before they are read.
+    """
+
+    label: str
+    config: Any
+    read: Callable[[ModelConfig], Weights]
+    preprocess: Preprocess | None = None
+    class_names: list[str] | None = None
+    licence: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def architecture_of(name: str) -> Any:
+    """The architecture of timm's ``name`` or ``name.tag``: native where native blocks can do it.
+
+    Args:
+        name: As the user wrote it.
+
+    Raises:
+        ConfigError: If there is no such name.
+    """
+    pretrained_config(name)
+    model = skeleton(name)
+    return native_config(model) or adapter_config(name.partition(".")[0], model)
+
+
+def tag_source(name: str, path: Path | None = None) -> Source:
+    """A tag of timm's, from the hub or from a file that holds it.
+
+    Args:
+        name: ``architecture.tag``, or ``architecture`` for its default tag.
+        path: The file; None takes the hub's.
+
+    Raises:
+        ConfigError: If there is no such name.
+    """
+    record = pretrained_config(name)
+    base = name.partition(".")[0]
+    label = f"{base}.{record.tag}" if record.tag else base
+    config, remarks = architecture_of(name), ()
+    notes = record.notes or ()
+    if any(QUICK_GELU_NOTE in note for note in notes) and getattr(config, "act", None) == "gelu":
+        config = dataclasses.replace(config, act="quick_gelu")
+        remarks = ("these weights were trained with QuickGELU, so the model is built with it, not with GELU",)
+
+    def read(target: ModelConfig) -> Weights:
+        file = weights_file(label, record) if path is None else path
+        return read_timm_file(file, config, target, name=base)
+
+    return Source(
+        label if path is None else f"{path} ({label})",
+        config,
+        read,
+        preprocess_of(record),
+        class_names_of(record),
+        record.license,
+        remarks,
+    )
+
+
+def file_source(path: Path, config: Any, *, name: str | None) -> Source:
+    """A file under timm's names or in a format that timm converts, for an architecture given by name.
+
+    Args:
+        path: The file.
+        config: The architecture.
+        name: timm's name of it, which decides how foreign formats are converted; None where it has none.
+    """
+    return Source(str(path), config, lambda target: read_timm_file(path, config, target, name=name))
+
+
+def own_source(path: Path) -> Source:
+    """A model file or a training checkpoint of ours.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ModelFileError: If it is damaged.
+    """
+    metadata = read_own_file(path, weights=False)[0]
+    try:
+        config = architecture_config(metadata["architecture"])
+        preprocess = Preprocess(**metadata["preprocess"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path} does not describe a model: {error}.") from error
+
+    def read(target: ModelConfig) -> Weights:
+        state = read_own_file(path)[1]
+        return Weights(dict(state), _filtered(dict(state), config, target, None, path), config)
+
+    return Source(
+        metadata.get("weights_source") or str(path),
+        config,
+        read,
+        preprocess,
+        list(metadata["class_names"]) or None,
+        metadata.get("weights_licence"),
+    )
+
+
+def folder_source(path: Path) -> Source | None:
+    """A folder that says by itself what it holds: of transformers, of timm, or a run of ours.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        None where the folder is none of these.
+
+    Raises:
+        ModelFileError: If it is one of these, and damaged or of an unknown kind.
+    """
+    if is_hf_folder(path):
+        model = read_hf_folder(path)
+
+        def read(target: ModelConfig) -> Weights:
+            return Weights(
+                dict(model.raw), _filtered(dict(model.state), model.config, target, None, path), model.config
+            )
+
+        return Source(str(path), model.config, read, model.preprocess, model.class_names, model.licence)
+    if (path / MODEL_FILE).is_file() and is_own_file(path / MODEL_FILE):
+        return own_source(path / MODEL_FILE)
+    if (path / "config.json").is_file():
+        return _timm_folder(path)
+    return None
+
+
+def _timm_folder(path: Path) -> Source:
+    """What timm's ``save_for_hf`` and ``vit-cls export --format timm`` write."""
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        name = settings["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(
+            f"{path / 'config.json'} names no architecture ({error}): it is neither timm's nor transformers'."
+        ) from error
+    pretrained_config(name)
+    try:
+        model = skeleton(f"local-dir:{path}")
+        record = PretrainedCfg(**{k: v for k, v in model.pretrained_cfg.items() if k != "source"})
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise ModelFileError(f"timm cannot build what {path / 'config.json'} describes: {error}.") from error
+    config = native_config(model) or adapter_config(name, model, **settings.get("model_args", {}))
+    file = path / MODEL_FILE
+    return Source(
+        str(path),
+        config,
+        lambda target: read_timm_file(file, config, target, name=name),
+        preprocess_of(record),
+        class_names_of(record),
+        record.license,
+    )
+
+
+def read_timm_file(path: Path, config: Any, target: ModelConfig, *, name: str | None) -> Weights:
+    """Read a file that is in timm's format, or in one that timm converts.
+
+    Args:
+        path: The file.
+        config: The architecture that the file should have.
+        target: The architecture that the weights are for: their grid is resized to its.
+        name: timm's name of the architecture; None where it has none.
+
+    Raises:
+        ModelFileError: If the file cannot be read, or does not hold that architecture.
+    """
+    if path.suffix == ".npz":
+        return _read_npz(path, config, target)
+    raw, remarks = read_tensors(path)
+    config = _structure_in(raw, config)
+    state = _filtered(dict(raw), config, target, name, path)
+    head = state.get("head.weight")
+    if head is not None and head.ndim == 2:
+        config = dataclasses.replace(config, num_classes=head.shape[0])
+    return Weights(dict(raw), state, config, remarks)
+
+
+def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
+    """The architecture with class token, registers and positions as a file under timm's names has them."""
+    positions, weight = raw.get("pos_embed"), raw.get("patch_embed.proj.weight")
+    if isinstance(config, AdapterConfig) or positions is None or weight is None or positions.ndim != 3:
+        return config
+    if "mask_token" in raw:  # DINOv2's own layout, which timm converts
+        return config
+    registers = raw.get("reg_token")
+    found: dict[str, Any] = {
+        "class_token": "cls_token" in raw,
+        "reg_tokens": 0 if registers is None else registers.shape[1],
+    }
+    prefix = found["class_token"] + found["reg_tokens"]
+    length = positions.shape[1]
+    squares = {embed: math.isqrt(n) ** 2 == n for embed, n in ((True, length), (False, length - prefix))}
+    if prefix and squares[True] != squares[False]:
+        found["no_embed_class"] = squares[True]
+    if "attn_pool.latent" in raw:
+        found["pool"] = "map"
+    elif config.pool in ("cls", "cls+gap") and not found["class_token"]:
+        found["pool"] = "gap"
+    return dataclasses.replace(config, **found)
+
+
+def _filtered(
+    raw: dict[str, Tensor], config: Any, target: ModelConfig, name: str | None, path: Path
+) -> dict[str, Tensor]:
+    """Through timm's own conversion: foreign names, another grid, another patch size."""
+    convert = checkpoint_filter_fn if name is None else filter_of(name)
+    try:
+        return convert(raw, _twin(config, target))
+    except (RuntimeError, KeyError, AssertionError, ValueError, IndexError, AttributeError) as error:
+        raise ModelFileError(
+            f"{path} does not hold the weights of {name or 'this architecture'}: timm's conversion stops at "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}."
+        ) from error
+
+
+def _twin(config: Any, target: ModelConfig) -> nn.Module:
+    """A skeleton with the tokens of the weights and the grid of the target."""
+    size = {"img_size": target.image_hw, "patch_size": target.patch_size}
+    if isinstance(config, AdapterConfig):
+        return skeleton(config.timm_architecture, **{**config.arguments, **size}, in_chans=config.in_chans)
+    pool = "cls" if config.class_token else "gap"
+    plain = dataclasses.replace(config, **size, pool=pool, depth=1, floor_grid=True)
+    arguments = {**timm_arguments(plain), "fc_norm": False}
+    with torch.device("meta"):
+        return TimmViT(**arguments)
+
+
+def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
+    """Google's format, through timm's reader, which copies into a model: one with room for every key."""
+    if not isinstance(config, ViTConfig):
+        raise ModelFileError(
+            f"{path}: Google's .npz files hold plain Vision Transformers, not this architecture."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = {name: file[name].shape for name in file.files}
+    except Exception as error:  # a damaged archive can raise anything
+        raise ModelFileError(
+            f"{path} is damaged or no .npz file: {error}. Copy or download it again."
+        ) from error
+    short = {
+        name.removeprefix("opt/target/").removeprefix("params/").removeprefix("img/"): s
+        for name, s in names.items()
+    }
+    if "embedding/kernel" not in short:
+        raise ModelFileError(
+            f"{path} holds no Vision Transformer of Google's: it has no embedding/kernel "
+            f"(it has {', '.join(list(names)[:3])})."
+        )
+    pool = "map" if "MAPHead_0/probe" in short else "cls" if "cls" in short else "gap"
+    positions = short.get("pos_embedding", short.get("Transformer/posembed_input/pos_embedding", (1, 0)))
+    length = positions[-2]
+    config = dataclasses.replace(
+        config,
+        pool=pool,
+        fc_norm=False,
+        class_token="cls" in short,
+        reg_tokens=0,
+        no_embed_class="cls" in short and math.isqrt(length) ** 2 == length,
+        num_classes=short["head/bias"][-1] if "head/bias" in short else 0,
+        in_chans=short["embedding/kernel"][2],
+        img_size=target.image_hw,
+        patch_size=target.patch_size,
+    )
+    with torch.device("meta"):
+        model = TimmViT(**timm_arguments(config))
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    try:
+        model.load_pretrained(str(path))
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise ModelFileError(f"{path} does not hold this architecture: {error}.") from error
+    state = {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
+    read = ("embedding", "cls", "pos_embedding", "Transformer", "head", "MAPHead_0")
+    unread = {name: None for name, known in zip(names, short, strict=True) if known.split("/")[0] not in read}
+    return Weights({**state, **unread}, state, config)
+
+
+def trace(weights: Weights, source: Any, target: ModelConfig) -> dict[str, tuple[str, str]]:
+    """What timm's conversion did to each key: which were resized, and which of the file's it left out.
+
+    A tensor that was only renamed, reshaped or cut shares its memory with the file's; one that was joined from
+    several holds them as blocks.
+
+    Args:
+        weights: As they were read.
+        source: The architecture of the weights.
+        target: The architecture that they are for.
+
+    Returns:
+        Fate and note, by key of the model or, where it was dropped, of the file.
+    """
+    fates: dict[str, tuple[str, str]] = {}
+    raw = {name: tensor for name, tensor in weights.raw.items() if tensor is not None}
+    spans = {tensor.data_ptr(): name for name, tensor in raw.items()}
+    used: set[str] = set()
+    joined: list[Tensor] = []
+    for key, tensor in weights.state.items():
+        name = spans.get(tensor.data_ptr())
+        if name is not None:
+            used.add(name)
+        elif key in raw:
+            used.add(key)
+            if raw[key].shape != tensor.shape and key == "pos_embed":
+                fates[key] = ("resized", _grids(raw[key], source, target))
+            elif raw[key].shape != tensor.shape:
+                shapes = (_sides(raw[key]), _sides(tensor))
+                fates[key] = ("resized", f"{shapes[0]} -> {shapes[1]}")
+        else:
+            joined.append(tensor)
+    for name in raw.keys() - used:
+        if not any(_holds(whole, raw[name]) for whole in joined):
+            fates[name] = ("dropped", "not a part of this model")
+    fates |= dict.fromkeys(weights.raw.keys() - raw.keys(), ("dropped", "not read"))
+    return fates
+
+
+def _holds(whole: Tensor, part: Tensor) -> bool:
+    """Whether ``part`` is a block of ``whole`` along the first axis, or all of it in another shape."""
+    if part.numel() == 0 or whole.numel() % part.numel() or part.dtype != whole.dtype:
+        return False
+    wanted = part.reshape(-1)
+    blocks = whole.reshape(-1).split(part.numel())
+    return any(bool(torch.equal(b[:8], wanted[:8]) and torch.equal(b, wanted)) for b in blocks)
+
+
+def _grids(positions: Tensor, source: Any, target: ModelConfig) -> str:
+    prefix = 0 if source.no_embed_class else int(source.class_token) + source.reg_tokens
+    side = math.isqrt(positions.shape[1] - prefix)
+    rows, cols = (pixels // target.patch_size for pixels in target.image_hw)
+    return f"{side}x{side} -> {rows}x{cols} patches"
+
+
+def _sides(tensor: Tensor) -> str:
+    return (
+        f"{tensor.shape[2]}x{tensor.shape[3]} pixels"
+        if tensor.ndim == 4
+        else "x".join(map(str, tensor.shape))
+    )

@@ -1,0 +1,156 @@
+"""A weights file to a dict of tensors, whatever its format; no code in it ever runs."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vit_cls.errors import ModelFileError
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+SUFFIXES = (".safetensors", ".npz", *PICKLE_SUFFIXES)
+"""What a weights file may end with."""
+
+WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "teacher",
+    "state_dict",
+    "model",
+    "module",
+    "encoder",
+    "target_encoder",
+)
+"""Names under which training scripts keep a model's tensors; of several the first is taken, and said."""
+
+PREFIXES = ("_orig_mod.", "module.", "backbone.")
+"""What compiling, data parallelism and self-distillation put in front of every key."""
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Every tensor of a weights file, by name.
+
+    Args:
+        path: A ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` that torch wrote.
+            The latter are pickles: they are opened for tensors and plain data alone, nothing in them runs.
+
+    Returns:
+        The tensors, and remarks for the user: which of several models in the file was taken.
+
+    Raises:
+        ModelFileError: If the file is missing, damaged, holds anything but tensors, or is of another kind.
+    """
+    _refuse_what_is_no_weights_file(path)
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), ()
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(
+                f"{path} is damaged or no safetensors file: {error}. Copy or download it again."
+            ) from error
+    return _unwrap(_read_pickle(path), path)
+
+
+def _refuse_what_is_no_weights_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelFileError(f"there is no file {str(path)!r}.")
+    if path.suffix not in SUFFIXES:
+        raise ModelFileError(
+            f"{path} does not look like a weights file: known endings are {', '.join(SUFFIXES)}."
+        )
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise ModelFileError(f"{path} is empty. Copy or download it again.")
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ModelFileError(
+            f"{path} is a web page, not weights: the download was answered with a page (a login, an error). "
+            "Open the address in a browser, or download the file again."
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise ModelFileError(
+            f"{path} is a pointer of Git LFS, not the weights themselves. Run `git lfs pull` where it came from."
+        )
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        # timm's own training checkpoints hold their options as a Namespace: plain data, like a dict.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported operand" in str(error):
+            raise ModelFileError(
+                f"{path} holds more than tensors and plain data, and that may be a program: nothing of it was "
+                f"run. {_forbidden(path)}Ask for a .safetensors file, or save the state dict alone."
+            ) from error
+        raise ModelFileError(f"{path} is damaged or no file of torch's: {_first_line(error)}") from error
+    except Exception as error:  # unpickling a damaged file can raise anything
+        whole = zipfile.is_zipfile(path)
+        what = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
+        raise ModelFileError(f"{path} {what}: {_first_line(error)}. Copy or download it again.") from error
+
+
+def _forbidden(path: Path) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # it has already been refused; this is for the message alone
+        return ""
+    return f"It asks for {', '.join(sorted(names)[:5])}. " if names else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    remarks: list[str] = []
+    while isinstance(content, Mapping) and not _is_state(content):
+        found = [name for name in WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
+        if not found:
+            break
+        if len(found) > 1:
+            remarks.append(f"the file holds {', '.join(found)}; {found[0]} was taken")
+        content = content[found[0]]
+    if not isinstance(content, Mapping) or not _is_state(content):
+        keys = f" (it has {', '.join(map(str, list(content)[:5]))})" if isinstance(content, Mapping) else ""
+        raise ModelFileError(f"{path} holds no state dict of tensors{keys}.")
+    state = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return strip_prefixes(state), tuple(remarks)
+
+
+def _is_state(content: Mapping[Any, Any]) -> bool:
+    tensors = sum(isinstance(value, Tensor) for value in content.values())
+    return tensors > 0 and tensors >= len(content) / 2
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what wrappers put in front of every key.
+
+    Args:
+        state: Tensors by name.
+
+    Example:
+        >>> import torch
+        >>> list(strip_prefixes({"module._orig_mod.norm.weight": torch.ones(1)}))
+        ['norm.weight']
+    """
+    changed = True
+    while changed:
+        changed = False
+        for prefix in PREFIXES:
+            if state and all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+                changed = True
+    return state

@@ -1,0 +1,418 @@
+"""timm's plain ViTs and their relatives: which there are, what each is, and a skeleton of any of them."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.layers import AttentionPoolLatent, GluMlp
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import beit as timm_beit
+from timm.models import eva as timm_eva
+from timm.models import vision_transformer as timm_vit
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.model.classifier import CROP_MODES, INTERPOLATIONS, Preprocess
+from vit_cls.model.config import ViTConfig
+
+MODULES = ("vision_transformer", "deit", "eva", "beit")
+"""The modules of timm whose models can be loaded."""
+
+POOLS = {"token": "cls", "avg": "gap", "max": "max", "map": "map"}
+"""timm's ``global_pool`` in our words."""
+
+QUICK_GELU_NOTE = "natively QuickGELU"
+"""How timm marks tags whose weights were trained with QuickGELU, on an architecture without it."""
+
+SAME_IN_TIMM = (
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qkv_bias",
+    "qk_norm",
+    "init_values",
+    "class_token",
+    "reg_tokens",
+    "no_embed_class",
+    "pre_norm",
+    "final_norm",
+    "fc_norm",
+    "pool_include_prefix",
+)
+"""Settings that timm's constructor spells as `ViTConfig` does."""
+
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leave new tensors as they are: a skeleton has no values, and drawing none is three times faster."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and args and isinstance(args[0], Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def make_timm(name: str, **arguments: Any) -> nn.Module:
+    """timm's model of that name, with fresh weights.
+
+    Args:
+        name: Architecture, without a tag.
+        arguments: Of timm's constructor.
+
+    Raises:
+        ConfigError: If timm's constructor refuses the arguments.
+    """
+    if module_of(name) in ("vision_transformer", "eva"):
+        # An environment variable of timm's may reroute these to another class, with other keys.
+        arguments.setdefault("use_naflex", False)
+    try:
+        return timm.create_model(name, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        shown = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if k != "use_naflex")
+        raise ConfigError(f"timm's {name} cannot be built with {shown}: {error}.") from error
+
+
+def skeleton(name: str, **arguments: Any) -> nn.Module:
+    """timm's model of that name without memory for its weights: shapes and settings alone.
+
+    Args:
+        name: Architecture, without a tag.
+        arguments: Of timm's constructor.
+
+    Raises:
+        ConfigError: If timm's constructor refuses the arguments.
+
+    Example:
+        >>> skeleton("vit_tiny_patch16_224").pos_embed.shape
+        torch.Size([1, 197, 192])
+    """
+    with torch.device("meta"), _SkipInit():
+        return make_timm(name, **arguments)
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """Every architecture that can be loaded, in timm's order of modules and names."""
+    return tuple(name for module in MODULES for name in timm.list_models(module=module))
+
+
+@functools.cache
+def tags() -> tuple[str, ...]:
+    """Every ``architecture.tag`` with published weights."""
+    return tuple(
+        name
+        for module in MODULES
+        for name in timm.list_models(module=module, pretrained=True, include_tags=True)
+    )
+
+
+@functools.cache
+def module_of(name: str) -> str | None:
+    """The module of timm that an architecture is in, or None where it is in none of `MODULES`.
+
+    Args:
+        name: Architecture, without a tag.
+    """
+    return next((module for module in MODULES if name in timm.list_models(module=module)), None)
+
+
+def is_timm_name(name: str) -> bool:
+    """Whether ``architecture`` or ``architecture.tag`` is one of timm's that can be loaded.
+
+    Args:
+        name: As the user wrote it.
+
+    Example:
+        >>> is_timm_name("vit_base_patch16_224"), is_timm_name("resnet50")
+        (True, False)
+    """
+    base = name.partition(".")[0]
+    return module_of(base) is not None and (name == base or get_pretrained_cfg(name) is not None)
+
+
+def pretrained_config(name: str) -> PretrainedCfg:
+    """timm's record of a tag: where the weights are, how images are prepared, which classes.
+
+    Args:
+        name: ``architecture`` (its default tag) or ``architecture.tag``.
+
+    Raises:
+        ConfigError: If the architecture or the tag is unknown; near names are given.
+
+    Example:
+        >>> pretrained_config("vit_base_patch16_clip_224.openai").mean[0]
+        0.48145466
+    """
+    base, dot, tag = name.partition(".")
+    if module_of(base) is None:
+        if timm.is_model(base) and base in timm.list_models():
+            raise ConfigError(
+                f"model.name {name!r} is an architecture of timm, but not a Vision Transformer that is "
+                f"supported; those are in timm's modules {', '.join(MODULES)}. `vit-cls models` lists them."
+            )
+        raise ConfigError(
+            f"model.name {name!r} is not a known architecture.{did_you_mean(base, architectures())} "
+            "`vit-cls models` lists them all."
+        )
+    config = get_pretrained_cfg(name)
+    if config is None:
+        known = [known.partition(".")[2] for known in tags() if known.partition(".")[0] == base]
+        has = f"It has {', '.join(known)}." if known else "No weights were published for it."
+        raise ConfigError(f"{base} has no tag {tag!r}.{did_you_mean(tag, known)} {has}")
+    return config
+
+
+def preprocess_of(config: PretrainedCfg) -> Preprocess:
+    """How a tag wants its images.
+
+    Args:
+        config: timm's record.
+    """
+    assert config.crop_mode in CROP_MODES and config.interpolation in INTERPOLATIONS
+    return Preprocess(
+        img_size=tuple(config.input_size[1:]),
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+        interpolation=config.interpolation,
+    )
+
+
+def class_names_of(config: PretrainedCfg) -> list[str] | None:
+    """The classes of a tag's head in order: WordNet ids, or the names that the record has.
+
+    Args:
+        config: timm's record.
+
+    Returns:
+        None where the outputs are no known classes (a text-aligned projection) or there is no head.
+    """
+    if config.label_names:
+        names = list(config.label_names)
+        return names if len(set(names)) == len(names) == config.num_classes else None
+    subset = infer_imagenet_subset(config.to_dict())
+    return None if subset is None else list(ImageNetInfo(subset).label_names())
+
+
+@functools.cache
+def class_aliases(class_name: str) -> tuple[str, ...]:
+    """Other names of an ImageNet class: its lemmas, with spaces and with underscores.
+
+    Args:
+        class_name: A WordNet id, ``n01440764``; anything else has no aliases.
+
+    Example:
+        >>> class_aliases("n01440764")
+        ('tench', 'Tinca tinca', 'Tinca_tinca')
+    """
+    try:
+        lemmas = _imagenet().label_name_to_description(class_name).split(", ")
+    except KeyError:
+        return ()
+    return tuple(dict.fromkeys(form for lemma in lemmas for form in (lemma, lemma.replace(" ", "_"))))
+
+
+@functools.cache
+def _imagenet() -> ImageNetInfo:
+    return ImageNetInfo("imagenet-22k")
+
+
+def matching(pattern: str) -> list[str]:
+    """Architectures that match a name or a pattern, tags included.
+
+    Args:
+        pattern: ``vit_base_patch16_224``, ``*clip*``, or with a tag: ``*.openai``.
+    """
+    if "." in pattern:
+        found = fnmatch.filter(tags(), pattern)
+        return list(dict.fromkeys(name.partition(".")[0] for name in found))
+    return fnmatch.filter(architectures(), pattern)
+
+
+def filter_of(name: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+    """timm's function that brings a foreign checkpoint into timm's keys and the model's grid.
+
+    timm chooses it inside the constructors of these modules, out of reach; the choice is repeated here.
+
+    Args:
+        name: Architecture, without a tag.
+    """
+    module = module_of(name)
+    if module == "eva":
+        return timm_eva.checkpoint_filter_fn
+    if module == "beit":
+        return timm_beit.checkpoint_filter_fn
+    if module == "deit":
+        return functools.partial(timm_vit.checkpoint_filter_fn, adapt_layer_scale=True)
+    if "radio" in name:
+        corners = any(part in name for part in ("base_patch16_radio_v3", "huge_patch16_radio_v3"))
+        return functools.partial(
+            timm_vit.checkpoint_filter_fn, interpolation="bilinear", antialias=False, align_corners=corners
+        )
+    if "flexi" in name:
+        return functools.partial(timm_vit.checkpoint_filter_fn, interpolation="bilinear", antialias=False)
+    return timm_vit.checkpoint_filter_fn
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a model of timm does with its tokens at the end.
+
+    Args:
+        pool: Its pooling, in our words.
+        fc_norm: Whether the final norm stands after the pooling, where that is not what the pooling's
+            name implies; else None.
+        final_norm: Whether there is a final norm.
+        include_prefix: Whether its pooling over the patches reads prefix tokens too.
+    """
+
+    pool: str
+    fc_norm: bool | None
+    final_norm: bool
+    include_prefix: bool
+
+
+def placement(model: nn.Module) -> Placement:
+    """Read pooling and norm off a model of timm.
+
+    Args:
+        model: A skeleton will do.
+
+    Raises:
+        ConfigError: If the model pools in a way that has no counterpart here.
+    """
+    if model.global_pool not in POOLS:
+        raise ConfigError(f"timm's pooling {model.global_pool!r} has no counterpart here.")
+    pool = "distilled" if isinstance(model, VisionTransformerDistilled) else POOLS[model.global_pool]
+    after, before = (not isinstance(norm, nn.Identity) for norm in (model.fc_norm, model.norm))
+    implied = pool in ("gap", "max")
+    # Eva's pooling by attention reads the class token too; timm's plain ViT has a setting for it.
+    prefix = bool(getattr(model, "pool_include_prefix", False))
+    prefix |= isinstance(model, timm_eva.Eva) and pool == "map"
+    return Placement(pool, after if (after or before) and after != implied else None, after or before, prefix)
+
+
+def native_config(model: nn.Module) -> ViTConfig | None:
+    """The native architecture that computes what a model of timm computes, with the same keys.
+
+    It is read off the built model, not off the constructor's arguments: those may be partials of anything.
+
+    Args:
+        model: A skeleton will do.
+
+    Returns:
+        None where the model has a part that native blocks lack; it then runs through the adapter.
+    """
+    if type(model) is not timm_vit.VisionTransformer or model.pos_embed is None:
+        return None
+    blocks: list[Any] = list(model.blocks)
+    block = blocks[0]
+    if any(type(b) is not timm_vit.Block or type(b.attn) is not timm_vit.Attention for b in blocks):
+        return None
+    swiglu = type(block.mlp) is GluMlp and not block.mlp.gate_last
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    plain = [
+        swiglu or type(block.mlp) is timm_vit.Mlp,
+        bool(norms) and len({norm.eps for norm in norms}) == 1,
+        isinstance(block.norm1, nn.LayerNorm),
+        all(isinstance(part.norm, nn.Identity) for part in (block.attn, block.mlp, model.patch_embed)),
+        block.attn.proj.bias is not None,
+        model.attn_pool is None or type(model.attn_pool) is AttentionPoolLatent,
+        model.global_pool in POOLS,
+        type(block.mlp.act).__name__ in _ACTIVATIONS,
+    ]
+    if not all(plain):
+        return None
+    dim = model.embed_dim
+    place = placement(model)
+    return ViTConfig(
+        img_size=tuple(model.patch_embed.img_size),
+        patch_size=model.patch_embed.patch_size[0],
+        in_chans=model.patch_embed.proj.in_channels,
+        num_classes=model.num_classes,
+        pool=place.pool,
+        embed_dim=dim,
+        depth=len(blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=_ratio(block.mlp.fc1.out_features, dim),
+        qkv_bias=block.attn.qkv.bias is not None,
+        qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
+        init_values=None if isinstance(block.ls1, nn.Identity) else block.ls1.init_values,
+        class_token=model.cls_token is not None,
+        reg_tokens=model.num_reg_tokens,
+        no_embed_class=model.no_embed_class,
+        pre_norm=not isinstance(model.norm_pre, nn.Identity),
+        final_norm=place.final_norm,
+        fc_norm=place.fc_norm,
+        norm_eps=norms[0].eps,
+        act=activation_name(block.mlp.act),
+        mlp="swiglu_packed" if swiglu else "mlp",
+        pool_include_prefix=place.include_prefix,
+        floor_grid=any(side % model.patch_embed.patch_size[0] for side in model.patch_embed.img_size),
+    )
+
+
+def activation_name(module: nn.Module) -> str:
+    """Our name of an activation of timm's or torch's.
+
+    Args:
+        module: The activation.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    name = type(module).__name__
+    if name not in _ACTIVATIONS:
+        raise ConfigError(f"timm's activation {name} has no counterpart here.")
+    approximate = getattr(module, "approximate", "none") == "tanh"
+    return "gelu_tanh" if approximate else _ACTIVATIONS[name]
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
+
+
+def timm_arguments(config: ViTConfig) -> dict[str, Any]:
+    """A native architecture as arguments of timm's ``VisionTransformer``, all that JSON can hold.
+
+    The kind of MLP and the epsilon of the norms are not among them: they belong to an architecture's name.
+
+    Args:
+        config: The architecture.
+
+    Raises:
+        ConfigError: If timm has no counterpart of its pooling.
+    """
+    names = {ours: theirs for theirs, ours in POOLS.items()}
+    if config.pool not in names:
+        raise ConfigError(
+            f"timm has no counterpart of model.pool {config.pool}; it knows {', '.join(names)}."
+        )
+    return {
+        **{name: getattr(config, name) for name in SAME_IN_TIMM},
+        "img_size": list(config.image_hw),
+        "global_pool": names[config.pool],
+        "pos_embed": "none" if config.pos_embed == "none" else "learn",
+        "act_layer": config.act,
+    }
