@@ -103,7 +103,7 @@ class AdapterConfig:
         return cls(**values)
 
 
-def adapter_config(name: str, model: nn.Module, **arguments: Any) -> AdapterConfig:
+def adapter_config(name: str, model: Any, **arguments: Any) -> AdapterConfig:
     """The architecture of an adapted model, read off timm's.
 
     Args:
@@ -166,7 +166,8 @@ def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> Adapte
     if any(side % config.patch_size for side in config.img_size):
         height, width = config.img_size
         raise ConfigError(
-            f"model.img_size must be divisible by model.patch_size; got {height}x{width} and {config.patch_size}."
+            f"model.img_size must be divisible by model.patch_size; got {height}x{width} and "
+            f"{config.patch_size}."
         )
     if not arguments:
         return config
@@ -186,7 +187,7 @@ def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> Adapte
     return dataclasses.replace(built, **kept)
 
 
-def _num_heads(block: nn.Module) -> int:
+def _num_heads(block: Any) -> int:
     """Parallel blocks hold their heads themselves, or in a list of attentions."""
     holders = [block, *block.modules()]
     return next(int(m.num_heads) for m in holders if hasattr(m, "num_heads"))
@@ -259,18 +260,21 @@ class TimmAdapter(TokenModel):
 
     Example:
         >>> from vit_cls.weights.timm_models import skeleton
-        >>> config = adapter_config("beit_base_patch16_224", skeleton("beit_base_patch16_224", depth=1), depth=1)
+        >>> beit = "beit_base_patch16_224"
+        >>> config = adapter_config(beit, skeleton(beit, depth=1), depth=1)
         >>> config.pool, config.class_token
         ('gap', True)
     """
 
     config: AdapterConfig
+    body: Any
+    head_dist: nn.Module | None
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
         arguments = dict(config.arguments)
-        body = make_timm(
+        body: Any = make_timm(
             config.timm_architecture,
             img_size=config.img_size,
             in_chans=config.in_chans,

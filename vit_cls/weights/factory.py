@@ -69,14 +69,16 @@ def create_model(
     """Build a Vision Transformer, with fresh or with pretrained weights.
 
     Args:
-        name: An architecture of ``vit-cls models``, such as ``vit_tiny_patch16_224``; with pretrained weights also
-            ``architecture.tag``, or ``auto`` where the weights say their architecture themselves.
-        pretrained: None: fresh weights. True: those of the tag, from the hub's cache or the hub. Otherwise a tag,
-            a file (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.npz``) or a folder (a run, a
-            model of transformers, an export for timm).
-        num_classes: Classes of the head; 0 leaves the model headless. None keeps those of the weights, or 1,000.
-        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K``, ``cls+gap`` or ``map``; None keeps the
-            architecture's own.
+        name: An architecture of ``vit-cls models``, such as ``vit_tiny_patch16_224``; with pretrained
+            weights also ``architecture.tag``, or ``auto`` where the weights say their architecture
+            themselves.
+        pretrained: None: fresh weights. True: those of the tag, from the hub's cache or the hub. Otherwise a
+            tag, a file (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.npz``) or a folder (a
+            run, a model of transformers, an export for timm).
+        num_classes: Classes of the head; 0 leaves the model headless. None keeps those of the weights, or
+            1,000.
+        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K``, ``cls+gap`` or ``map``; None keeps
+            the architecture's own.
         class_names: The classes, where a head whose classes agree is to be kept; sets ``num_classes``.
         keep_head: Whether the checkpoint's head is kept where it fits.
         head_init: A new head's weights: ``normal`` or ``zero``.
@@ -85,8 +87,8 @@ def create_model(
             architecture takes the arguments of its constructor in timm.
 
     Returns:
-        The model, in training mode, on the CPU; ``load_report`` tells the fate of every key. Fresh weights are
-        drawn from torch's global generator.
+        The model, in training mode, on the CPU; ``load_report`` tells the fate of every key. Fresh weights
+        are drawn from torch's global generator.
 
     Raises:
         ConfigError: If the name or a setting is unknown, or the settings do not fit together.
@@ -128,7 +130,8 @@ def create_classifier(
         name: As for `create_model`.
         class_names: One name an output; None takes those of the weights.
         pretrained: As for `create_model`.
-        load_weights: Whether the weights are read; without, the architecture is theirs and the weights are fresh.
+        load_weights: Whether the weights are read; without, the architecture is theirs and the weights are
+            fresh.
         keep_head: As for `create_model`.
         head_init: As for `create_model`.
         max_fresh: As for `create_model`.
@@ -149,7 +152,9 @@ def create_classifier(
         overrides["num_classes"] = len(class_names)
     config = changed(found.config, **{k: v for k, v in overrides.items() if v is not None})
     preprocess = found.preprocess.resized(config.image_hw, config.in_chans)
-    crop = {k: v for k, v in (("crop_pct", crop_pct), ("crop_mode", crop_mode)) if v is not None}
+    crop: dict[str, Any] = {
+        k: v for k, v in (("crop_pct", crop_pct), ("crop_mode", crop_mode)) if v is not None
+    }
     preprocess = dataclasses.replace(preprocess, **crop)
     if class_names is None:
         known = found.class_names if found.source is not None else None
@@ -161,6 +166,24 @@ def create_classifier(
     classifier.weights_licence = licence
     classifier.weights_source = found.source.label if found.source else None
     return classifier
+
+
+def pool_of(name: str, pretrained: bool | str | Path | None = None) -> str:
+    """What the head of an architecture reads if nothing else is asked for.
+
+    Args:
+        name: As for `create_model`.
+        pretrained: As for `create_model`.
+
+    Raises:
+        ConfigError: As for `create_model`.
+        ModelFileError: As for `create_model`.
+
+    Example:
+        >>> pool_of("vit_pico_patch7_28")
+        'cls'
+    """
+    return _find(name, pretrained).config.pool
 
 
 @dataclass(frozen=True)
@@ -207,7 +230,7 @@ def _find_source(name: str, pretrained: bool | str | Path) -> Any:
     from vit_cls.weights import sources
     from vit_cls.weights.timm_models import is_timm_name
 
-    if pretrained is True:
+    if isinstance(pretrained, bool):
         return sources.tag_source(name)
     text, path = str(pretrained), Path(pretrained)
     base = name.partition(".")[0]
@@ -218,12 +241,13 @@ def _find_source(name: str, pretrained: bool | str | Path) -> Any:
             return own
         if path.is_dir():
             raise ModelFileError(
-                f"model.pretrained {text} is a folder that holds no model: it has neither a config.json nor a "
-                f"{MODEL_FILE} of ours. Give the weights file itself."
+                f"model.pretrained {text} is a folder that holds no model: it has neither a config.json nor "
+                f"a {MODEL_FILE} of ours. Give the weights file itself."
             )
         if name == AUTO:
             raise ConfigError(
-                f"model.pretrained {text} does not say which architecture it holds. Give its name as model.name."
+                f"model.pretrained {text} does not say which architecture it holds. Give its name as "
+                "model.name."
             )
         if is_timm_name(name) and name != base:
             return sources.tag_source(name, path)
@@ -258,8 +282,8 @@ def _check_agreement(name: str, source: Any, text: str) -> None:
         ours, theirs = getattr(config, field), getattr(source.config, field)
         if ours != theirs:
             raise ModelFileError(
-                f"model.pretrained {text} holds another architecture than model.name {name}: {field} is {theirs}, not "
-                f"{ours}. Use model.name auto to take the file's."
+                f"model.pretrained {text} holds another architecture than model.name {name}: {field} is "
+                f"{theirs}, not {ours}. Use model.name auto to take the file's."
             )
 
 
@@ -323,8 +347,9 @@ def load(model: str | Path) -> ImageClassifier:
     """Load a classifier from anything that ``--model`` takes.
 
     Args:
-        model: A run folder, a ``model.safetensors``, a training checkpoint (``.ckpt``), a folder of transformers or
-            of ``vit-cls export --format timm``, timm's ``name`` or ``name.tag``, or ``name=path/to/weights``.
+        model: A run folder, a ``model.safetensors``, a training checkpoint (``.ckpt``), a folder of
+            transformers or of ``vit-cls export --format timm``, timm's ``name`` or ``name.tag``, or
+            ``name=path/to/weights``.
 
     Returns:
         The classifier in evaluation mode, on the CPU. Without known classes its outputs are named
@@ -359,7 +384,8 @@ def _load_name(text: str) -> ImageClassifier:
 
     if not is_timm_name(text) and module_of(text.partition(".")[0]) is None:
         raise ModelFileError(
-            f"there is no file or folder {text!r}, and no architecture of that name. --model takes a run folder, its "
-            f"{MODEL_FILE}, a .ckpt of a run, a name of timm's (`vit-cls models`), or name=path/to/weights."
+            f"there is no file or folder {text!r}, and no architecture of that name. --model takes a run "
+            f"folder, its {MODEL_FILE}, a .ckpt of a run, a name of timm's (`vit-cls models`), or "
+            "name=path/to/weights."
         )
     return create_classifier(text, pretrained=True).eval()

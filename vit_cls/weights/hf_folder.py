@@ -1,4 +1,4 @@
-"""A model folder of Hugging Face's transformers: its architecture, its weights under timm's names, its classes."""
+"""A model folder of Hugging Face's transformers: architecture, weights under timm's names, classes."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ def _architecture(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> M
         "no_embed_class": kind == "dinov2_with_registers",
     }
     if "head_dist.weight" in state:
-        # Two heads are what timm's distilled architectures have; its epsilon (1e-6) differs from 1e-12 by nothing
-        # that fp32 shows.
+        # Two heads are what timm's distilled architectures have; its epsilon (1e-6) differs from 1e-12 by
+        # nothing that fp32 shows.
         arguments = {key: common[key] for key in ("embed_dim", "depth", "num_heads")}
         arguments["mlp_ratio"] = hidden / dim
         return AdapterConfig(

@@ -58,20 +58,21 @@ def weights_file(name: str, config: PretrainedCfg) -> Path:
             missing = missing or error
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise ModelFileError(
-                f"{name}: the hub refuses {repo}/{files[0]}: {_first_line(error)}. Some weights need an account that "
-                f"accepted their licence (`hf auth login`). {_way_out(name)}"
+                f"{name}: the hub refuses {repo}/{files[0]}: {_first_line(error)}. Some weights need an "
+                f"account that accepted their licence (`hf auth login`). {_way_out(name)}"
             ) from error
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
             missing = missing or error
     reason = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else _first_line(missing)
     raise ModelFileError(
-        f"{name}: {files[0]} of {repo} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched from "
-        f"{constants.ENDPOINT}: {reason}. {_way_out(name)}"
+        f"{name}: {files[0]} of {repo} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched "
+        f"from {constants.ENDPOINT}: {reason}. {_way_out(name)}"
     ) from missing
 
 
 def _from_url(name: str, config: PretrainedCfg) -> Path:
     """The few tags that are at an address alone; torch's cache of downloads, as timm uses it."""
+    assert config.url
     url = config.url if isinstance(config.url, str) else config.url[0]
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if target.is_file():

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FATES = ("loaded", "resized", "moved", "dropped", "fresh")
-"""In the order of the table. Loaded: as it was. Resized: interpolated or cut to a new shape. Moved: to another
-place in the model. Dropped: of the checkpoint alone. Fresh: of the model alone, initialised anew."""
+"""In the order of the table. Loaded: as it was. Resized: interpolated or cut to a new shape. Moved: to
+another place in the model. Dropped: of the checkpoint alone. Fresh: of the model alone, initialised anew."""
 
 
 @dataclass(frozen=True)

@@ -108,15 +108,15 @@ def _refuse(
         )
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelFileError(
-            f"{source.label} does not fit the model: {shown}{more}. Is it another architecture? Check model.name "
-            "(`vit-cls models`), and settings that change shapes."
+            f"{source.label} does not fit the model: {shown}{more}. Is it another architecture? Check "
+            "model.name (`vit-cls models`), and settings that change shapes."
         )
     if fresh_share > max_fresh:
         missing = [row.key for row in keys if row.fate == "fresh"]
         left = [row.key for row in keys if row.fate == "dropped"]
         raise ModelFileError(
-            f"{source.label}: {fresh_share:.0%} of the encoder would be fresh, more than model.max_fresh {max_fresh:g} "
-            f"allows. The model wants {', '.join(missing[:3])}; the weights have "
+            f"{source.label}: {fresh_share:.0%} of the encoder would be fresh, more than model.max_fresh "
+            f"{max_fresh:g} allows. The model wants {', '.join(missing[:3])}; the weights have "
             f"{', '.join(left[:3]) or 'nothing else'}. Check model.name, or raise model.max_fresh."
         )
 

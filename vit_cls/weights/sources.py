@@ -15,7 +15,7 @@ import torch
 from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import Preprocess
@@ -106,7 +106,7 @@ def tag_source(name: str, path: Path | None = None) -> Source:
     record = pretrained_config(name)
     base = name.partition(".")[0]
     label = f"{base}.{record.tag}" if record.tag else base
-    config, remarks = architecture_of(name), ()
+    config, remarks = architecture_of(name), tuple[str, ...]()
     notes = record.notes or ()
     if any(QUICK_GELU_NOTE in note for note in notes) and getattr(config, "act", None) == "gelu":
         config = dataclasses.replace(config, act="quick_gelu")
@@ -284,7 +284,7 @@ def _filtered(
         ) from error
 
 
-def _twin(config: Any, target: ModelConfig) -> nn.Module:
+def _twin(config: Any, target: ModelConfig) -> Any:
     """A skeleton with the tokens of the weights and the grid of the target."""
     size = {"img_size": target.image_hw, "patch_size": target.patch_size}
     if isinstance(config, AdapterConfig):
@@ -352,8 +352,8 @@ def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
 def trace(weights: Weights, source: Any, target: ModelConfig) -> dict[str, tuple[str, str]]:
     """What timm's conversion did to each key: which were resized, and which of the file's it left out.
 
-    A tensor that was only renamed, reshaped or cut shares its memory with the file's; one that was joined from
-    several holds them as blocks.
+    A tensor that was only renamed, reshaped or cut shares its memory with the file's; one that was joined
+    from several holds them as blocks.
 
     Args:
         weights: As they were read.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +40,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Every tensor of a weights file, by name.
 
     Args:
-        path: A ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` that torch wrote.
-            The latter are pickles: they are opened for tensors and plain data alone, nothing in them runs.
+        path: A ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` that torch
+            wrote. The latter are pickles: they are opened for tensors and plain data alone, nothing in them
+            runs.
 
     Returns:
         The tensors, and remarks for the user: which of several models in the file was taken.
@@ -80,7 +80,8 @@ def _refuse_what_is_no_weights_file(path: Path) -> None:
         )
     if text.startswith(b"version https://git-lfs"):
         raise ModelFileError(
-            f"{path} is a pointer of Git LFS, not the weights themselves. Run `git lfs pull` where it came from."
+            f"{path} is a pointer of Git LFS, not the weights themselves. Run `git lfs pull` where it came "
+            "from."
         )
 
 
@@ -89,14 +90,14 @@ def _read_pickle(path: Path) -> Any:
         # timm's own training checkpoints hold their options as a Namespace: plain data, like a dict.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported operand" in str(error):
-            raise ModelFileError(
-                f"{path} holds more than tensors and plain data, and that may be a program: nothing of it was "
-                f"run. {_forbidden(path)}Ask for a .safetensors file, or save the state dict alone."
-            ) from error
-        raise ModelFileError(f"{path} is damaged or no file of torch's: {_first_line(error)}") from error
     except Exception as error:  # unpickling a damaged file can raise anything
+        if any(
+            word in str(error) for word in ("Unsupported global", "Unsupported operand", "Unsupported class")
+        ):
+            raise ModelFileError(
+                f"{path} holds more than tensors and plain data, and that may be a program: nothing of it "
+                f"was run. {_forbidden(path)}Ask for a .safetensors file, or save the state dict alone."
+            ) from error
         whole = zipfile.is_zipfile(path)
         what = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
         raise ModelFileError(f"{path} {what}: {_first_line(error)}. Copy or download it again.") from error

@@ -70,7 +70,7 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_timm(name: str, **arguments: Any) -> nn.Module:
+def make_timm(name: str, **arguments: Any) -> Any:
     """timm's model of that name, with fresh weights.
 
     Args:
@@ -90,7 +90,7 @@ def make_timm(name: str, **arguments: Any) -> nn.Module:
         raise ConfigError(f"timm's {name} cannot be built with {shown}: {error}.") from error
 
 
-def skeleton(name: str, **arguments: Any) -> nn.Module:
+def skeleton(name: str, **arguments: Any) -> Any:
     """timm's model of that name without memory for its weights: shapes and settings alone.
 
     Args:
@@ -161,7 +161,7 @@ def pretrained_config(name: str) -> PretrainedCfg:
         >>> pretrained_config("vit_base_patch16_clip_224.openai").mean[0]
         0.48145466
     """
-    base, dot, tag = name.partition(".")
+    base, _, tag = name.partition(".")
     if module_of(base) is None:
         if timm.is_model(base) and base in timm.list_models():
             raise ConfigError(
@@ -186,9 +186,10 @@ def preprocess_of(config: PretrainedCfg) -> Preprocess:
     Args:
         config: timm's record.
     """
-    assert config.crop_mode in CROP_MODES and config.interpolation in INTERPOLATIONS
+    assert config.crop_mode in CROP_MODES
+    assert config.interpolation in INTERPOLATIONS
     return Preprocess(
-        img_size=tuple(config.input_size[1:]),
+        img_size=(config.input_size[1], config.input_size[2]),
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
@@ -210,7 +211,7 @@ def class_names_of(config: PretrainedCfg) -> list[str] | None:
         names = list(config.label_names)
         return names if len(set(names)) == len(names) == config.num_classes else None
     subset = infer_imagenet_subset(config.to_dict())
-    return None if subset is None else list(ImageNetInfo(subset).label_names())
+    return None if subset is None else list(_imagenet(subset).label_names())
 
 
 @functools.cache
@@ -225,15 +226,15 @@ def class_aliases(class_name: str) -> tuple[str, ...]:
         ('tench', 'Tinca tinca', 'Tinca_tinca')
     """
     try:
-        lemmas = _imagenet().label_name_to_description(class_name).split(", ")
+        lemmas = _imagenet("imagenet-22k").label_name_to_description(class_name).split(", ")
     except KeyError:
         return ()
     return tuple(dict.fromkeys(form for lemma in lemmas for form in (lemma, lemma.replace(" ", "_"))))
 
 
 @functools.cache
-def _imagenet() -> ImageNetInfo:
-    return ImageNetInfo("imagenet-22k")
+def _imagenet(subset: str) -> ImageNetInfo:
+    return ImageNetInfo(subset)
 
 
 def matching(pattern: str) -> list[str]:
@@ -248,7 +249,7 @@ def matching(pattern: str) -> list[str]:
     return fnmatch.filter(architectures(), pattern)
 
 
-def filter_of(name: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+def filter_of(name: str) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]]:
     """timm's function that brings a foreign checkpoint into timm's keys and the model's grid.
 
     timm chooses it inside the constructors of these modules, out of reach; the choice is repeated here.
@@ -291,7 +292,7 @@ class Placement:
     include_prefix: bool
 
 
-def placement(model: nn.Module) -> Placement:
+def placement(model: Any) -> Placement:
     """Read pooling and norm off a model of timm.
 
     Args:
@@ -311,7 +312,7 @@ def placement(model: nn.Module) -> Placement:
     return Placement(pool, after if (after or before) and after != implied else None, after or before, prefix)
 
 
-def native_config(model: nn.Module) -> ViTConfig | None:
+def native_config(model: Any) -> ViTConfig | None:
     """The native architecture that computes what a model of timm computes, with the same keys.
 
     It is read off the built model, not off the constructor's arguments: those may be partials of anything.
