@@ -98,9 +98,8 @@ def fit(
         Interrupted: If SIGINT or SIGTERM came; complete epochs are kept.
     """
     _quiet_lightning()
-    folder, resuming = open_run(
-        options.run_dir, options.resume, stem=_stem(options), first_process=is_first_process()
-    )
+    stem = _stem(options) if options.run_dir is None and options.resume is None else ""
+    folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
     existed = folder.path.exists()
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
@@ -142,7 +141,7 @@ def _stem(options: FitOptions) -> str:
     """Start of the run folder's name where none was given: what is trained, and what its head reads."""
     model = options.model
     name = model.name if model.name != AUTO else Path(str(model.pretrained)).stem
-    return "_".join([name, *([model.pool.replace(":", "")] if model.pool else [])])
+    return f"{name}_{model.pool_name.replace(':', '')}"
 
 
 def _check_strategy(options: FitOptions, trainer: Trainer) -> None:
@@ -151,7 +150,8 @@ def _check_strategy(options: FitOptions, trainer: Trainer) -> None:
     if options.optim.head_first_epochs and trainer.world_size > 1 and not told:
         raise ConfigError(
             f"optim.head_first_epochs with {trainer.world_size} processes needs "
-            "--trainer.strategy ddp_find_unused_parameters_true: parameters are without gradient in the first stage."
+            "--trainer.strategy ddp_find_unused_parameters_true: parameters are without gradient in the "
+            "first stage."
         )
 
 
@@ -392,8 +392,8 @@ def _announce_weights(options: FitOptions, classifier: ImageClassifier, schedule
         log.info(f"{sum(counts):,} parameters are frozen (optim.freeze {optim.freeze})")
     if optim.head_first_epochs:
         log.info(
-            f"epochs 0 to {optim.head_first_epochs - 1}: the head alone, learning rate {optim.head_first_lr:g}; "
-            "then all"
+            f"epochs 0 to {optim.head_first_epochs - 1}: the head alone, learning rate "
+            f"{optim.head_first_lr:g}; then all"
         )
     groups = optimizer_groups(classifier.model, optim, lr=schedule.lr)
     if len({group["lr"] for group in groups}) > 1:

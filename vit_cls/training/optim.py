@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vit_cls.model.token_model import TokenModel
 from vit_cls.training.options import OptimOptions
 
 NOT_DECAYED = (
@@ -26,6 +25,7 @@ NOT_DECAYED = (
 )
 HEAD_MODULES = ("head", "head_dist", "attn_pool")
 """What reads the encoder's tokens: classifier, and a pooling with weights."""
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 DEFAULT_WARMUP_EPOCHS = 5.0
 DEFAULT_WARMUP_SHARE = 0.1
 
@@ -47,14 +47,14 @@ def layer_of(name: str, depth: int) -> int:
         depth: Encoder blocks.
 
     Returns:
-        0 for patch embedding, tokens and positions; i + 1 for block i; ``depth + 1`` for what follows the blocks.
+        0 for patch embedding, tokens and positions; i + 1 for block i; ``depth + 1`` for what follows the
+        blocks.
 
     Example:
-        >>> [layer_of(name, 12) for name in ("cls_token", "blocks.0.norm1.weight", "fc_norm.weight", "head.bias")]
+        >>> [layer_of(n, 12) for n in ("cls_token", "blocks.0.norm1.weight", "fc_norm.weight", "head.bias")]
         [0, 1, 13, 13]
     """
-    block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
-    if block:
+    if block := _BLOCK.search(name):
         return int(block[1]) + 1
     after = is_head(name) or name.split(".")[0] in ("norm", "fc_norm")
     return depth + 1 if after else 0
@@ -67,21 +67,19 @@ def parameter_groups(
     lr: float = 1.0,
     layer_decay: float = 1.0,
     head_lr_ratio: float = 1.0,
-    depth: int = 0,
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups that share weight decay and learning rate.
 
-    The learning rate of a layer is in its group's ``lr``, where every scheduler finds it; timm's ``lr_scale`` is
-    honoured by timm's schedulers alone.
+    The learning rate of a layer is in its group's ``lr``, where every scheduler finds it; timm's
+    ``lr_scale`` is honoured by timm's schedulers alone.
 
     Args:
         named_parameters: Of the Vision Transformer.
-        weight_decay: For weight matrices. Norms, biases, LayerScale (all one-dimensional), tokens, queries and
-            positions are never decayed.
+        weight_decay: For weight matrices. Norms, biases, LayerScale (all one-dimensional), tokens, queries
+            and positions are never decayed.
         lr: Peak learning rate of the last layer.
         layer_decay: Factor from each layer to the one below, in (0, 1].
         head_lr_ratio: Learning rate of head and pooling over that of the last layer.
-        depth: Encoder blocks.
 
     Returns:
         Groups from the last layer to the first, each with ``params``, ``weight_decay``, ``lr`` and ``name``.
@@ -93,11 +91,16 @@ def parameter_groups(
         [('decayed', 0.1, 18), ('not decayed', 0.0, 38)]
 
     Source:
-        timm's ``param_groups_weight_decay`` and ``param_groups_layer_decay`` with its ``group_matcher``; layer
+        timm's ``param_groups_weight_decay`` and ``param_groups_layer_decay`` with its ``group_matcher``;
+        layer
         decay: ELECTRA, https://arxiv.org/abs/2003.10555, BEiT, https://arxiv.org/abs/2106.08254.
     """
     found: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     by_layer = layer_decay != 1.0
+    named_parameters = list(named_parameters)
+    depth = max(
+        (int(block[1]) + 1 for name, _ in named_parameters if (block := _BLOCK.search(name))), default=0
+    )
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
@@ -195,7 +198,7 @@ def lr_factor(step: int, *, warmup: int, total_steps: int, min_ratio: float) -> 
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: TokenModel, options: OptimOptions, *, lr: float, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, options: OptimOptions, *, lr: float, fused: bool) -> torch.optim.AdamW:
     """AdamW over the trainable parameters.
 
     Args:
@@ -212,7 +215,7 @@ def make_optimizer(model: TokenModel, options: OptimOptions, *, lr: float, fused
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=options.eps, fused=fused)
 
 
-def optimizer_groups(model: TokenModel, options: OptimOptions, *, lr: float) -> list[dict[str, Any]]:
+def optimizer_groups(model: nn.Module, options: OptimOptions, *, lr: float) -> list[dict[str, Any]]:
     """The groups that `make_optimizer` optimises.
 
     Args:
@@ -227,7 +230,6 @@ def optimizer_groups(model: TokenModel, options: OptimOptions, *, lr: float) -> 
         lr=lr,
         layer_decay=options.layer_decay,
         head_lr_ratio=options.head_lr_ratio,
-        depth=model.config.depth,
     )
 
 

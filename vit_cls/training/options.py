@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.weights.factory import MAX_FRESH, create_classifier
+from vit_cls.weights.factory import MAX_FRESH, create_classifier, pool_of
 from vit_cls.weights.families import Recipe, recipe_of
 
 BACKBONE = "backbone"
@@ -23,12 +23,12 @@ class ModelOptions:
     """The architecture, its weights, what its head reads, and changes; null keeps what the name stands for.
 
     Args:
-        name: An architecture of ``vit-cls models``, or ``architecture.tag``; ``auto`` takes that of the weights,
-            where they say it themselves (a run, a model of transformers, an export for timm).
-        pretrained: Weights to start from: true (those of the tag, from the hub's cache or the hub), a tag, a file
-            or a folder; null starts from fresh ones.
-        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K in raster order), ``cls+gap`` or
-            ``map``; null is the architecture's own.
+        name: An architecture of ``vit-cls models``, or ``architecture.tag``; ``auto`` takes that of the
+            weights, where they say it themselves (a run, a model of transformers, an export for timm).
+        pretrained: Weights to start from: true (those of the tag, from the hub's cache or the hub), a tag, a
+            file or a folder; null starts from fresh ones.
+        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K in raster order),
+            ``cls+gap`` or ``map``; null is the architecture's own.
         keep_head: Whether the head of the weights is kept where it has these classes, by name.
         head_init: A new head's weights: ``normal`` or ``zero``.
         max_fresh: Largest share of the encoder that the weights may lack, in [0, 1].
@@ -83,6 +83,11 @@ class ModelOptions:
         _check_auto("model.drop_path_rate", self.drop_path_rate)
 
     @property
+    def pool_name(self) -> str:
+        """What the head reads: the setting, or else the architecture's own."""
+        return self.pool or pool_of(self.name, self.pretrained)
+
+    @property
     def recipe(self) -> Recipe:
         """How weights of this family are usually fine-tuned."""
         if not self.pretrained:
@@ -124,11 +129,11 @@ class OptimOptions:
         min_lr_ratio: Last learning rate over the peak, in [0, 1].
         warmup_epochs: Linear warm-up; null means a tenth of the run, 5 epochs at most.
         weight_decay: Decoupled weight decay; never on norms, biases, tokens and positions.
-        layer_decay: Factor of the learning rate from each layer to the one below, in (0, 1]; ``auto`` suits the
-            weights.
+        layer_decay: Factor of the learning rate from each layer to the one below, in (0, 1]; ``auto`` suits
+            the weights.
         head_lr_ratio: Learning rate of head and pooling over that of the last layer.
-        freeze: ``backbone`` trains head and pooling alone; a number freezes the embedding and that many blocks;
-            null trains everything. What is frozen has no dropout and no drop path either.
+        freeze: ``backbone`` trains head and pooling alone; a number freezes the embedding and that many
+            blocks; null trains everything. What is frozen has no dropout and no drop path either.
         head_first_epochs: Epochs in which head and pooling are trained alone, before all the rest is.
         head_first_lr: Peak learning rate of those epochs.
         beta1: Decay of the gradient's average.
@@ -185,8 +190,8 @@ class OptimOptions:
             raise ConfigError(f"optim.freeze must not be negative; got {self.freeze}.")
         if self.freeze == BACKBONE and self.head_first_epochs:
             raise ConfigError(
-                "optim.head_first_epochs has no effect with optim.freeze backbone: the head is trained alone in "
-                "every epoch. Leave one of them out."
+                "optim.head_first_epochs has no effect with optim.freeze backbone: the head is trained "
+                "alone in every epoch. Leave one of them out."
             )
 
     def resolved(self, recipe: Recipe) -> OptimOptions:
