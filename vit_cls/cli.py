@@ -16,7 +16,8 @@ from vit_cls.errors import VitClsError, did_you_mean
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a classifier; a run folder comes out", "vit_cls.commands.fit"),
     "evaluate": ("top-1 and the rest of the truth on an image folder", "vit_cls.commands.evaluate"),
-    "models": ("the architectures that can be trained", "vit_cls.commands.models"),
+    "export": ("a file that others can run, checked for equality", "vit_cls.commands.export"),
+    "models": ("the architectures and the published weights that can be used", "vit_cls.commands.models"),
 }
 
 EVERYWHERE = "every verb takes --json (one JSON object on stdout, nothing else) and --debug (show tracebacks)"

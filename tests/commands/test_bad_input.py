@@ -214,11 +214,28 @@ def test_an_unreadable_image_is_scored_around_and_named(place, capsys):
 def test_models_lists_and_filters(place, capsys):
     assert main(["models", "*tiny*"]) == 0
     out, _ = capsys.readouterr()
-    assert re.search(r"vit_tiny_patch16_224\s+5,717,416\s+224\s+16\s+197\s+192\s+12\s+3", out)
+    assert re.search(r"vit_tiny_patch16_224 +native +5\.7 M +224 +16 +197 +cls +0\.5 +2 +apache", out)
+    assert re.search(
+        r"deit_tiny_distilled_patch16_224 +adapter +5\.9 M +224 +16 +198 +distilled +imagenet", out
+    )
     assert "vit_small" not in out
 
 
-@pytest.mark.parametrize("verb", ["fit", "evaluate", "models"])
+def test_models_tells_all_about_one(place, capsys):
+    assert main(["models", "vit_base_patch32_clip_224"]) == 0
+    out, _ = capsys.readouterr()
+    assert (
+        "88,250,368 parameters, 224 pixels in patches of 32" in out
+        or "parameters, 224 pixels in patches of 32" in out
+    )
+    assert "50 tokens (class token), width 768, 12 blocks of 12 heads, pool cls" in out
+    assert re.search(
+        r"metaclip_400m +224 +512 projection +clip +\S+ +center .*cc-by-nc-4.0 \(non-commercial\)", out
+    )
+    assert re.search(r"loaded with QuickGELU.*openai", out)
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate", "export", "models"])
 def test_help_of_a_verb_is_on_stdout(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])

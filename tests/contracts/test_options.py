@@ -31,12 +31,13 @@ def test_adding_or_removing_an_option_of_fit_is_a_decision():
 def test_stable_keys_are_there():
     stable = {"seed", "run_dir", "resume"}
     stable |= {f"data.{key}" for key in ("root", "name", "val_fraction", "batch_size", "num_workers")}
-    stable |= {f"model.{key}" for key in ("name", "pool", "img_size", "drop_path_rate")}
+    stable |= {f"model.{key}" for key in ("name", "pretrained", "pool", "img_size", "drop_path_rate")}
     assert stable <= set(_options())
 
 
 def test_model_options_are_fields_of_the_architecture_or_of_the_crop():
     fields = {field.name for field in dataclasses.fields(ViTConfig)} | {"name", "crop_pct", "crop_mode"}
+    fields |= {"pretrained", "keep_head", "head_init", "max_fresh"}  # what becomes of weights
     assert {field.name for field in dataclasses.fields(ModelOptions)} <= fields
 
 

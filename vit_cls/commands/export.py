@@ -1,0 +1,79 @@
+"""``vit-cls export``: a file that others can run, checked for equality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
+from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.evaluation.output import check_output
+from vit_cls.weights.bundle import MODEL_FILE, load_classifier, save_classifier
+from vit_cls.weights.export import export_timm
+from vit_cls.weights.factory import load
+
+FORMATS = ("timm", "safetensors")
+
+
+def run(words: list[str]) -> Outcome:
+    """Export.
+
+    Args:
+        words: The words after ``export``.
+
+    Returns:
+        The folder or file, and by how much its logits differ from the model's.
+
+    Raises:
+        VitClsError: If the request cannot be carried out.
+    """
+    parser = make_parser("export", "Write a model for others, and check that it computes the same.")
+    parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
+    parser.add_argument(
+        "--format",
+        type=str,
+        required=True,
+        help="timm: a folder that timm.create_model('local-dir:FOLDER', pretrained=True) opens; "
+        f"safetensors: one {MODEL_FILE} of ours, from anything that --model takes",
+    )
+    parser.add_argument("--output", type=str, required=True, help="a new folder")
+    args = parse(parser, words)
+    if args.format not in FORMATS:
+        raise ConfigError(
+            f"--format must be one of {', '.join(FORMATS)}; got {args.format!r}."
+            f"{did_you_mean(args.format, FORMATS)}"
+        )
+    output = check_output(args.output)
+    assert output is not None
+    try:
+        return _timm(args.model, output) if args.format == "timm" else _safetensors(args.model, output)
+    except OSError as error:
+        raise ConfigError(f"--output {args.output} cannot be written: {error}.") from error
+
+
+def _timm(model: str, output: Path) -> Outcome:
+    export = export_timm(load(model).float(), output)
+    data = {
+        "output": str(output),
+        "format": "timm",
+        "architecture": export.architecture,
+        "max_relative_difference": export.difference,
+    }
+    text = (
+        f"timm's {export.architecture}, logits equal to {export.difference:.1e} of the largest: {output}\n"
+        f'Use: timm.create_model("local-dir:{output}", pretrained=True)'
+    )
+    return Outcome(data, text)
+
+
+def _safetensors(model: str, output: Path) -> Outcome:
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output {output} is not empty. Give a new folder.")
+    classifier = load(model)
+    output.mkdir(parents=True, exist_ok=True)
+    file = save_classifier(classifier, output / MODEL_FILE)
+    again = load_classifier(file)
+    same = all((a == b).all() for a, b in zip(classifier.parameters(), again.parameters(), strict=True))
+    assert same, "the file does not hold the weights that were written"
+    data = {"output": str(file), "format": "safetensors", "max_relative_difference": 0.0}
+    return Outcome(data, f"{file}\nUse: vit-cls evaluate --model {file} --data FOLDER")
