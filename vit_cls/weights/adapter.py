@@ -274,6 +274,8 @@ class TimmAdapter(TokenModel):
         super().__init__()
         self.config = config
         arguments = dict(config.arguments)
+        if module_of(config.timm_architecture) != "beit":
+            arguments["dynamic_img_size"] = False  # one size, and patch tokens in one row
         body: Any = make_timm(
             config.timm_architecture,
             img_size=config.img_size,

@@ -145,7 +145,14 @@ def is_timm_name(name: str) -> bool:
         (True, False)
     """
     base = name.partition(".")[0]
-    return module_of(base) is not None and (name == base or get_pretrained_cfg(name) is not None)
+    return module_of(base) is not None and (name == base or _record(name) is not None)
+
+
+def _record(name: str) -> PretrainedCfg | None:
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag of a known architecture
+        return None
 
 
 def pretrained_config(name: str) -> PretrainedCfg:
@@ -172,7 +179,7 @@ def pretrained_config(name: str) -> PretrainedCfg:
             f"model.name {name!r} is not a known architecture.{did_you_mean(base, architectures())} "
             "`vit-cls models` lists them all."
         )
-    config = get_pretrained_cfg(name)
+    config = _record(name)
     if config is None:
         known = [known.partition(".")[2] for known in tags() if known.partition(".")[0] == base]
         has = f"It has {', '.join(known)}." if known else "No weights were published for it."
