@@ -323,7 +323,7 @@ def finish(work: Conversion, shapes: Mapping[str, torch.Size]) -> tuple[list[Key
     """
     for key in [key for key in work.state if key not in shapes]:
         work.drop(key, "the model has no such weights")
-    wrong = [key for key in work.state if work.state[key].shape != shapes[key]]
+    wrong = [key for key in shapes if key in work.state and work.state[key].shape != shapes[key]]
     rows = []
     for key in shapes:
         if key in work.state:

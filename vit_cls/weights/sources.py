@@ -263,8 +263,13 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
     squares = {embed: math.isqrt(n) ** 2 == n for embed, n in ((True, length), (False, length - prefix))}
     if prefix and squares[True] != squares[False]:
         found["no_embed_class"] = squares[True]
+    head = raw.get("head.weight")
     if "attn_pool.latent" in raw:
         found["pool"] = "map"
+    elif head is not None and head.ndim == 2 and head.shape[1] == 2 * positions.shape[2]:
+        found["pool"] = "cls+gap"
+    elif "fc_norm.weight" in raw and config.pool == "cls":
+        found["pool"] = "gap"
     elif config.pool in ("cls", "cls+gap") and not found["class_token"]:
         found["pool"] = "gap"
     return dataclasses.replace(config, **found)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import pickletools
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -53,7 +56,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     _refuse_what_is_no_weights_file(path)
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), ()
+            return strip_prefixes(load_file(path)), ()
         except (SafetensorError, OSError) as error:
             raise ModelFileError(
                 f"{path} is damaged or no safetensors file: {error}. Copy or download it again."
@@ -88,31 +91,62 @@ def _refuse_what_is_no_weights_file(path: Path) -> None:
 def _read_pickle(path: Path) -> Any:
     try:
         # timm's own training checkpoints hold their options as a Namespace: plain data, like a dict.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch about how the file was pickled
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file can raise anything
-        if any(
-            word in str(error) for word in ("Unsupported global", "Unsupported operand", "Unsupported class")
-        ):
+        if "TorchScript" in str(error):
+            raise ModelFileError(
+                f"{path} is a TorchScript program, not weights: nothing of it was run. Ask for a "
+                ".safetensors file, or save the state dict alone."
+            ) from error
+        if names := _forbidden(path, error):
             raise ModelFileError(
                 f"{path} holds more than tensors and plain data, and that may be a program: nothing of it "
-                f"was run. {_forbidden(path)}Ask for a .safetensors file, or save the state dict alone."
+                f"was run. It asks for {', '.join(names[:5])}. Ask for a .safetensors file, or save the "
+                "state dict alone."
             ) from error
         whole = zipfile.is_zipfile(path)
         what = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
-        raise ModelFileError(f"{path} {what}: {_first_line(error)}. Copy or download it again.") from error
+        raise ModelFileError(f"{path} {what}{_reason(error)}. Copy or download it again.") from error
 
 
-def _forbidden(path: Path) -> str:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # it has already been refused; this is for the message alone
-        return ""
-    return f"It asks for {', '.join(sorted(names)[:5])}. " if names else ""
+def _forbidden(path: Path, error: Exception) -> list[str]:
+    """What a pickle asks for that is neither a tensor nor plain data; nothing of it is run to find out."""
+    named = re.findall(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+    if named:
+        return list(dict.fromkeys(named))
+    names: list[str] = []
+    strings: list[str] = []
+    try:  # torch refuses pickles of protocol 4 and later before it looks at what they ask for
+        with _opened_pickle(path) as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif opcode.name == "GLOBAL":
+                    names.append(str(argument).replace(" ", "."))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except Exception:  # no pickle, or cut off: what was found until then counts
+        pass
+    return list(dict.fromkeys(names))
+
+
+def _opened_pickle(path: Path) -> IO[bytes]:
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    with zipfile.ZipFile(path) as archive:
+        return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def _reason(error: Exception) -> str:
+    """torch's reason, less its advice to open the file by running it."""
+    return "" if "weights_only" in str(error) else f": {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.partition(". This ")[0].rstrip(".")
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -125,7 +159,11 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...
             remarks.append(f"the file holds {', '.join(found)}; {found[0]} was taken")
         content = content[found[0]]
     if not isinstance(content, Mapping) or not _is_state(content):
-        keys = f" (it has {', '.join(map(str, list(content)[:5]))})" if isinstance(content, Mapping) else ""
+        keys = (
+            f" (it has {', '.join(map(str, list(content)[:5]))})"
+            if isinstance(content, Mapping) and content
+            else ""
+        )
         raise ModelFileError(f"{path} holds no state dict of tensors{keys}.")
     state = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     return strip_prefixes(state), tuple(remarks)
