@@ -430,6 +430,7 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     messages = (
         ".*does not have many workers.*",
+        ".*module.s. in eval mode at the start of training.*",  # frozen ones, on purpose
         ".*exists and is not empty.*",
         ".*number of training batches.*",
         ".*It is recommended to use `self.log.*sync_dist.*",  # torchmetrics has reduced those values already

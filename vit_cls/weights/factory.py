@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.token_model import TokenModel
 from vit_cls.weights.bundle import MODEL_FILE, build_model, is_own_file, load_classifier
 from vit_cls.weights.families import FROM_SCRATCH_LICENCE, UNKNOWN_LICENCE, is_non_commercial
+from vit_cls.weights.tensor_files import SUFFIXES
 
 log = logging.getLogger("vit_cls")
 
@@ -105,7 +106,7 @@ def create_model(
         if num_classes not in (None, len(class_names)):
             raise ConfigError(f"num_classes is {num_classes}, but there are {len(class_names)} class names.")
         num_classes = len(class_names)
-    found = _find(name, pretrained)
+    found = _find(name, pretrained, overrides)
     changes = {**overrides, "num_classes": num_classes, "pool": pool}
     config = changed(found.config, **{k: v for k, v in changes.items() if v is not None})
     return _build(config, found, head)
@@ -147,7 +148,7 @@ def create_classifier(
         ModelFileError: As for `create_model`.
     """
     head = HeadOptions(class_names, keep_head, head_init, max_fresh)
-    found = _find(name, pretrained)
+    found = _find(name, pretrained, overrides, needed=load_weights)
     if class_names is not None:
         overrides["num_classes"] = len(class_names)
     config = changed(found.config, **{k: v for k, v in overrides.items() if v is not None})
@@ -203,8 +204,18 @@ class _Found:
     class_names: list[str] | None = None
 
 
-def _find(name: str, pretrained: bool | str | Path | None) -> _Found:
-    """Resolve a name and what to load; reads headers and records, no weights yet."""
+def _find(
+    name: str,
+    pretrained: bool | str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    needed: bool = True,
+) -> _Found:
+    """Resolve a name and what to load; reads headers and records, no weights yet.
+
+    ``overrides`` may explain why a file differs from the architecture of that name; where the weights are
+    not ``needed``, their file may be gone.
+    """
     if pretrained is None or pretrained is False:
         if name == AUTO:
             raise ConfigError(
@@ -219,49 +230,56 @@ def _find(name: str, pretrained: bool | str | Path | None) -> _Found:
 
         record = pretrained_config(name)
         return _Found(architecture_of(name), preprocess_of(record))
-    from vit_cls.weights.sources import Source
+    from vit_cls.weights import sources
 
-    source: Source = _find_source(name, pretrained)
+    if isinstance(pretrained, bool):
+        source = sources.tag_source(name)
+    else:
+        source = _tag_source(name, str(pretrained)) or _path_source(name, Path(pretrained), overrides, needed)
     preprocess = source.preprocess or _find(name, None).preprocess
     return _Found(source.config, preprocess, source, source.class_names)
 
 
-def _find_source(name: str, pretrained: bool | str | Path) -> Any:
-    from vit_cls.weights import sources
+def _tag_source(name: str, text: str) -> Any:
+    """The weights that a tag means, alone or behind its architecture; None where it is no tag."""
+    from vit_cls.weights.sources import tag_source
     from vit_cls.weights.timm_models import is_timm_name
 
-    if isinstance(pretrained, bool):
-        return sources.tag_source(name)
-    text, path = str(pretrained), Path(pretrained)
     base = name.partition(".")[0]
+    for tag in (text, f"{base}.{text}"):
+        if is_timm_name(tag) and tag.partition(".")[0] == base:
+            return tag_source(tag)
+    return None
+
+
+def _path_source(name: str, path: Path, overrides: Mapping[str, Any] | None, needed: bool) -> Any:
+    """The weights in a file or a folder; the name decides what is in it where the file does not."""
+    from vit_cls.weights import sources
+    from vit_cls.weights.timm_models import is_timm_name, pretrained_config
+
+    base = name.partition(".")[0]
+    if not path.exists() and needed:
+        looks_like_path = "/" in str(path) or path.suffix in SUFFIXES
+        if not looks_like_path and is_timm_name(base):
+            pretrained_config(f"{base}.{path}")  # raises, and names the tags that there are
+        raise ModelFileError(f"model.pretrained {path}: there is no such file or folder.")
     if path.exists():
         own = _own_architecture(path)
         if own is not None:
-            _check_agreement(name, own, text)
+            _check_agreement(name, own, path, overrides or {})
             return own
-        if path.is_dir():
-            raise ModelFileError(
-                f"model.pretrained {text} is a folder that holds no model: it has neither a config.json nor "
-                f"a {MODEL_FILE} of ours. Give the weights file itself."
-            )
-        if name == AUTO:
-            raise ConfigError(
-                f"model.pretrained {text} does not say which architecture it holds. Give its name as "
-                "model.name."
-            )
-        if is_timm_name(name) and name != base:
-            return sources.tag_source(name, path)
-        config = _find(name, None).config
-        return sources.file_source(path, config, name=base if is_timm_name(base) else None)
-    if is_timm_name(text) and text.partition(".")[0] == base:
-        return sources.tag_source(text)
-    if is_timm_name(f"{base}.{text}"):
-        return sources.tag_source(f"{base}.{text}")
-    looks_like_path = "/" in text or path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
-    if looks_like_path or not is_timm_name(base):
-        raise ModelFileError(f"model.pretrained {text}: there is no such file or folder.")
-    sources.pretrained_config(f"{base}.{text}")  # raises, naming the tags that there are
-    raise AssertionError("an unknown tag was not refused")
+    if path.is_dir():
+        raise ModelFileError(
+            f"model.pretrained {path} is a folder that holds no model: it has neither a config.json nor a "
+            f"{MODEL_FILE} of ours. Give the weights file itself."
+        )
+    if name == AUTO:
+        raise ConfigError(
+            f"model.pretrained {path} does not say which architecture it holds. Give its name as model.name."
+        )
+    if is_timm_name(name) and name != base:
+        return sources.tag_source(name, path)
+    return sources.file_source(path, _find(name, None).config, name=base if is_timm_name(base) else None)
 
 
 def _own_architecture(path: Path) -> Any:
@@ -273,16 +291,16 @@ def _own_architecture(path: Path) -> Any:
     return sources.own_source(path) if is_own_file(path) else None
 
 
-def _check_agreement(name: str, source: Any, text: str) -> None:
+def _check_agreement(name: str, source: Any, path: Path, overrides: Mapping[str, Any]) -> None:
     """The architecture's name is a check on a file that says its own."""
     if name == AUTO:
         return
     config = _find(name, None).config
     for field in ("embed_dim", "num_heads"):
-        ours, theirs = getattr(config, field), getattr(source.config, field)
+        ours, theirs = overrides.get(field) or getattr(config, field), getattr(source.config, field)
         if ours != theirs:
             raise ModelFileError(
-                f"model.pretrained {text} holds another architecture than model.name {name}: {field} is "
+                f"model.pretrained {path} holds another architecture than model.name {name}: {field} is "
                 f"{theirs}, not {ours}. Use model.name auto to take the file's."
             )
 

@@ -156,7 +156,8 @@ def own_source(path: Path) -> Source:
 
     def read(target: ModelConfig) -> Weights:
         state = read_own_file(path)[1]
-        return Weights(dict(state), _filtered(dict(state), config, target, None, path), config)
+        name = getattr(config, "timm_architecture", None)
+        return Weights(dict(state), _filtered(dict(state), config, target, name, path), config)
 
     return Source(
         metadata.get("weights_source") or str(path),
@@ -185,7 +186,7 @@ def folder_source(path: Path) -> Source | None:
 
         def read(target: ModelConfig) -> Weights:
             return Weights(
-                dict(model.raw), _filtered(dict(model.state), model.config, target, None, path), model.config
+                model.raw, _filtered(dict(model.state), model.stored, target, None, path), model.stored
             )
 
         return Source(str(path), model.config, read, model.preprocess, model.class_names, model.licence)
@@ -211,7 +212,9 @@ def _timm_folder(path: Path) -> Source:
         record = PretrainedCfg(**{k: v for k, v in model.pretrained_cfg.items() if k != "source"})
     except (RuntimeError, TypeError, KeyError) as error:
         raise ModelFileError(f"timm cannot build what {path / 'config.json'} describes: {error}.") from error
-    config = native_config(model) or adapter_config(name, model, **settings.get("model_args", {}))
+    passed = ("img_size", "patch_size", "in_chans", "num_classes")  # the adapter's own fields
+    arguments = {k: v for k, v in settings.get("model_args", {}).items() if k not in passed}
+    config = native_config(model) or adapter_config(name, model, **arguments)
     file = path / MODEL_FILE
     return Source(
         str(path),
@@ -268,9 +271,7 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
         found["pool"] = "map"
     elif head is not None and head.ndim == 2 and head.shape[1] == 2 * positions.shape[2]:
         found["pool"] = "cls+gap"
-    elif "fc_norm.weight" in raw and config.pool == "cls":
-        found["pool"] = "gap"
-    elif config.pool in ("cls", "cls+gap") and not found["class_token"]:
+    elif ("fc_norm.weight" in raw and config.pool == "cls") or (config.pool in ("cls", "cls+gap") and not found["class_token"]):
         found["pool"] = "gap"
     return dataclasses.replace(config, **found)
 
@@ -293,12 +294,16 @@ def _twin(config: Any, target: ModelConfig) -> Any:
     """A skeleton with the tokens of the weights and the grid of the target."""
     size = {"img_size": target.image_hw, "patch_size": target.patch_size}
     if isinstance(config, AdapterConfig):
-        return skeleton(config.timm_architecture, **{**config.arguments, **size}, in_chans=config.in_chans)
+        adapted = skeleton(config.timm_architecture, **{**config.arguments, **size}, in_chans=config.in_chans)
+        adapted.pretrained_model_args = {"img_size": config.image_hw}  # or timm takes any grid for a square
+        return adapted
     pool = "cls" if config.class_token else "gap"
     plain = dataclasses.replace(config, **size, pool=pool, depth=1, floor_grid=True)
     arguments = {**timm_arguments(plain), "fc_norm": False}
     with torch.device("meta"):
-        return TimmViT(**arguments)
+        twin: Any = TimmViT(**arguments)
+    twin.pretrained_model_args = {"img_size": config.image_hw}
+    return twin
 
 
 def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
@@ -379,7 +384,7 @@ def trace(weights: Weights, source: Any, target: ModelConfig) -> dict[str, tuple
             used.add(name)
         elif key in raw:
             used.add(key)
-            if raw[key].shape != tensor.shape and key == "pos_embed":
+            if key == "pos_embed" and not torch.equal(raw[key], tensor):
                 fates[key] = ("resized", _grids(raw[key], source, target))
             elif raw[key].shape != tensor.shape:
                 shapes = (_sides(raw[key]), _sides(tensor))
@@ -404,9 +409,10 @@ def _holds(whole: Tensor, part: Tensor) -> bool:
 
 def _grids(positions: Tensor, source: Any, target: ModelConfig) -> str:
     prefix = 0 if source.no_embed_class else int(source.class_token) + source.reg_tokens
-    side = math.isqrt(positions.shape[1] - prefix)
-    rows, cols = (pixels // target.patch_size for pixels in target.image_hw)
-    return f"{side}x{side} -> {rows}x{cols} patches"
+    count = positions.shape[1] - prefix
+    known, new = ([side // c.patch_size for side in c.image_hw] for c in (source, target))
+    old = known if math.prod(known) == count else [math.isqrt(count)] * 2
+    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]} patches"
 
 
 def _sides(tensor: Tensor) -> str:
