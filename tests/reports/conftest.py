@@ -163,6 +163,9 @@ def any_page(request, evaluation, evaluation_page, fit_page, record, history):
         record["data"]["train_counts"] = {name: 10 + i for i, name in enumerate(HOSTILE)}
         record["data"]["root"] = record["model"]["name"] = HOSTILE[0] + HOSTILE[2]
         record["command"] = ["vit-cls", "fit", "--run_dir", HOSTILE[1], HOSTILE[2]]
+        rows = [{"fate": "dropped", "keys": name, "count": 2, "note": name} for name in HOSTILE]
+        record["model"]["load_report"] = {"source": HOSTILE[2], "counts": {"dropped": 14}, "rows": rows}
+        record["model"]["load_report"]["notes"] = HOSTILE
         return fit_page(record, history if request.param == "fit" else history[:1])
     result = evaluation(int(request.param.split()[0]), failed=len(FAILURES), names=HOSTILE)
     return evaluation_page(result, model=HOSTILE[0] + HOSTILE[2], data=HOSTILE[4], failures=FAILURES)

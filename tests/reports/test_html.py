@@ -279,3 +279,16 @@ def _contrast(one: list[float], other: list[float]) -> float:
 
     dark, light = sorted([luminance(one), luminance(other)])
     return (light + 0.05) / (dark + 0.05)
+
+
+def test_the_page_of_a_fine_tuned_run_tells_what_became_of_the_weights(fit_page, record, history):
+    assert "Weights it began with" not in fit_page(record, history)
+    rows = [{"fate": "moved", "keys": "fc_norm.weight", "count": 1, "note": "from norm.weight"}]
+    counts = {"loaded": 148, "resized": 0, "moved": 2, "dropped": 0, "fresh": 2}
+    report = {"source": "vit_small.tag", "counts": counts, "rows": rows, "notes": ["the norm is kept"]}
+    record["model"]["load_report"] = report
+    page = fit_page(record, history)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    assert "From vit_small.tag : 148 tensors loaded, 2 tensors moved, 2 tensors fresh." in text
+    assert "moved fc_norm.weight 1 from norm.weight" in text
+    assert "the norm is kept" in text

@@ -193,7 +193,7 @@ class AttentionPool(Pooling):
         self.proj = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=context.norm_eps)
         self.mlp = Mlp(dim, context.mlp_dim, act=context.act)
-        nn.init.trunc_normal_(self.latent, std=dim**-0.5)
+        self.reset_parameters()
         for module in self.modules():
             if isinstance(module, (nn.Linear, Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -211,6 +211,10 @@ class AttentionPool(Pooling):
         pooled = rearrange(torch.einsum("bhc,hdc->bhd", mixed, w_v), "b h d -> b 1 (h d)")
         pooled = self.proj(pooled + self.kv.bias.chunk(2)[1])
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+
+    def reset_parameters(self) -> None:
+        """Draw the query anew, from torch's global generator."""
+        nn.init.trunc_normal_(self.latent, std=self.latent.shape[2] ** -0.5)
 
     def attention(self, tokens: Tensor) -> Tensor:
         """How much each token weighs in each head.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -90,23 +92,37 @@ class VisionTransformer(TokenModel):
         return nn.Parameter(torch.empty(1, length, config.embed_dim), requires_grad=learned)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw fresh weights from torch's global generator: linear weights N(0, .02), biases 0."""
-        for module in self.modules():
+    def init_weights(self, keys: Collection[str] | None = None) -> None:
+        """Draw fresh weights from torch's global generator: linear weights N(0, .02), biases 0.
+
+        Args:
+            keys: Names of weights; the modules that have none of them are left alone. None means all, in a
+                model whose other layers have initialised themselves.
+        """
+        for name, module in self.named_modules():
+            own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+            if keys is not None and not any(key in keys for key in own):
+                continue
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
+            elif keys is not None and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for name, token in (("cls_token", self.cls_token), ("reg_token", self.reg_token)):
+            if token is not None and (keys is None or name in keys):
                 nn.init.normal_(token, std=1e-6)
-        if self.pos_embed is not None and self.config.pos_embed == "learn":
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        elif self.pos_embed is not None:
-            # Fixed positions belong to patches; prefix tokens get zeros, as in MAE.
-            self.pos_embed.zero_()
-            patches = sincos_2d_positions(self.layout.grid_size, self.config.embed_dim)
-            self.pos_embed[0, -self.layout.num_patches :] = patches.to(self.pos_embed)
+        if self.pos_embed is not None and (keys is None or "pos_embed" in keys):
+            self._init_positions(self.pos_embed)
+
+    def _init_positions(self, pos_embed: nn.Parameter) -> None:
+        if self.config.pos_embed == "learn":
+            nn.init.trunc_normal_(pos_embed, std=0.02)
+            return
+        # Fixed positions belong to patches; prefix tokens get zeros, as in MAE.
+        pos_embed.zero_()
+        patches = sincos_2d_positions(self.layout.grid_size, self.config.embed_dim)
+        pos_embed[0, -self.layout.num_patches :] = patches.to(pos_embed)
 
     def embed_tokens(self, images: Tensor) -> Tensor:
         """See `TokenModel.embed_tokens`."""

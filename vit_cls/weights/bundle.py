@@ -16,6 +16,7 @@ from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.files import replacing
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.init import SkipInit
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.vit import VisionTransformer
 
@@ -168,17 +169,22 @@ def architecture_config(values: Mapping[str, Any]) -> Any:
     return ViTConfig.from_dict(values)
 
 
-def build_model(config: Any) -> TokenModel:
+def build_model(config: Any, *, init: bool = True) -> TokenModel:
     """A model with fresh weights.
 
     Args:
         config: A `ViTConfig`, or an `AdapterConfig`.
+        init: Whether the weights of a native model are drawn; without, they are whatever was in memory.
 
     Raises:
         ConfigError: If its settings do not fit together.
     """
     if isinstance(config, ViTConfig):
-        return VisionTransformer(config)
+        if init:
+            return VisionTransformer(config)
+        with torch.device("meta"), SkipInit():
+            model = VisionTransformer(config)
+        return model.to_empty(device="cpu")
     from vit_cls.weights.adapter import TimmAdapter
 
     return TimmAdapter(config)
@@ -199,7 +205,7 @@ def load_classifier(path: str | Path) -> ImageClassifier:
     metadata, state = read_own_file(Path(path))
     try:
         classifier = ImageClassifier.from_metadata(
-            metadata, lambda values: build_model(architecture_config(values))
+            metadata, lambda values: build_model(architecture_config(values), init=False)
         )
         classifier.model.load_state_dict(state, assign=True)
     except (ConfigError, RuntimeError) as error:

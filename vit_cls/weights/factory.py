@@ -329,7 +329,7 @@ def changed(config: Any, **changes: Any) -> Any:
 
 
 def _build(config: Any, found: _Found, head: HeadOptions) -> TokenModel:
-    model = build_model(config)
+    model = build_model(config, init=found.source is None)
     if found.source is not None:
         from vit_cls.weights.loading import load_weights
 
@@ -390,6 +390,11 @@ def load(model: str | Path) -> ImageClassifier:
     if path.is_dir():
         if (path / "config.json").is_file():
             return create_classifier(AUTO, pretrained=path).eval()
+        if (path / MODEL_FILE).is_file():
+            raise ModelFileError(
+                f"{path / MODEL_FILE} does not say its architecture, and there is no config.json beside it. "
+                "Use name=path/to/weights, with one of the names of `vit-cls models`."
+            )
         raise ModelFileError(
             f"{path} is a folder without a {MODEL_FILE}. --model takes a run folder that `vit-cls fit` "
             "finished at least one epoch in, or a model file."

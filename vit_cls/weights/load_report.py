@@ -67,28 +67,35 @@ class LoadReport:
         """
         return {row.key: row.note for row in self.keys if row.fate == fate}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What was not simply loaded; keys that differ only in the number of their block share a row."""
+        return [
+            {"fate": fate, "keys": name, "count": count, "note": note}
+            for fate in FATES
+            if fate != "loaded"
+            for name, count, note in _grouped(self.of(fate).items())
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the run record: counts, and every key that was not simply loaded."""
+        """Plain data for the run record: counts, rows, and every key that was not simply loaded."""
         return {
             "source": self.source,
             "counts": self.counts(),
             "fresh_share_of_encoder": self.fresh_share,
             "notes": list(self.notes),
             "licence": self.licence,
+            "rows": self.rows(),
             "changed": {fate: self.of(fate) for fate in FATES if fate != "loaded" and self.of(fate)},
         }
 
     def table(self) -> str:
-        """The report for people; keys that differ only in the number of their block share a row."""
-        counts = self.counts()
-        total = ", ".join(f"{count} {fate}" for fate, count in counts.items() if count)
+        """The report for people."""
+        total = ", ".join(f"{count} {fate}" for fate, count in self.counts().items() if count)
         lines = [f"weights from {self.source}: {total}"]
-        for fate in FATES:
-            if fate == "loaded":
-                continue
-            for name, count, note in _grouped(self.of(fate).items()):
-                times = f" ({count} keys)" if count > 1 else ""
-                lines.append(f"  {fate:<8} {name}{times}{f': {note}' if note else ''}")
+        for row in self.rows():
+            times = f" ({row['count']} keys)" if row["count"] > 1 else ""
+            note = f": {row['note']}" if row["note"] else ""
+            lines.append(f"  {row['fate']:<8} {row['keys']}{times}{note}")
         lines += [f"  {note}" for note in self.notes]
         if self.fresh_share:
             lines.append(f"  {self.fresh_share:.1%} of the encoder's parameters are fresh")

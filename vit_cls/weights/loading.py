@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vit_cls.errors import ModelFileError
 from vit_cls.model.token_model import TokenModel
+from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights import convert
 from vit_cls.weights.load_report import KeyFate, LoadReport
 from vit_cls.weights.sources import Source, Weights, trace
@@ -53,6 +54,8 @@ def load_weights(model: TokenModel, source: Source, head: Any) -> LoadReport:
     keys, wrong = convert.finish(work, shapes)
     fresh_share = _fresh_share(keys, own)
     _refuse(source, keys, wrong, work.state, shapes, fresh_share, head.max_fresh)
+    if isinstance(model, VisionTransformer):  # built without drawing weights
+        model.init_weights({row.key for row in keys if row.fate == "fresh"} - work.state.keys())
     model.load_state_dict(work.state, strict=False)
     report = LoadReport(
         source.label,

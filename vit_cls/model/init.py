@@ -1,0 +1,33 @@
+"""Building a model without drawing weights that are about to be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class SkipInit(TorchFunctionMode):
+    """Let no in-place function change a tensor: for building on the ``meta`` device, where nothing is.
+
+    Half of the time of building a skeleton goes into drawing weights that do not exist.
+
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"), SkipInit():
+        ...     layer = torch.nn.Linear(1000, 1000)
+        >>> layer.weight.shape
+        torch.Size([1000, 1000])
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, unless it would change its first argument in place."""
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and args and isinstance(args[0], Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
