@@ -8,8 +8,9 @@ from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.evaluation.output import check_output
+from vit_cls.model.classifier import ImageClassifier
 from vit_cls.weights.bundle import MODEL_FILE, load_classifier, save_classifier
-from vit_cls.weights.export import export_timm
+from vit_cls.weights.export import check_new_folder, export_timm, making
 from vit_cls.weights.factory import load
 
 FORMATS = ("timm", "safetensors")
@@ -45,14 +46,16 @@ def run(words: list[str]) -> Outcome:
         )
     output = check_output(args.output)
     assert output is not None
+    check_new_folder(output)
+    classifier = load(args.model)
     try:
-        return _timm(args.model, output) if args.format == "timm" else _safetensors(args.model, output)
+        return _timm(classifier, output) if args.format == "timm" else _safetensors(classifier, output)
     except OSError as error:
         raise ConfigError(f"--output {args.output} cannot be written: {error}.") from error
 
 
-def _timm(model: str, output: Path) -> Outcome:
-    export = export_timm(load(model).float(), output)
+def _timm(classifier: ImageClassifier, output: Path) -> Outcome:
+    export = export_timm(classifier.float(), output)
     data = {
         "output": str(output),
         "format": "timm",
@@ -66,12 +69,9 @@ def _timm(model: str, output: Path) -> Outcome:
     return Outcome(data, text)
 
 
-def _safetensors(model: str, output: Path) -> Outcome:
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output {output} is not empty. Give a new folder.")
-    classifier = load(model)
-    output.mkdir(parents=True, exist_ok=True)
-    file = save_classifier(classifier, output / MODEL_FILE)
+def _safetensors(classifier: ImageClassifier, output: Path) -> Outcome:
+    with making(output):
+        file = save_classifier(classifier, output / MODEL_FILE)
     again = load_classifier(file)
     same = all((a == b).all() for a, b in zip(classifier.parameters(), again.parameters(), strict=True))
     assert same, "the file does not hold the weights that were written"

@@ -30,6 +30,7 @@ TAG_COLUMNS = {
     "family": "family",
     "licence": "licence",
 }
+NO_LICENCE = "not stated"
 
 
 def run(words: list[str]) -> Outcome:
@@ -54,7 +55,7 @@ def run(words: list[str]) -> Outcome:
 def _list(rows: list[dict[str, Any]]) -> str:
     shown = []
     for row in rows:
-        licences = dict.fromkeys(str(tag["licence"]) for tag in row["tags"])
+        licences = dict.fromkeys(tag["licence"] or NO_LICENCE for tag in row["tags"])
         cells = {"parameters": _millions(row["parameters"]), "tags": len(row["tags"])}
         shown.append({**row, **cells, "licence": ", ".join(licences)})
     weights = sum(len(row["tags"]) for row in rows)
@@ -78,7 +79,7 @@ def _details(row: dict[str, Any]) -> str:
     shown = []
     for tag in row["tags"]:
         head = f"{tag['num_classes']} {tag['head']}" if tag["num_classes"] else "headless"
-        licence = f"{tag['licence']}{' (non-commercial)' if tag['non_commercial'] else ''}"
+        licence = f"{tag['licence'] or NO_LICENCE}{' (non-commercial)' if tag['non_commercial'] else ''}"
         shown.append({**tag, "head": head, "licence": licence})
     lines.append(_table(shown, TAG_COLUMNS))
     if any(tag["quick_gelu"] for tag in row["tags"]):

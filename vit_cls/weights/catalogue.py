@@ -54,7 +54,7 @@ def find(pattern: str) -> list[str]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Everything about one architecture.
+    """Everything about one architecture; of its tags the default one first.
 
     Args:
         name: Without a tag.
@@ -63,14 +63,15 @@ def describe(name: str) -> dict[str, Any]:
         ConfigError: If it is unknown.
     """
     if name in PRESETS and name not in architectures():
-        return _row(name, preset_config(name), _parameters_of_preset(name), [])
+        return _row(name, preset_config(name), _parameters_of_preset(name), "0.5", [])
+    default = pretrained_config(name)
     model = skeleton(name)
     config = native_config(model)
     parameters = sum(p.numel() for p in model.parameters())
     known = [tag for tag in tags() if tag.partition(".")[0] == name]
-    records = [(tag, pretrained_config(tag)) for tag in known]
-    described = [_tag_row(tag, record) for tag, record in records]
-    return _row(name, config or adapter_config(name, model), parameters, described)
+    known.sort(key=lambda tag: tag != f"{name}.{default.tag}")
+    described = [_tag_row(tag, pretrained_config(tag)) for tag in known]
+    return _row(name, config or adapter_config(name, model), parameters, _normalisation(default), described)
 
 
 def _parameters_of_preset(name: str) -> int:
@@ -82,9 +83,14 @@ def _parameters_of_preset(name: str) -> int:
         return sum(p.numel() for p in VisionTransformer(preset_config(name)).parameters())
 
 
-def _row(name: str, config: Any, parameters: int, tag_rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _normalisation(record: PretrainedCfg) -> str:
+    return NORMALISATIONS.get((record.mean[0], record.std[0]), "other")
+
+
+def _row(
+    name: str, config: Any, parameters: int, normalisation: str, tag_rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     layout = TokenLayout(config.class_token, config.reg_tokens, config.grid_size)
-    default = tag_rows[0] if tag_rows else None
     return {
         "name": name,
         "kind": "native" if isinstance(config, ViTConfig) else "adapter",
@@ -98,7 +104,7 @@ def _row(name: str, config: Any, parameters: int, tag_rows: list[dict[str, Any]]
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
-        "normalisation": default["normalisation"] if default else "0.5",
+        "normalisation": normalisation,
         "tags": tag_rows,
     }
 
@@ -113,7 +119,7 @@ def _tag_row(name: str, record: PretrainedCfg) -> dict[str, Any]:
         "img_size": record.input_size[1],
         "num_classes": record.num_classes,
         "head": classes,
-        "normalisation": NORMALISATIONS.get((record.mean[0], record.std[0]), "other"),
+        "normalisation": _normalisation(record),
         "mean": list(record.mean),
         "std": list(record.std),
         "crop_pct": record.crop_pct,

@@ -117,7 +117,7 @@ def _split_positions(work: Conversion, source: TokenStructure) -> Tensor | None:
 def _fold_positions(work: Conversion, prefix: Tensor, source: TokenStructure) -> None:
     first = int(source.class_token)
     for key, part in (("cls_token", prefix[:, :first]), ("reg_token", prefix[:, first:])):
-        if key in work.state and part.shape[1]:
+        if key in work.state and part.any():
             work.state[key] = work.state[key] + part
             work.fates[key] = ("moved", "its position was added to it")
     work.fates.setdefault("pos_embed", ("resized", "positions of prefix tokens were added to the tokens"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
+from torch import Tensor
 
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import ImageClassifier
@@ -23,6 +26,7 @@ from vit_cls.weights.timm_models import (
     make_timm,
     module_of,
     native_config,
+    ratio_of,
     skeleton,
     timm_arguments,
 )
@@ -63,31 +67,89 @@ def export_timm(classifier: ImageClassifier, folder: Path) -> TimmExport:
         ModelFileError: If timm's logits are not ours; nothing is left behind then.
         OSError: If the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--output {folder} is not an empty folder. Give a new one.")
+    check_new_folder(folder)
     config = classifier.model.config
     architecture, arguments = _home(config, classifier.weights_source)
-    theirs = make_timm(architecture, **arguments)
-    theirs.load_state_dict(classifier.model.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        _save(classifier, theirs, temporary)
-        difference = _difference(classifier, temporary)
-        if difference > TOLERANCE:
-            raise ModelFileError(
-                f"timm's logits differ from this model's by {difference:.1e} of the largest one, more than "
-                f"{TOLERANCE:g}: timm's {architecture} is not the same function (norm_eps "
-                f"{getattr(config, 'norm_eps', 'as timm')}). Nothing was written."
-            )
-        temporary.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    theirs = _made(architecture, arguments, config)
+    _take_weights(theirs, classifier.model.state_dict(), f"{architecture} with model.pool {config.pool}")
+    with making(folder.parent):
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            _save(classifier, theirs, temporary)
+            difference = _difference(classifier, temporary)
+            if difference > TOLERANCE:
+                raise ModelFileError(
+                    f"timm's logits differ from this model's by {difference:.1e} of the largest one, more "
+                    f"than {TOLERANCE:g}: timm's {architecture} with model.pool {config.pool} is not the "
+                    "same function. Nothing was written. Export it with --format safetensors instead."
+                )
+            temporary.chmod(0o755)
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return TimmExport(folder, architecture, difference)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse to write among other files.
+
+    Args:
+        folder: As the user wrote it.
+
+    Raises:
+        ConfigError: If it exists and is anything but an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output {folder} is not an empty folder. Give a new one.")
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder; after an error it goes again, with those above it that were made for it.
+
+    Args:
+        folder: May exist.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # not made, or another's file is in it by now
+                path.rmdir()
+        raise
+
+
+def _made(architecture: str, arguments: Mapping[str, Any], config: Any) -> Any:
+    try:
+        return make_timm(architecture, **arguments)
+    except ConfigError as error:
+        reason = str(error.__cause__ or error).rstrip(".")
+        raise ConfigError(f"timm's {architecture} cannot have model.pool {config.pool}: {reason}.") from error
+
+
+def _take_weights(theirs: Any, state: Mapping[str, Tensor], what: str) -> None:
+    """Into timm's model, with ones for a LayerScale that it has and ours lacks: the same function."""
+    wanted = theirs.state_dict()
+    missing = wanted.keys() - state.keys()
+    ones = {key: torch.ones_like(wanted[key]) for key in missing if key.endswith(".gamma")}
+    given = {**state, **ones}
+    shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (wanted, given)]
+    differ = [key for key in {**wanted, **given} if shapes[0].get(key) != shapes[1].get(key)]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ConfigError(
+            f"timm's {what} has other weights than this model: {', '.join(differ[:3])}{more}. Export it with "
+            "--format safetensors instead."
+        )
+    theirs.load_state_dict(given)
 
 
 def _home(config: Any, source: str | None) -> tuple[str, dict[str, Any]]:
@@ -95,27 +157,42 @@ def _home(config: Any, source: str | None) -> tuple[str, dict[str, Any]]:
     if isinstance(config, AdapterConfig):
         return config.timm_architecture, _adapter_arguments(config)
     assert isinstance(config, ViTConfig)
-    arguments = timm_arguments(config)
     own = (source or "").partition(".")[0]
-    for name in [*([own] if is_timm_name(own) else []), *HOMES]:
-        built = native_config(skeleton(name, **arguments))
-        if built is None or built.mlp != config.mlp or max(config.norm_eps, 1e-6) != built.norm_eps:
-            continue
-        if dataclasses.replace(built, norm_eps=config.norm_eps) == _as_timm_sees(config):
-            return name, arguments
+    # timm's constructor cannot be told to leave out the LayerScale of an architecture that has it.
+    scaled = [config] if config.init_values is not None else [config, replace(config, init_values=1.0)]
+    for wanted in scaled:
+        arguments = timm_arguments(wanted)
+        for name in [*([own] if is_timm_name(own) else []), *HOMES]:
+            if _as_built(name, arguments) == _as_timm_sees(wanted):
+                return name, arguments
     raise ConfigError(
-        f"timm has no architecture with mlp {config.mlp} and norm_eps {config.norm_eps:g} that this model "
-        "could be."
+        f"timm has no architecture with model.mlp {config.mlp}, model.act {config.act} and model.norm_eps "
+        f"{config.norm_eps:g} that this model could be."
     )
 
 
+def _as_built(name: str, arguments: Mapping[str, Any]) -> ViTConfig | None:
+    """What an architecture of timm's becomes with these arguments; None where they do not fit it."""
+    try:
+        built = native_config(skeleton(name, **arguments))
+    except ConfigError:
+        return None
+    return None if built is None else _as_timm_sees(built)
+
+
 def _as_timm_sees(config: ViTConfig) -> ViTConfig:
-    """Without what is no part of the function at inference, and with norm placement written timm's way."""
-    rates: dict[str, Any] = {f.name: 0.0 for f in dataclasses.fields(config) if f.name.endswith("_rate")}
+    """Without what is no part of the function at inference, and the rest written in one way."""
+    rates: dict[str, Any] = {f.name: 0.0 for f in fields(config) if f.name.endswith("_rate")}
     implied = config.pool in ("gap", "max")
-    fc_norm = None if config.fc_norm in (None, implied) or not config.final_norm else config.fc_norm
-    positions = "none" if config.pos_embed == "none" else "learn"
-    return dataclasses.replace(config, **rates, fc_norm=fc_norm, pos_embed=positions)
+    return replace(
+        config,
+        **rates,
+        fc_norm=None if config.fc_norm in (None, implied) or not config.final_norm else config.fc_norm,
+        pos_embed="none" if config.pos_embed == "none" else "learn",
+        mlp_ratio=ratio_of(config.mlp_dim, config.embed_dim),
+        norm_eps=max(config.norm_eps, 1e-6),  # transformers' 1e-12 is the same in float32
+        floor_grid=any(side % config.patch_size for side in config.image_hw),
+    )
 
 
 def _adapter_arguments(config: AdapterConfig) -> dict[str, Any]:
@@ -145,20 +222,24 @@ def _adapter_arguments(config: AdapterConfig) -> dict[str, Any]:
 def _save(classifier: ImageClassifier, theirs: Any, folder: Path) -> None:
     pre = classifier.preprocess
     record = {"license": classifier.weights_licence, "tag": None}
-    save_for_hf(
-        theirs,
-        str(folder),
-        model_config={"pretrained_cfg": record, "label_names": classifier.class_names},
-        safe_serialization=True,
-        data_config={
-            "input_size": (len(pre.mean), *pre.img_size),
-            "mean": pre.mean,
-            "std": pre.std,
-            "crop_pct": pre.crop_pct,
-            "crop_mode": pre.crop_mode,
-            "interpolation": pre.interpolation,
-        },
-    )
+    data_config = {
+        "input_size": (len(pre.mean), *pre.img_size),
+        "mean": pre.mean,
+        "std": pre.std,
+        "crop_pct": pre.crop_pct,
+        "crop_mode": pre.crop_mode,
+        "interpolation": pre.interpolation,
+    }
+    try:
+        save_for_hf(
+            theirs,
+            str(folder),
+            model_config={"pretrained_cfg": record, "label_names": classifier.class_names},
+            safe_serialization=True,
+            data_config=data_config,
+        )
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
 
 
 @torch.inference_mode()

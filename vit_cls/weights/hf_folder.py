@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,11 @@ from torch import Tensor
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig, ViTConfig
+from vit_cls.model.init import SkipInit
 from vit_cls.weights.adapter import AdapterConfig
+from vit_cls.weights.bundle import build_model
 from vit_cls.weights.tensor_files import read_tensors
+from vit_cls.weights.timm_models import ratio_of
 
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 """``model_type`` of the configurations that can be read."""
@@ -26,29 +32,35 @@ _ACTS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
 }
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
-# (pattern of transformers, key of timm); query, key and value are joined afterwards
+_WRONG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What comes of values in a JSON file that are not what they should be."""
+
+_BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
+# (pattern of transformers, as its files and, since version 5, its modules spell it; key of timm)
 _RULES = [
     (r"embeddings\.cls_token", "cls_token"),
     (r"embeddings\.(?:register_tokens|distillation_token)", "reg_token"),
     (r"embeddings\.position_embeddings", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(\w+)", r"blocks.\1.attn.\2.\3"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.attn.proj.\2"),
-    (
-        r"encoder\.layer\.(\d+)\.(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.(\w+)",
-        r"blocks.\1.mlp.fc1.\2",
-    ),
-    (r"encoder\.layer\.(\d+)\.(?:output\.dense|mlp\.fc2|mlp\.weights_out)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-    (r"encoder\.layer\.(\d+)\.(?:layernorm_before|norm1)\.(\w+)", r"blocks.\1.norm1.\2"),
-    (r"encoder\.layer\.(\d+)\.(?:layernorm_after|norm2)\.(\w+)", r"blocks.\1.norm2.\2"),
-    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (_BLOCK + r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.(\w+)", r"blocks.\1.attn.\2.\3"),
+    (_BLOCK + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
+    (_BLOCK + r"(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+    (_BLOCK + r"mlp\.(gate|up)_proj\.(\w+)", r"blocks.\1.mlp.\2.\3"),
+    (_BLOCK + r"(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+    (_BLOCK + r"(?:layernorm_before|norm1)\.(\w+)", r"blocks.\1.norm1.\2"),
+    (_BLOCK + r"(?:layernorm_after|norm2)\.(\w+)", r"blocks.\1.norm2.\2"),
+    (_BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
     (r"layernorm\.(\w+)", r"norm.\1"),
     (r"(?:cls_)?classifier\.(\w+)", r"head.\1"),
     (r"distillation_classifier\.(\w+)", r"head_dist.\1"),
 ]
+_JOINED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."), ".mlp.fc1.": (".mlp.gate.", ".mlp.up.")}
+"""Matrices that timm holds as one, by part of their name."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,18 @@ class HFModel:
     """What a folder of transformers holds.
 
     Args:
-        config: The architecture of the weights.
+        config: The architecture to build, as timm would write it.
+        stored: The architecture that the weights have: with registers, each of them has a position (of
+            zero), and so has the class token; in timm's way to write it none has.
         state: The weights, under timm's names.
-        raw: The weights under the file's own names.
+        raw: The same before matrices were joined; what no ViT of ours has is there under the file's own name.
         preprocess: How images are prepared.
         class_names: One a class; None where the names are only numbered, or there is no head.
         licence: Stated nowhere in such a folder but in its README's header; None where it has none.
     """
 
     config: ModelConfig
+    stored: ModelConfig
     state: dict[str, Tensor]
     raw: dict[str, Tensor]
     preprocess: Preprocess
@@ -78,7 +93,10 @@ def is_hf_folder(path: Path) -> bool:
     Args:
         path: The folder.
     """
-    return "model_type" in _read_json(path / "config.json", required=False)
+    try:
+        return "model_type" in _read_json(path / "config.json", required=False)
+    except ModelFileError:
+        return False
 
 
 def read_hf_folder(path: Path) -> HFModel:
@@ -88,27 +106,31 @@ def read_hf_folder(path: Path) -> HFModel:
         path: The folder.
 
     Raises:
-        ModelFileError: If a file is missing or damaged, or the model is of another kind.
+        ModelFileError: If a file is missing or damaged, they contradict each other, or the model is of
+            another kind.
     """
-    settings = _read_json(path / "config.json")
+    file = path / "config.json"
+    settings = _read_json(file)
     kind = settings.get("model_type")
     if kind not in MODEL_TYPES:
         raise ModelFileError(
             f"{path} holds a model of transformers of type {kind!r}; those that can be read are "
             f"{', '.join(MODEL_TYPES)}."
         )
-    raw, _ = read_tensors(path / "model.safetensors")
-    state = _timm_state(raw, kind)
+    tensors, _ = read_tensors(path / "model.safetensors")
     try:
+        raw = _renamed(tensors, kind)
+        state = _timm_state(raw)
         config = _architecture(settings, state)
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ModelFileError(f"{path / 'config.json'} does not describe its weights: {error}.") from error
-    names = settings.get("id2label") or {}
-    ordered = [str(names[str(i)]) for i in range(len(names)) if str(i) in names]
-    numbered = all(re.fullmatch(r"LABEL_\d+", name) for name in ordered)
-    named = len(ordered) == config.num_classes == len(set(ordered)) and not numbered
-    preprocess = _preprocess(_read_json(path / "preprocessor_config.json", required=False), config)
-    return HFModel(config, state, raw, preprocess, ordered if named else None, _licence(path))
+        registers = isinstance(config, ViTConfig) and config.no_embed_class
+        stored = dataclasses.replace(config, no_embed_class=False) if registers else config
+        _check_shapes(stored, state)
+    except _WRONG as error:
+        missing = "it has no " if isinstance(error, KeyError) else ""
+        reason = str(error).rstrip(".")
+        raise ModelFileError(f"{file} does not describe the weights beside it: {missing}{reason}.") from error
+    names = _class_names(settings, config.num_classes)
+    return HFModel(config, stored, state, raw, _read_preprocess(path, config), names, _licence(path))
 
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
@@ -119,72 +141,119 @@ def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
             raise ModelFileError(f"there is no {path}; a folder of transformers has one.") from None
         return {}
     except (OSError, ValueError) as error:
-        if required:
-            raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error
-        return {}
+        raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error
     return values if isinstance(values, dict) else {}
 
 
-def _timm_state(raw: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for name, tensor in raw.items():
-        name = name.removeprefix(f"{kind}.")
-        for pattern, target in _RULES:
-            if re.fullmatch(pattern, name):
-                state[re.sub(pattern, target, name)] = tensor
-                break
-    for key in [key for key in state if ".attn.query." in key]:
-        parts = [state.pop(key.replace("query", part), None) for part in ("query", "key", "value")]
-        present = [part for part in parts if part is not None]
-        if len(present) == 3:  # one missing is seen later, as a key of the model without weights
-            state[key.replace("query", "qkv")] = torch.cat(present)
-    if kind == "dinov2_with_registers" and "pos_embed" in state and "cls_token" in state:
-        # timm's layout: positions of patches alone, that of the class token added to it
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
+def _renamed(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    raw: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(f"{kind}.")
+        rule = next((rule for rule in _RULES if re.fullmatch(rule[0], bare)), None)
+        known = rule is not None and tensor.numel()  # no registers are stored as a tensor of none
+        raw[re.sub(*rule, bare) if rule and known else name] = tensor
+    if "head_dist.weight" in raw and "reg_token" in raw:  # timm's distilled architecture, which has two heads
+        raw["dist_token"] = raw.pop("reg_token")
+    if kind == "dinov2_with_registers" and {"pos_embed", "reg_token"} <= raw.keys():
+        positions, registers = raw["pos_embed"], torch.zeros_like(raw["reg_token"])
+        raw["pos_embed"] = torch.cat([positions[:, :1], registers, positions[:, 1:]], dim=1)
+    return raw
+
+
+def _timm_state(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    known = re.compile(
+        r"(cls_token|reg_token|dist_token|pos_embed|(patch_embed|blocks|norm|head|head_dist)\..*)"
+    )
+    state = {name: tensor for name, tensor in raw.items() if known.fullmatch(name)}
+    for whole, parts in _JOINED.items():
+        for key in [key for key in state if parts[0] in key]:
+            found = [state.pop(key.replace(parts[0], part), None) for part in parts]
+            present = [part for part in found if part is not None]
+            if len(present) == len(parts):  # one missing is seen later, as a key of the model without weights
+                state[key.replace(parts[0], whole)] = torch.cat(present)
     return state
 
 
-def _architecture(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> ModelConfig:
+def _architecture(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> ViTConfig | AdapterConfig:
     kind, dim = settings["model_type"], settings["hidden_size"]
     dinov2 = kind.startswith("dinov2")
     head = state.get("head.weight")
     gated = bool(settings.get("use_swiglu_ffn"))
     hidden = settings.get("intermediate_size") or int(dim * settings.get("mlp_ratio", 4))
-    if "blocks.0.mlp.fc1.weight" in state:
+    if gated and "blocks.0.mlp.fc1.weight" in state:
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    act = settings.get("hidden_act", "gelu")
+    if act not in _ACTS:
+        raise ConfigError(f"hidden_act is {act!r}; those that can be read are {', '.join(_ACTS)}")
+    registers = {"deit": 1, "dinov2_with_registers": settings.get("num_register_tokens", 4)}
     common: dict[str, Any] = {
         "img_size": _pair(settings.get("image_size")) or (224, 224),
-        "patch_size": settings.get("patch_size", 16),
+        "patch_size": _side(settings.get("patch_size", 16)),
         "in_chans": settings.get("num_channels", 3),
         "num_classes": 0 if head is None else head.shape[0],
         "embed_dim": dim,
         "depth": settings["num_hidden_layers"],
         "num_heads": settings["num_attention_heads"],
         "class_token": True,
-        "reg_tokens": {"deit": 1, "dinov2_with_registers": settings.get("num_register_tokens", 4)}.get(
-            kind, 0
-        ),
+        "reg_tokens": registers.get(kind, 0),
         "no_embed_class": kind == "dinov2_with_registers",
     }
+    block = {"mlp_ratio": ratio_of(hidden, dim), "qkv_bias": settings.get("qkv_bias", True)}
     if "head_dist.weight" in state:
-        # Two heads are what timm's distilled architectures have; its epsilon (1e-6) differs from 1e-12 by
+        # Two heads are what timm's distilled architectures have; their epsilon (1e-6) differs from 1e-12 by
         # nothing that fp32 shows.
         arguments = {key: common[key] for key in ("embed_dim", "depth", "num_heads")}
-        arguments["mlp_ratio"] = hidden / dim
+        arguments |= {**block, "act_layer": _ACTS[act]}
         return AdapterConfig(
             "deit_base_distilled_patch16_224", pool="distilled", arguments=arguments, **common
         )
     return ViTConfig(
         pool="cls+gap" if dinov2 and head is not None else "cls",
-        mlp_ratio=hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim,
-        qkv_bias=settings.get("qkv_bias", True),
         init_values=settings.get("layerscale_value", 1.0) if dinov2 else None,
         norm_eps=settings.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12),
-        act="silu" if gated else _ACTS[settings.get("hidden_act", "gelu")],
+        act="silu" if gated else _ACTS[act],
         mlp="swiglu_packed" if gated else "mlp",
+        **block,
         **common,
     )
+
+
+def _check_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Two files that tell of one model must agree: a block too few would be left out without a word."""
+    with torch.device("meta"), SkipInit():
+        model = build_model(config)
+    ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    theirs = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            by_config, by_weights = (
+                f"of shape {shapes[key]}" if key in shapes else "absent" for shapes in (ours, theirs)
+            )
+            raise ConfigError(f"by it {key} is {by_config}, in the weights it is {by_weights}")
+
+
+def _class_names(settings: Mapping[str, Any], num_classes: int) -> list[str] | None:
+    """Of ``id2label``; a name that is there twice, as "crane" is in ImageNet, gets its number."""
+    names = settings.get("id2label")
+    if not isinstance(names, Mapping) or not num_classes:
+        return None
+    ordered = [str(names[str(i)]) for i in range(len(names)) if str(i) in names]
+    numbered = all(re.fullmatch(r"LABEL_\d+", name) for name in ordered)
+    if len(ordered) != num_classes or numbered:
+        return None
+    repeated = {name for name, count in Counter(ordered).items() if count > 1}
+    unique = [f"{name} ({i})" if name in repeated else name for i, name in enumerate(ordered)]
+    return unique if len(set(unique)) == num_classes else None
+
+
+def _read_preprocess(path: Path, config: ModelConfig) -> Preprocess:
+    file = path / "preprocessor_config.json"
+    values = {key: value for key, value in _read_json(file, required=False).items() if value is not None}
+    try:
+        return _preprocess(values, config)
+    except _WRONG as error:
+        reason = str(error).rstrip(".")
+        raise ModelFileError(f"{file} does not say how images are prepared: {reason}.") from error
 
 
 def _preprocess(values: Mapping[str, Any], config: ModelConfig) -> Preprocess:
@@ -197,15 +266,39 @@ def _preprocess(values: Mapping[str, Any], config: ModelConfig) -> Preprocess:
     if target[0] % config.patch_size or target[1] % config.patch_size:
         target = size = config.image_hw
     resize = size or target
-    normalise = values.get("do_normalize", True)
+    channels, normalise = config.in_chans, values.get("do_normalize", True)
+    # Pixels are divided by 255 here; what transformers does instead goes into mean and standard deviation.
+    scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255.0
+    scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale
     return Preprocess(
         img_size=target,
-        mean=tuple(values.get("image_mean", (0.5,) * 3)) if normalise else (0.0,) * 3,
-        std=tuple(values.get("image_std", (0.5,) * 3)) if normalise else (1.0,) * 3,
+        mean=_scaled(values.get("image_mean", 0.5) if normalise else 0.0, scale, channels),
+        std=_scaled(values.get("image_std", 0.5) if normalise else 1.0, scale, channels),
         crop_pct=min(1.0, target[0] / resize[0]),
-        crop_mode="center" if "shortest_edge" in (values.get("size") or {}) else "squash",
+        crop_mode="center" if _keeps_aspect(values) else "squash",
         interpolation=_RESAMPLE.get(values.get("resample", 2), "bicubic"),
     )
+
+
+def _scaled(values: float | Sequence[float], scale: float, channels: int) -> tuple[float, ...]:
+    sequence = [values] * channels if isinstance(values, (int, float)) else values
+    return tuple(value / scale for value in sequence)
+
+
+def _keeps_aspect(values: Mapping[str, Any]) -> bool:
+    """A bare number is the shorter edge for some image processors, both edges for others."""
+    size = values.get("size")
+    if isinstance(size, Mapping):
+        return "shortest_edge" in size
+    name = values.get("image_processor_type", values.get("feature_extractor_type", ""))
+    return isinstance(size, int) and name.startswith(("Bit", "CLIP"))
+
+
+def _side(size: Any) -> int:
+    pair = _pair(size)
+    if pair is None or pair[0] != pair[1]:
+        raise ConfigError(f"patch_size is {size}, and only square patches can be read")
+    return pair[0]
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from vit_cls.weights.adapter import AdapterConfig, adapter_config
 from vit_cls.weights.bundle import architecture_config, is_own_file, read_own_file
 from vit_cls.weights.hf_folder import is_hf_folder, read_hf_folder
 from vit_cls.weights.hub import weights_file
-from vit_cls.weights.tensor_files import read_tensors
+from vit_cls.weights.tensor_files import check_weights_file, read_tensors
 from vit_cls.weights.timm_models import (
     QUICK_GELU_NOTE,
     class_names_of,
@@ -32,6 +32,7 @@ from vit_cls.weights.timm_models import (
     native_config,
     preprocess_of,
     pretrained_config,
+    ratio_of,
     skeleton,
     timm_arguments,
 )
@@ -135,7 +136,23 @@ def file_source(path: Path, config: Any, *, name: str | None) -> Source:
         config: The architecture.
         name: timm's name of it, which decides how foreign formats are converted; None where it has none.
     """
+    classes = _classes_in(path)
+    if classes is not None:
+        config = dataclasses.replace(config, num_classes=classes)
     return Source(str(path), config, lambda target: read_timm_file(path, config, target, name=name))
+
+
+def _classes_in(path: Path) -> int | None:
+    """Rows of the head in a file; None where it has none under a name that needs no conversion."""
+    if path.suffix == ".npz":
+        known = {f"{prefix}head/bias" for prefix in ("", "opt/target/", "params/", "params/img/")}
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                return next((len(file[name]) for name in file.files if name in known), None)
+        except Exception:  # a damaged archive can raise anything; reading the weights says what is wrong
+            return None
+    head = read_tensors(path)[0].get("head.weight")
+    return None if head is None or head.ndim != 2 else head.shape[0]
 
 
 def own_source(path: Path) -> Source:
@@ -210,8 +227,9 @@ def _timm_folder(path: Path) -> Source:
     try:
         model = skeleton(f"local-dir:{path}")
         record = PretrainedCfg(**{k: v for k, v in model.pretrained_cfg.items() if k != "source"})
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise ModelFileError(f"timm cannot build what {path / 'config.json'} describes: {error}.") from error
+    except (ConfigError, RuntimeError, TypeError, KeyError) as error:
+        reason = error.__cause__ or error
+        raise ModelFileError(f"timm cannot build what {path / 'config.json'} describes: {reason}.") from error
     passed = ("img_size", "patch_size", "in_chans", "num_classes")  # the adapter's own fields
     arguments = {k: v for k, v in settings.get("model_args", {}).items() if k not in passed}
     config = native_config(model) or adapter_config(name, model, **arguments)
@@ -263,15 +281,18 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
     }
     prefix = found["class_token"] + found["reg_tokens"]
     length = positions.shape[1]
-    squares = {embed: math.isqrt(n) ** 2 == n for embed, n in ((True, length), (False, length - prefix))}
-    if prefix and squares[True] != squares[False]:
-        found["no_embed_class"] = squares[True]
+    counts = {True: length, False: length - prefix}  # of patches, without and with positions for the prefix
+    fits = {embed: count == math.prod(config.grid_size) for embed, count in counts.items()}
+    squares = {embed: math.isqrt(count) ** 2 == count for embed, count in counts.items()}
+    told = fits if any(fits.values()) else squares
+    if prefix and told[True] != told[False]:
+        found["no_embed_class"] = told[True]
     head = raw.get("head.weight")
     if "attn_pool.latent" in raw:
         found["pool"] = "map"
     elif head is not None and head.ndim == 2 and head.shape[1] == 2 * positions.shape[2]:
         found["pool"] = "cls+gap"
-    elif ("fc_norm.weight" in raw and config.pool == "cls") or (config.pool in ("cls", "cls+gap") and not found["class_token"]):
+    elif config.pool in ("cls", "cls+gap") and ("fc_norm.weight" in raw or not found["class_token"]):
         found["pool"] = "gap"
     return dataclasses.replace(config, **found)
 
@@ -312,12 +333,14 @@ def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
         raise ModelFileError(
             f"{path}: Google's .npz files hold plain Vision Transformers, not this architecture."
         )
+    check_weights_file(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = {name: file[name].shape for name in file.files}
     except Exception as error:  # a damaged archive can raise anything
+        reason = "" if "pickle" in str(error) else f": {error}"  # numpy advises to open it by running it
         raise ModelFileError(
-            f"{path} is damaged or no .npz file: {error}. Copy or download it again."
+            f"{path} is damaged or no .npz file of arrays alone{reason}. Copy or download it again."
         ) from error
     short = {
         name.removeprefix("opt/target/").removeprefix("params/").removeprefix("img/"): s
@@ -328,35 +351,48 @@ def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
             f"{path} holds no Vision Transformer of Google's: it has no embedding/kernel "
             f"(it has {', '.join(list(names)[:3])})."
         )
-    pool = "map" if "MAPHead_0/probe" in short else "cls" if "cls" in short else "gap"
-    positions = short.get("pos_embedding", short.get("Transformer/posembed_input/pos_embedding", (1, 0)))
-    length = positions[-2]
-    config = dataclasses.replace(
-        config,
-        pool=pool,
-        fc_norm=False,
-        class_token="cls" in short,
-        reg_tokens=0,
-        no_embed_class="cls" in short and math.isqrt(length) ** 2 == length,
-        num_classes=short["head/bias"][-1] if "head/bias" in short else 0,
-        in_chans=short["embedding/kernel"][2],
-        img_size=target.image_hw,
-        patch_size=target.patch_size,
-    )
-    with torch.device("meta"):
-        model = TimmViT(**timm_arguments(config))
-    model = model.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
     try:
+        config = dataclasses.replace(config, **_npz_architecture(short))
+        config = dataclasses.replace(config, img_size=target.image_hw, patch_size=target.patch_size)
+        with torch.device("meta"):
+            model = TimmViT(**timm_arguments(config))
+        model = model.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
         model.load_pretrained(str(path))
-    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError, StopIteration) as error:
         raise ModelFileError(f"{path} does not hold this architecture: {error}.") from error
     state = {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
     read = ("embedding", "cls", "pos_embedding", "Transformer", "head", "MAPHead_0")
     unread = {name: None for name, known in zip(names, short, strict=True) if known.split("/")[0] not in read}
     return Weights({**state, **unread}, state, config)
+
+
+def _npz_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the shapes in a file of Google's tell: tokens, classes and sizes, as fields of `ViTConfig`."""
+    blocks = {name.split("/")[1] for name in shapes if name.startswith("Transformer/encoderblock")}
+
+    def in_block(ending: str) -> tuple[int, ...]:
+        first = f"Transformer/{min(blocks)}/"
+        return next(s for name, s in shapes.items() if name.startswith(first) and name.endswith(ending))
+
+    query = in_block("query/kernel")  # (layers,) dim, heads, dim of a head; layers where blocks are stacked
+    positions = shapes.get("pos_embedding", shapes.get("Transformer/posembed_input/pos_embedding", (1, 0, 0)))
+    class_token = "cls" in shapes
+    return {
+        "pool": "map" if "MAPHead_0/probe" in shapes else "cls" if class_token else "gap",
+        "fc_norm": False,
+        "class_token": class_token,
+        "reg_tokens": 0,
+        "no_embed_class": class_token and math.isqrt(positions[-2]) ** 2 == positions[-2],
+        "num_classes": shapes["head/bias"][-1] if "head/bias" in shapes else 0,
+        "in_chans": shapes["embedding/kernel"][2],
+        "embed_dim": shapes["embedding/kernel"][3],
+        "depth": query[0] if len(query) == 4 else len(blocks),
+        "num_heads": query[-2],
+        "mlp_ratio": ratio_of(in_block("Dense_0/kernel")[-1], shapes["embedding/kernel"][3]),
+    }
 
 
 def trace(weights: Weights, source: Any, target: ModelConfig) -> dict[str, tuple[str, str]]:
@@ -377,30 +413,52 @@ def trace(weights: Weights, source: Any, target: ModelConfig) -> dict[str, tuple
     raw = {name: tensor for name, tensor in weights.raw.items() if tensor is not None}
     spans = {tensor.data_ptr(): name for name, tensor in raw.items()}
     used: set[str] = set()
-    joined: list[Tensor] = []
+    made: dict[str, Tensor] = {}
     for key, tensor in weights.state.items():
         name = spans.get(tensor.data_ptr())
         if name is not None:
             used.add(name)
-        elif key in raw:
-            used.add(key)
-            if key == "pos_embed" and not torch.equal(raw[key], tensor):
-                fates[key] = ("resized", _grids(raw[key], source, target))
-            elif raw[key].shape != tensor.shape:
-                shapes = (_sides(raw[key]), _sides(tensor))
-                fates[key] = ("resized", f"{shapes[0]} -> {shapes[1]}")
         else:
-            joined.append(tensor)
+            made[key] = tensor
+    for key, tensor in list(made.items()):
+        name = key if key in raw else _original(key, tensor, {n: raw[n] for n in raw if n not in used})
+        if name is None:
+            continue
+        used.add(name)
+        made.pop(key)
+        if key == "pos_embed" and not torch.equal(raw[name].reshape(-1), tensor.reshape(-1)):
+            fates[key] = ("resized", _grids(raw[name], source, target))
+        elif key == "cls_token" and not torch.equal(raw[name], tensor):
+            fates[key] = ("moved", "its position was added to it")
+        elif raw[name].shape != tensor.shape:
+            fates[key] = ("resized", f"{_sides(raw[name])} -> {_sides(tensor)}")
+    made.pop("head.bias", None)  # zeros, where a projection has none; no part of the file
     for name in raw.keys() - used:
-        if not any(_holds(whole, raw[name]) for whole in joined):
+        if not any(_holds(whole, raw[name]) for whole in made.values()):
             fates[name] = ("dropped", "not a part of this model")
     fates |= dict.fromkeys(weights.raw.keys() - raw.keys(), ("dropped", "not read"))
     return fates
 
 
+def _original(key: str, tensor: Tensor, unused: Mapping[str, Tensor]) -> str | None:
+    """The tensor of the file that was both renamed and resized to this one."""
+    if key == "pos_embed":
+        found = [
+            n for n, t in unused.items() if "pos" in n and t.ndim > 1 and t.shape[-1] == tensor.shape[-1]
+        ]
+    elif key == "patch_embed.proj.weight":
+        found = [n for n, t in unused.items() if t.ndim == 4 and t.shape[:2] == tensor.shape[:2]]
+    else:
+        return None
+    return max(found, key=lambda name: "vis" in name, default=None)  # a text tower has positions too
+
+
 def _holds(whole: Tensor, part: Tensor) -> bool:
     """Whether ``part`` is a block of ``whole`` along the first axis, or all of it in another shape."""
-    if part.numel() == 0 or whole.numel() % part.numel() or part.dtype != whole.dtype:
+    same_rows = part.ndim > 0 and part.shape[1:] == whole.shape[1:] and part.shape[0] > 0
+    if part.dtype != whole.dtype or whole.numel() % max(1, part.numel()):
+        return False
+    if not (same_rows or part.numel() == whole.numel() > 0):
         return False
     wanted = part.reshape(-1)
     blocks = whole.reshape(-1).split(part.numel())
@@ -409,9 +467,11 @@ def _holds(whole: Tensor, part: Tensor) -> bool:
 
 def _grids(positions: Tensor, source: Any, target: ModelConfig) -> str:
     prefix = 0 if source.no_embed_class else int(source.class_token) + source.reg_tokens
-    count = positions.shape[1] - prefix
+    count = positions.shape[-2] - prefix
     known, new = ([side // c.patch_size for side in c.image_hw] for c in (source, target))
     old = known if math.prod(known) == count else [math.isqrt(count)] * 2
+    if old == new:
+        return "positions of prefix tokens were added to the tokens"
     return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]} patches"
 
 

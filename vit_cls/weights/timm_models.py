@@ -18,11 +18,11 @@ from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.classifier import CROP_MODES, INTERPOLATIONS, Preprocess
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.init import SkipInit
 
 MODULES = ("vision_transformer", "deit", "eva", "beit")
 """The modules of timm whose models can be loaded."""
@@ -55,19 +55,6 @@ SAME_IN_TIMM = (
 """Settings that timm's constructor spells as `ViTConfig` does."""
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
-
-
-class _SkipInit(TorchFunctionMode):
-    """Leave new tensors as they are: a skeleton has no values, and drawing none is three times faster."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if in_place and args and isinstance(args[0], Tensor):
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def make_timm(name: str, **arguments: Any) -> Any:
@@ -104,7 +91,7 @@ def skeleton(name: str, **arguments: Any) -> Any:
         >>> skeleton("vit_tiny_patch16_224").pos_embed.shape
         torch.Size([1, 197, 192])
     """
-    with torch.device("meta"), _SkipInit():
+    with torch.device("meta"), SkipInit():
         return make_timm(name, **arguments)
 
 
@@ -330,7 +317,7 @@ def native_config(model: Any) -> ViTConfig | None:
     Returns:
         None where the model has a part that native blocks lack; it then runs through the adapter.
     """
-    if type(model) is not timm_vit.VisionTransformer or model.pos_embed is None:
+    if type(model) is not timm_vit.VisionTransformer:
         return None
     blocks: list[Any] = list(model.blocks)
     block = blocks[0]
@@ -361,13 +348,14 @@ def native_config(model: Any) -> ViTConfig | None:
         embed_dim=dim,
         depth=len(blocks),
         num_heads=block.attn.num_heads,
-        mlp_ratio=_ratio(block.mlp.fc1.out_features, dim),
+        mlp_ratio=ratio_of(block.mlp.fc1.out_features, dim),
         qkv_bias=block.attn.qkv.bias is not None,
         qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
         init_values=None if isinstance(block.ls1, nn.Identity) else block.ls1.init_values,
         class_token=model.cls_token is not None,
         reg_tokens=model.num_reg_tokens,
         no_embed_class=model.no_embed_class,
+        pos_embed="none" if model.pos_embed is None else "learn",
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
         final_norm=place.final_norm,
         fc_norm=place.fc_norm,
@@ -395,8 +383,13 @@ def activation_name(module: nn.Module) -> str:
     return "gelu_tanh" if approximate else _ACTIVATIONS[name]
 
 
-def _ratio(hidden: int, dim: int) -> float:
-    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it."""
+def ratio_of(hidden: int, dim: int) -> float:
+    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it.
+
+    Args:
+        hidden: Hidden width of an MLP.
+        dim: Width of a token.
+    """
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
 
