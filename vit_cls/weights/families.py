@@ -58,17 +58,14 @@ RECIPES: list[tuple[str, Recipe]] = [
         r"clip|siglip|datacomp|dfn|laion|openai|metaclip|\.webli|tipsv2|_pe_|aimv2",
         Recipe(
             "image and text contrastive",
-            5e-5,
+            7.5e-5,
             0.7,
             0.1,
-            "timm's published runs of CLIP ViT-B/16: no mixup, clip 3",
+            "FT-CLIP, https://arxiv.org/abs/2212.06138, table 2",
         ),
     ),
-    (
-        r"dino|eupe|lingbot|radio",
-        Recipe("self-distilled", 1e-4, 0.75, 0.1, "as supervised; no published recipe of timm's"),
-    ),
-    (r"", Recipe("supervised", 1e-4, 0.75, 0.1, "timm's published fine-tuning runs: layer decay 0.7 to 0.8")),
+    (r"dino|eupe|lingbot|radio", Recipe("self-distilled", 2e-4, 0.75, 0.1, "as supervised weights")),
+    (r"", Recipe("supervised", 2e-4, 0.75, 0.1, "layer decay: timm's fine-tuning runs, 0.7 to 0.8")),
 ]
 
 

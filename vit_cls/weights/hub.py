@@ -12,7 +12,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -48,26 +47,42 @@ def weights_file(name: str, config: PretrainedCfg) -> Path:
     repo, _, revision = str(config.hf_hub_id).partition("@")
     wanted = config.hf_hub_filename or "pytorch_model.bin"
     files = [SAFE_FILES[wanted], wanted] if wanted in SAFE_FILES else [wanted]
-    missing: Exception | None = None
+    missing: BaseException | None = None
+    unreachable = False
     for filename in files:
         try:
-            return Path(hf_hub_download(repo, filename, revision=revision or None, library_name="vit_cls"))
+            path = hf_hub_download(
+                repo,
+                filename,
+                revision=revision or None,
+                library_name="vit_cls",
+                local_files_only=unreachable,  # a hub that does not answer is not asked for a pickle instead
+            )
+            return Path(path)
         except LocalEntryNotFoundError as error:  # no connection, or offline, and not in the cache
-            missing = missing or error
+            missing = missing or error.__cause__ or error
+            unreachable = True
         except EntryNotFoundError as error:
             missing = missing or error
-        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise ModelFileError(
-                f"{name}: the hub refuses {repo}/{files[0]}: {_first_line(error)}. Some weights need an "
-                f"account that accepted their licence (`hf auth login`). {_way_out(name)}"
-            ) from error
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        except Exception as error:  # of the HTTP library below, which changes with the client's versions
+            if _is_refusal(error):
+                raise ModelFileError(
+                    f"{name}: the hub refuses {repo}/{files[0]}: {_first_line(error)}. Some weights need an "
+                    f"account that accepted their licence (`hf auth login`). {_way_out(name)}"
+                ) from error
             missing = missing or error
+            unreachable = True
     reason = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else _first_line(missing)
     raise ModelFileError(
         f"{name}: {files[0]} of {repo} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched "
         f"from {constants.ENDPOINT}: {reason}. {_way_out(name)}"
     ) from missing
+
+
+def _is_refusal(error: Exception) -> bool:
+    if isinstance(error, (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)):
+        return True
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
 
 
 def _from_url(name: str, config: PretrainedCfg) -> Path:
@@ -97,5 +112,5 @@ def _way_out(name: str) -> str:
     return f"With the file at hand use {name}=path/to/file, or model.pretrained path/to/file."
 
 
-def _first_line(error: Exception | None) -> str:
+def _first_line(error: BaseException | None) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickletools import genops
 from typing import IO, Any
 
 import torch
@@ -53,7 +53,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     Raises:
         ModelFileError: If the file is missing, damaged, holds anything but tensors, or is of another kind.
     """
-    _refuse_what_is_no_weights_file(path)
+    check_weights_file(path)
     if path.suffix == ".safetensors":
         try:
             return strip_prefixes(load_file(path)), ()
@@ -64,7 +64,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return _unwrap(_read_pickle(path), path)
 
 
-def _refuse_what_is_no_weights_file(path: Path) -> None:
+def check_weights_file(path: Path) -> None:
+    """Refuse what its name or its first bytes show to be no weights file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ModelFileError: If it is missing, empty, of an unknown kind, or what a failed download leaves behind.
+    """
     if not path.is_file():
         raise ModelFileError(f"there is no file {str(path)!r}.")
     if path.suffix not in SUFFIXES:
@@ -120,7 +128,7 @@ def _forbidden(path: Path, error: Exception) -> list[str]:
     strings: list[str] = []
     try:  # torch refuses pickles of protocol 4 and later before it looks at what they ask for
         with _opened_pickle(path) as file:
-            for opcode, argument, _ in pickletools.genops(file):
+            for opcode, argument, _ in genops(file):
                 if opcode.name == "STACK_GLOBAL":
                     names.append(".".join(strings[-2:]))
                 elif opcode.name == "GLOBAL":
