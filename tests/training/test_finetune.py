@@ -269,7 +269,7 @@ def test_a_tag_gives_preprocessing_licence_and_drop_path_to_the_run(image_root, 
     assert record["model"]["weights_licence"] == "cc-by-nc-4.0"
     assert record["optim"]["layer_decay"] == 0.7
     assert record["optim"]["recipe"] == "image and text contrastive"
-    assert record["optim"]["peak_lr"] == pytest.approx(5e-5 * 5 / 256)
+    assert record["optim"]["peak_lr"] == pytest.approx(7.5e-5 * 5 / 256)
     assert record["identity"]["architecture"]["act"] == "quick_gelu"
     assert record["identity"]["architecture"]["drop_path_rate"] == 0.1
     warnings = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]

@@ -30,6 +30,9 @@ def run(words: list[str]) -> Outcome:
     parser = make_parser("evaluate", "Score a model on a folder with one sub-folder a class.")
     parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
     parser.add_argument("--data", type=str, required=True, help="the image folder")
+    parser.add_argument(
+        "--exact", type=bool, nargs="?", const=True, default=False, help="Pillow's resize, timm's pixels"
+    )
     add_runtime_arguments(parser)
     args = parse(parser, words)
     output = check_output(args.output)
@@ -43,6 +46,7 @@ def run(words: list[str]) -> Outcome:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         compile=args.compile,
+        exact=args.exact,
         show_progress=sys.stderr.isatty(),
     )
     result = evaluate_predictions(predictions)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
+from vit_cls.data.decode import BACKGROUND
 from vit_cls.data.digits import load_digits
 from vit_cls.data.loader import default_num_workers, make_loader
+from vit_cls.data.mixing import MixOptions
 from vit_cls.data.sampler import EpochSampler
-from vit_cls.data.splits import split_root, stratified_split
+from vit_cls.data.splits import Split, split_root, stratified_split
 from vit_cls.data.transforms import AUGMENTS, eval_transform, train_transform
 from vit_cls.errors import ConfigError, DataError, ImageError, did_you_mean
 
+log = logging.getLogger("vit_cls")
+
 NAMES = ("folder", "digits")
+BALANCED = "balanced"
 
 
 class ImageDataModule(LightningDataModule):
@@ -21,12 +32,21 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         root: The image folder: ``train/`` and ``val/`` (or validation/, valid/, test/) with one folder a
-            class, or one folder of class folders, which is split.
+            class, or one folder of class folders, which is split; or a manifest, a CSV or Parquet file.
         name: ``folder``, or the embedded ``digits`` (their held-out third is left for ``evaluate``).
         val_fraction: Share of each class to validate on, where there is no validation folder.
+        group_by: Pattern with one group, such as ``(patient_\\d+)``: files for whose path it finds the same
+            are never split between training and validation. A manifest has a column for that.
         batch_size: Images a step, for each process.
         num_workers: Loading processes; null means one a core, at most 8 (0 for the digits).
-        augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts) or ``none``.
+        augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts), ``randaugment``,
+            ``trivialaugment`` or ``none``.
+        repeats: Copies of each image in an epoch, augmented each on its own; an epoch sees fewer images then.
+        weights: ``balanced`` draws every class equally often; null draws every image once an epoch, or as a
+            manifest's weights say.
+        max_bad_images: Files that may be unreadable before the run stops; each is named, and skipped.
+        cache: Folder for the decoded validation images; null decodes them in every epoch.
+        mix: Mixup, CutMix and erasing of training batches.
 
     Raises:
         ConfigError: If a setting is unknown or cannot take effect.
@@ -43,9 +63,15 @@ class ImageDataModule(LightningDataModule):
         root: str | None = None,
         name: str = "folder",
         val_fraction: float = 0.1,
+        group_by: str | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
         augment: str = "crop_flip",
+        repeats: int = 1,
+        weights: str | None = None,
+        max_bad_images: int = 0,
+        cache: str | None = None,
+        mix: MixOptions | None = None,
     ) -> None:
         super().__init__()
         if name not in NAMES:
@@ -68,12 +94,25 @@ class ImageDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.val_fraction must be between 0 and 1 (both excluded); got {val_fraction:g}."
             )
+        if weights not in (None, BALANCED):
+            raise ConfigError(f"data.weights must be {BALANCED} or null; got {weights!r}.")
+        if max_bad_images < 0:
+            raise ConfigError(f"data.max_bad_images must not be negative; got {max_bad_images}.")
+        if group_by is not None and name == "digits":
+            raise ConfigError("data.group_by has no effect with data.name digits. Remove one of the two.")
         self.root = root
         self.name = name
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.augment = augment
+        self.group_by = group_by
+        self.repeats = repeats
+        self.weights = weights
+        self.max_bad_images = max_bad_images
+        self.cache = cache
+        self.mix = mix or MixOptions()
+        self.bad_images: dict[str, str] = {}
         self.train_source: ImageSource
         self.val_source: ImageSource
         self.origin = ""
@@ -86,6 +125,7 @@ class ImageDataModule(LightningDataModule):
         crop_pct: float = 0.9,
         crop_mode: str = "center",
         interpolation: str = "bicubic",
+        background: tuple[int, int, int] = BACKGROUND,
     ) -> None:
         """Set what the run and the model decide: the seed, and how an image becomes the model's input.
 
@@ -95,16 +135,25 @@ class ImageDataModule(LightningDataModule):
             crop_pct: Side of the evaluation crop over the side of the resized image.
             crop_mode: ``center`` or ``squash``.
             interpolation: Filter of every resize.
+            background: Colour under transparent pixels.
 
         Raises:
             DataError: If the images cannot be used.
         """
         if not self.origin or seed != self.seed:
             self.load_index(seed)
+        for source in (self.train_source, self.val_source):
+            if isinstance(source, FolderSource):
+                source.background = background
         train = train_transform(img_size, augment=self.augment, interpolation=interpolation)
-        val = eval_transform(img_size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
+        settings: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+        val = eval_transform(img_size, **settings)
+        cache = None
+        if self.cache is not None and isinstance(self.val_source, FolderSource):
+            words = repr((img_size, sorted(settings.items()), background))
+            cache = PixelCache(Path(self.cache), self.val_source.index, words, img_size)
         self.train_set = ImageDataset(self.train_source, train, seed=seed)
-        self.val_set = ImageDataset(self.val_source, val)
+        self.val_set = ImageDataset(self.val_source, val, cache=cache)
 
     def load_index(self, seed: int) -> None:
         """Find the images and split them; reads names, no pixels.
@@ -127,9 +176,20 @@ class ImageDataModule(LightningDataModule):
             self.origin = f"embedded digits, {self.val_fraction:g} of the training two thirds for validation"
         else:
             assert self.root is not None
-            split = split_root(self.root, val_fraction=self.val_fraction, seed=seed)
+            split = self._split(seed)
             self.train_source, self.val_source = FolderSource(split.train), FolderSource(split.val)
             self.origin = split.origin
+
+    def _split(self, seed: int) -> Split:
+        assert self.root is not None
+        return split_root(self.root, val_fraction=self.val_fraction, seed=seed)
+
+    def _weights(self) -> np.ndarray | None:
+        """How often each training image is drawn, relative to the others."""
+        if self.weights is None:
+            return None
+        counts = self.train_source.index.counts()
+        return 1.0 / counts[self.train_source.index.labels]
 
     @property
     def class_names(self) -> list[str]:
@@ -137,20 +197,31 @@ class ImageDataModule(LightningDataModule):
         return self.train_source.index.class_names
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Stop at an image that cannot be read; Lightning calls this in the main process.
+        """Count images that cannot be read, and stop at one too many; called in the main process.
 
         Raises:
             ImageError: Names the file and the reason.
         """
-        if batch.failures:
+        for index, reason in batch.failures:
             training = self.trainer is not None and self.trainer.training
             source = self.train_source if training else self.val_source
-            index, reason = batch.failures[0]
-            raise ImageError(
-                f"{source.index.path(index)} cannot be read as an image: {reason}. Repair the file or "
-                "move it out of the data; nothing is skipped in silence."
-            )
+            path = str(source.index.path(index))
+            if path in self.bad_images:
+                continue
+            self.bad_images[path] = reason
+            if len(self.bad_images) > self.max_bad_images:
+                raise ImageError(self._too_many(path, reason))
+            log.warning(f"skipped, cannot be read as an image: {path}: {reason}")
         return batch
+
+    def _too_many(self, path: str, reason: str) -> str:
+        count = len(self.bad_images)
+        before = "" if count == 1 else f"It is number {count} that cannot be read. "
+        return (
+            f"{path} cannot be read as an image: {reason}. {before}Repair the file or move it out of the "
+            f"data, or allow more with data.max_bad_images (now {self.max_bad_images}); nothing is skipped "
+            "in silence."
+        )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of this process."""
@@ -163,8 +234,9 @@ class ImageDataModule(LightningDataModule):
     def _loader(self, dataset: ImageDataset, *, shuffle: bool) -> DataLoader[Batch]:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        extra: dict[str, Any] = {"weights": self._weights(), "repeats": self.repeats} if shuffle else {}
         sampler = EpochSampler(
-            len(dataset), seed=self.seed, shuffle=shuffle, rank=rank, world_size=world_size
+            len(dataset), seed=self.seed, shuffle=shuffle, rank=rank, world_size=world_size, **extra
         )
         if shuffle and not len(sampler):
             raise DataError(f"{len(dataset)} training image(s) cannot be shared by {world_size} processes.")

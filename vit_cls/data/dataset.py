@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vit_cls.data.decode import decode_image
+from vit_cls.data.cache import PixelCache
+from vit_cls.data.decode import BACKGROUND, read_image
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.sampler import SampleKey, sample_seed
 from vit_cls.data.transforms import Transform, keyed
@@ -69,14 +70,16 @@ class FolderSource:
 
     Args:
         index: The files.
+        background: Colour under transparent pixels.
     """
 
-    def __init__(self, index: ImageIndex) -> None:
+    def __init__(self, index: ImageIndex, background: tuple[int, int, int] = BACKGROUND) -> None:
         self.index = index
+        self.background = background
 
     def read(self, index: int) -> Tensor:
         """See `ImageSource.read`."""
-        return decode_image(self.index.path(index).read_bytes())
+        return read_image(self.index.path(index), self.background)
 
 
 class ArraySource:
@@ -103,24 +106,41 @@ class ImageDataset(Dataset[Sample]):
         source: The images.
         transform: From uint8 ``(3, H, W)`` of any size to the model's size.
         seed: Seed of the random transforms; None where ``transform`` draws nothing.
+        cache: Keeps the pixels after a transform that draws nothing.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, *, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        *,
+        seed: int | None = None,
+        cache: PixelCache | None = None,
+    ) -> None:
+        assert seed is None or cache is None, "random pixels are not to be kept"
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.source.index)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        epoch, index = key
+        epoch, index, *copy = key
         target = int(self.source.index.labels[index])
+        kept = None if self.cache is None else self.cache.get(index)
+        if kept is not None:
+            return Sample(index, kept, target, None)
         try:
             image = self.source.read(index)
         except (ImageError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return Sample(index, None, target, reason)
         if self.seed is None:
-            return Sample(index, self.transform(image), target, None)
-        return Sample(index, keyed(self.transform, image, sample_seed(self.seed, epoch, index)), target, None)
+            image = self.transform(image)
+            if self.cache is not None:
+                self.cache.put(index, image)
+            return Sample(index, image, target, None)
+        draws = sample_seed(self.seed, epoch, index, *copy)
+        return Sample(index, keyed(self.transform, image, draws), target, None)

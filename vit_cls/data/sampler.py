@@ -9,17 +9,21 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-SampleKey = tuple[int, int]
-"""(epoch, index): all a dataset needs, with its seed, to make a sample."""
+from vit_cls.errors import ConfigError
+
+SampleKey = tuple[int, int] | tuple[int, int, int]
+"""(epoch, index): all a dataset needs, with its seed, to make a sample. Where an image comes more than once
+in an epoch, (epoch, index, copy), copies counted from 0."""
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
+def sample_seed(seed: int, epoch: int, index: int, copy: int = 0) -> int:
     """A well-mixed seed for one sample in one epoch.
 
     Args:
         seed: Seed of the run.
         epoch: Epoch, from 0; -1 for what belongs to no epoch.
         index: Index of the sample, from 0; -1 for what belongs to the whole epoch.
+        copy: How often the sample came before in the epoch.
 
     Returns:
         A number in [0, 2**63).
@@ -28,7 +32,8 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
         >>> sample_seed(0, 0, 0) == sample_seed(0, 0, 0) != sample_seed(0, 1, 0)
         True
     """
-    digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
+    words = (seed, epoch, index, copy) if copy else (seed, epoch, index)
+    digest = hashlib.blake2b(struct.pack(f"<{len(words)}q", *words), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -40,25 +45,49 @@ class EpochSampler(Sampler[SampleKey]):
     Not shuffled: every sample exactly once over all processes, none twice.
 
     Args:
-        num_samples: Samples of the dataset.
+        num_samples: Samples of the dataset, and of an epoch.
         seed: Seed of the run.
         shuffle: Whether this is training.
         rank: This process, from 0.
         world_size: Processes.
+        weights: How often each sample is drawn, relative to the others; with replacement. None draws each
+            once.
+        repeats: Copies of an image that come together, each augmented on its own and, with several
+            processes, in another one; an epoch then sees that many times fewer images.
+
+    Raises:
+        ConfigError: If weights and repeats are both given, or repeats is below 1.
 
     Example:
         >>> list(EpochSampler(3, seed=0, shuffle=False))
         [(0, 0), (0, 1), (0, 2)]
+
+    Source:
+        Repeated augmentation: https://arxiv.org/abs/1901.09335.
     """
 
     def __init__(
-        self, num_samples: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: np.ndarray | None = None,
+        repeats: int = 1,
     ) -> None:
+        if repeats < 1:
+            raise ConfigError(f"data.repeats must be at least 1; got {repeats}.")
+        if weights is not None and repeats > 1:
+            raise ConfigError("data.repeats cannot be combined with data.weights; leave one of them out.")
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.weights = None if weights is None else np.cumsum(weights, dtype=np.float64)
+        self.repeats = repeats
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,10 +99,33 @@ class EpochSampler(Sampler[SampleKey]):
             return self.num_samples // self.world_size
         return len(range(self.rank, self.num_samples, self.world_size))
 
+    def _order(self) -> np.ndarray:
+        """Indices of the whole epoch, for all processes."""
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        generator = np.random.default_rng(sample_seed(self.seed, self.epoch, -1))
+        if self.weights is not None:
+            draws = generator.random(self.num_samples) * self.weights[-1]
+            return np.minimum(np.searchsorted(self.weights, draws, side="right"), self.num_samples - 1)
+        order = generator.permutation(self.num_samples)
+        return order if self.repeats == 1 else np.repeat(order, self.repeats)[: self.num_samples]
+
     def __iter__(self) -> Iterator[SampleKey]:
-        epoch = self.epoch
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = np.random.default_rng(sample_seed(self.seed, epoch, -1)).permutation(self.num_samples)
-        for index in order[self.rank :: self.world_size][: len(self)].tolist():
-            yield epoch, index
+        epoch, order = self.epoch, self._order()
+        mine = slice(self.rank, self.world_size * len(self), self.world_size)
+        if self.weights is None and self.repeats == 1:
+            for index in order[mine].tolist():
+                yield epoch, index
+            return
+        for index, copy in zip(order[mine].tolist(), _copies(order)[mine].tolist(), strict=True):
+            yield epoch, index, copy
+
+
+def _copies(order: np.ndarray) -> np.ndarray:
+    """How often each element came before."""
+    by_value = np.argsort(order, kind="stable")
+    ordered = order[by_value]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    copies = np.empty(len(order), dtype=np.int64)
+    copies[by_value] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    return copies

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
@@ -15,10 +16,17 @@ from vit_cls.errors import ConfigError
 Transform = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]
 CROP_MODES = ("center", "squash")
+_GREY = [128, 128, 128]
+"""What a turned or shifted image leaves empty."""
 
 
 def eval_transform(
-    size: Size, *, crop_pct: float = 0.9, crop_mode: str = "center", interpolation: str = "bicubic"
+    size: Size,
+    *,
+    crop_pct: float = 0.9,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    exact: bool = False,
 ) -> Transform:
     """The fixed transform of validation, evaluation and prediction.
 
@@ -27,6 +35,8 @@ def eval_transform(
         crop_pct: Side of the crop over the side of the resized image, in (0, 1].
         crop_mode: ``center`` resizes the shorter side and crops the centre; ``squash`` resizes both sides.
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
+        exact: Whether the resize is Pillow's, pixel for pixel what timm's loader gives. The tensor resize is
+            about twice as fast and differs by 2 grey levels at most.
 
     Returns:
         A function from uint8 ``(3, H, W)`` of any size to uint8 ``(3, size, size)``.
@@ -48,11 +58,35 @@ def eval_transform(
     resize: Transform
     if crop_mode not in CROP_MODES:
         raise ConfigError(f"crop_mode must be one of {', '.join(CROP_MODES)}; got {crop_mode!r}.")
+    if exact:
+        return _PillowEval(resized, (height, width), crop_mode, mode)
     if crop_mode == "squash":
         resize = v2.Resize(resized, interpolation=mode, antialias=True)
     else:
         resize = _ResizeToCover(resized, mode)
     return v2.Compose([resize, v2.CenterCrop((height, width))])
+
+
+class _PillowEval:
+    """Resize and crop through Pillow. Source: timm's ``transforms_imagenet_eval``."""
+
+    def __init__(
+        self, resized: tuple[int, int], crop: tuple[int, int], crop_mode: str, mode: InterpolationMode
+    ) -> None:
+        square = resized[0] == resized[1] and crop_mode != "squash"
+        self.target = [resized[0]] if square else list(resized)
+        self.keep_aspect = crop_mode != "squash" and not square
+        self.crop = crop
+        self.mode = mode
+
+    def __call__(self, image: Tensor) -> Tensor:
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        target = self.target
+        if self.keep_aspect:  # to cover a rectangle
+            scale = max(side / length for side, length in zip(target, image.shape[-2:], strict=True))
+            target = [round(length * scale) for length in image.shape[-2:]]
+        picture = F.center_crop(F.resize(picture, target, interpolation=self.mode), list(self.crop))
+        return F.pil_to_tensor(picture)
 
 
 class _ResizeToCover:
@@ -96,6 +130,16 @@ def _affine(size: tuple[int, int], interpolation: InterpolationMode) -> Transfor
     return v2.Compose([resize, affine])
 
 
+def _randaugment(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
+    """Crop, flip, and two random operations of strength 9. Source: https://arxiv.org/abs/1909.13719."""
+    return v2.Compose([_crop_flip(size, interpolation), v2.RandAugment(num_ops=2, magnitude=9, fill=_GREY)])
+
+
+def _trivialaugment(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
+    """Crop, flip, and one random operation of random strength. Source: https://arxiv.org/abs/2103.10158."""
+    return v2.Compose([_crop_flip(size, interpolation), v2.TrivialAugmentWide(fill=_GREY)])
+
+
 def _none(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
     """No augmentation: both sides resized, nothing random."""
     return v2.Resize(size, interpolation=interpolation, antialias=True)
@@ -104,6 +148,8 @@ def _none(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
 AUGMENTS: dict[str, Callable[[tuple[int, int], InterpolationMode], Transform]] = {
     "crop_flip": _crop_flip,
     "affine": _affine,
+    "randaugment": _randaugment,
+    "trivialaugment": _trivialaugment,
     "none": _none,
 }
 
@@ -113,7 +159,8 @@ def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: st
 
     Args:
         size: Side of the result in pixels, or its height and width.
-        augment: A row of `AUGMENTS`: ``crop_flip``, ``affine`` or ``none``.
+        augment: A row of `AUGMENTS`: ``crop_flip``, ``affine``, ``randaugment``, ``trivialaugment`` or
+            ``none``.
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
 
     Returns:

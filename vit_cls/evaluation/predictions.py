@@ -76,6 +76,7 @@ def predict_index(
     batch_size: int = 64,
     num_workers: int | None = None,
     compile: bool = False,
+    exact: bool = False,
     show_progress: bool = False,
 ) -> Predictions:
     """Classify every image of an index.
@@ -88,6 +89,7 @@ def predict_index(
         batch_size: Images a forward pass; does not change the result beyond rounding.
         num_workers: Loading processes; None means one a core, at most 8.
         compile: Whether the encoder's blocks are compiled.
+        exact: Whether images are resized by Pillow, as timm's loader does it.
         show_progress: Whether a bar is drawn on stderr.
 
     Returns:
@@ -107,10 +109,14 @@ def predict_index(
     low = choose_bf16(precision, where)
     pre = classifier.preprocess
     transform = eval_transform(
-        pre.img_size, crop_pct=pre.crop_pct, crop_mode=pre.crop_mode, interpolation=pre.interpolation
+        pre.img_size,
+        crop_pct=pre.crop_pct,
+        crop_mode=pre.crop_mode,
+        interpolation=pre.interpolation,
+        exact=exact,
     )
     loader = make_loader(
-        ImageDataset(FolderSource(index), transform),
+        ImageDataset(FolderSource(index, pre.background), transform),
         EpochSampler(len(index), seed=0, shuffle=False),
         batch_size=batch_size,
         num_workers=default_num_workers() if num_workers is None else num_workers,

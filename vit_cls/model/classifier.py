@@ -30,6 +30,7 @@ class Preprocess:
         crop_pct: Side of the evaluation crop over the side of the resized image, in (0, 1].
         crop_mode: ``center`` keeps the aspect ratio and crops; ``squash`` resizes both sides.
         interpolation: Filter of the resize: ``bicubic``, ``bilinear`` or ``nearest``.
+        background: Red, green and blue, from 0 to 255, of what shows through transparent pixels.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -44,9 +45,10 @@ class Preprocess:
     crop_pct: float = 0.9
     crop_mode: str = "center"
     interpolation: str = "bicubic"
+    background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "mean", "std"):
+        for name in ("img_size", "mean", "std", "background"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not 0.0 < self.crop_pct <= 1.0:
             raise ConfigError(f"crop_pct must be in (0, 1]; got {self.crop_pct}.")
@@ -56,6 +58,8 @@ class Preprocess:
             raise ConfigError(
                 f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}."
             )
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            raise ConfigError(f"background must be three numbers from 0 to 255; got {self.background}.")
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
             raise ConfigError(
                 f"mean and std must have one value a channel, std above 0; got {self.mean} and {self.std}."

@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from vit_cls.data.loader import default_num_workers
 from vit_cls.environment import environment
 from vit_cls.errors import RunError
 from vit_cls.training.runs import RunFolder
@@ -23,7 +24,9 @@ from vit_cls.weights.bundle import save_classifier
 log = logging.getLogger("vit_cls")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-COLUMNS = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/correct", "val/images")
+COLUMNS = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/balanced_acc1", "val/correct", "val/images")
+SLOW_LOADER = 0.2
+"""Share of an epoch spent waiting for images from which on the loader is said to be the bottleneck."""
 
 
 class EpochLog(Callback):
@@ -38,6 +41,7 @@ class EpochLog(Callback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.rows: list[dict[str, float]] = []
+        self.advised = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the rows of the epochs that a resumed run does not repeat."""
@@ -45,15 +49,23 @@ class EpochLog(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the epoch."""
-        self.started = time.perf_counter()
+        self.started = self.waiting_since = time.perf_counter()
         self.images = 0
+        self.waited = 0.0
         self.validated = False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The images are there: add up how long that took."""
+        self.waited += time.perf_counter() - self.waiting_since
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count images; reads shapes only, so nothing waits for the device."""
         self.images += len(batch.targets) * trainer.world_size
+        self.waiting_since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of training."""
@@ -73,14 +85,30 @@ class EpochLog(Callback):
         ]
         row |= {name: float(metrics[name]) for name in names}
         row["seconds"] = time.perf_counter() - self.started
-        row["train_images_per_second"] = self.images / max(
-            getattr(self, "train_seconds", row["seconds"]), 1e-9
-        )
+        train_seconds = max(getattr(self, "train_seconds", row["seconds"]), 1e-9)
+        row["train_images_per_second"] = self.images / train_seconds
+        row["data_wait"] = min(1.0, self.waited / train_seconds)
         self.rows.append(row)
         if trainer.is_global_zero:
             self.folder.write_history(self.rows)
             if trainer.progress_bar_callback is None:
                 self._say(row, trainer.max_epochs)
+            self._advise(trainer, row)
+
+    def _advise(self, trainer: Trainer, row: dict[str, float]) -> None:
+        """Once a run, and not for its first epoch, in which the workers start."""
+        if self.advised or row["data_wait"] < SLOW_LOADER or len(self.rows) < 2:
+            return
+        self.advised = True
+        loader: Any = trainer.train_dataloader
+        workers, cores = getattr(loader, "num_workers", 0), default_num_workers()
+        if workers < cores:
+            advice = f"raise data.num_workers (now {workers}; this machine has {cores} cores or more)"
+        else:
+            advice = (
+                "make the images smaller once (their shorter side near the model's input), or use more cores"
+            )
+        log.info(f"{row['data_wait']:.0%} of the training time goes into waiting for images: {advice}")
 
     def _say(self, row: dict[str, float], epochs: int | None) -> None:
         """One line, where there is no bar to look at: in a job's log."""

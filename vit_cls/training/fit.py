@@ -114,7 +114,14 @@ def fit(
         )
     schedule = _schedule(options, data, trainer)
     _check_strategy(options, trainer)
-    task = ClassificationTask(classifier, options.optim, schedule)
+    task = ClassificationTask(
+        classifier,
+        options.optim,
+        schedule,
+        mix=data.mix,
+        class_weights=_class_weights(options, data),
+        seed=options.seed,
+    )
     identity |= {f"optim.{k}": v for k, v in dataclasses.asdict(options.optim).items()} | {
         "peak_lr": schedule.lr
     }
@@ -133,6 +140,7 @@ def fit(
         result = _result(folder, epoch_log.rows or folder.read_history())
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
     if trainer.is_global_zero:
+        record["data"]["bad_images"] = data.bad_images
         folder.write_record({**record, "status": "finished", "finished": _now(), "result": summary})
     return result
 
@@ -142,6 +150,14 @@ def _stem(options: FitOptions) -> str:
     model = options.model
     name = model.name if model.name != AUTO else Path(str(model.pretrained)).stem
     return f"{name}_{model.pool_name.replace(':', '')}"
+
+
+def _class_weights(options: FitOptions, data: ImageDataModule) -> torch.Tensor | None:
+    """Inverse of each class's training images, with a mean of 1 over the images."""
+    if options.optim.class_weights is None:
+        return None
+    counts = torch.from_numpy(data.train_source.index.counts()).float()
+    return counts.sum() / (len(counts) * counts.clamp_min(1))
 
 
 def _check_strategy(options: FitOptions, trainer: Trainer) -> None:
@@ -169,6 +185,7 @@ def _prepare(options: FitOptions, data: ImageDataModule, *, load_weights: bool) 
         crop_pct=pre.crop_pct,
         crop_mode=pre.crop_mode,
         interpolation=pre.interpolation,
+        background=pre.background,
     )
     return classifier
 

@@ -140,6 +140,8 @@ class OptimOptions:
         beta2: Decay of the squared gradient's average.
         eps: Added to the denominator.
         label_smoothing: Probability mass spread over all classes, in [0, 1).
+        class_weights: ``balanced`` weighs a class in the loss by the inverse of its training images; null
+            weighs all alike.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -159,6 +161,7 @@ class OptimOptions:
     beta2: float = 0.999
     eps: float = 1e-8
     label_smoothing: float = 0.1
+    class_weights: str | None = None
 
     def __post_init__(self) -> None:
         _check_auto("optim.base_lr_per_256_images", self.base_lr_per_256_images)
@@ -181,6 +184,8 @@ class OptimOptions:
             value = getattr(self, name)
             if value != AUTO and (not 0 <= value <= 1 or (below_one and value == 1)):
                 raise ConfigError(f"optim.{name} must be in [0, 1{')' if below_one else ']'}; got {value}.")
+        if self.class_weights not in (None, "balanced"):
+            raise ConfigError(f"optim.class_weights must be balanced or null; got {self.class_weights!r}.")
         self._check_freeze()
 
     def _check_freeze(self) -> None:

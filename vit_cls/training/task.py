@@ -12,8 +12,12 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from vit_cls.data.dataset import Batch
+from vit_cls.data.mixing import MixOptions, mix_batch
+from vit_cls.data.sampler import sample_seed
+from vit_cls.errors import DataError
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training.freezing import Freezer
+from vit_cls.training.losses import mixed_cross_entropy
 from vit_cls.training.optim import make_optimizer, make_schedule
 from vit_cls.training.options import BACKBONE, OptimOptions
 from vit_cls.weights.bundle import CHECKPOINT_KEY, FORMAT_VERSION
@@ -46,17 +50,34 @@ class ClassificationTask(LightningModule):
         classifier: What is trained; takes uint8 images.
         optim: Settings of loss and optimiser.
         schedule: Steps and peak learning rate.
+        mix: What is done to whole batches after normalisation.
+        class_weights: Weight of each class in the loss; None weighs all alike.
+        seed: Seed of the batches' mixing.
     """
 
-    def __init__(self, classifier: ImageClassifier, optim: OptimOptions, schedule: Schedule) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        optim: OptimOptions,
+        schedule: Schedule,
+        *,
+        mix: MixOptions | None = None,
+        class_weights: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.classifier = classifier
         self.optim = optim
         self.freezer = Freezer(classifier.model, optim.freeze)
+        self.mix = mix or MixOptions()
+        self.seed = seed
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.schedule = schedule
         classes = len(classifier.class_names)
         # validate_args would copy every batch's targets to the host to look at them
-        self.val_counts = MulticlassStatScores(classes, average="micro", validate_args=False)
+        self.val_counts = MulticlassStatScores(classes, average=None, validate_args=False)
         self.val_acc5 = MulticlassAccuracy(
             classes, top_k=min(5, classes), average="micro", validate_args=False
         )
@@ -78,22 +99,41 @@ class ClassificationTask(LightningModule):
         if self.freezer.current != wanted:
             self.freezer.set(wanted)
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
         """Loss of one batch.
 
         Args:
             batch: uint8 images and targets.
-            batch_index: Position in the epoch; unused.
+            batch_index: Position in the epoch.
 
         Returns:
-            Mean cross entropy with label smoothing, a scalar.
+            Mean cross entropy with label smoothing, a scalar; None where no image of the batch could be read.
+
+        Raises:
+            DataError: If that happens to one of several processes, which would wait for it in vain.
         """
-        logits = self.classifier(batch.images)
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.optim.label_smoothing)
         size = len(batch.targets)
+        if size == 0:
+            if self.trainer.world_size > 1:
+                raise DataError(
+                    "no image of a batch could be read; with several processes that ends the run."
+                )
+            return None
+        loss = self._loss(batch, batch_index)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    def _loss(self, batch: Batch, batch_index: int) -> Tensor:
+        smoothing, weights = self.optim.label_smoothing, self.class_weights
+        if self.mix == MixOptions():
+            logits = self.classifier(batch.images)
+            return F.cross_entropy(logits, batch.targets, weight=weights, label_smoothing=smoothing)
+        images = self.classifier.normalise(batch.images)
+        key = sample_seed(self.seed, self.current_epoch, batch_index, 1 + self.trainer.global_rank)
+        images, targets = mix_batch(images, batch.targets, self.mix, key=key)
+        logits = self.classifier.model(images)
+        return mixed_cross_entropy(logits, targets, label_smoothing=smoothing, class_weights=weights)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Count one batch.
@@ -102,6 +142,8 @@ class ClassificationTask(LightningModule):
             batch: uint8 images and targets.
             batch_index: Position in the epoch; unused.
         """
+        if not len(batch.targets):  # none could be read
+            return
         logits = self.classifier(batch.images).float()
         self.val_counts.update(logits, batch.targets)
         self.val_acc5.update(logits, batch.targets)
@@ -112,10 +154,13 @@ class ClassificationTask(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the counts and the accuracies that follow from them."""
         counts = self.val_counts.compute()
-        correct, images = counts[0], counts[4]
-        self.log("val/correct", correct.float())
-        self.log("val/images", images.float())
-        self.log("val/acc1", correct.float() / images.float(), prog_bar=True)
+        right, support = counts[:, 0].float(), counts[:, 4].float()
+        correct, images = right.sum(), support.sum()
+        self.log("val/correct", correct)
+        self.log("val/images", images)
+        self.log("val/acc1", correct / images, prog_bar=True)
+        present = support > 0
+        self.log("val/balanced_acc1", (right / support.clamp_min(1)).sum() / present.sum())
         self.log("val/acc5", self.val_acc5.compute())
         self.val_counts.reset()
         self.val_acc5.reset()
