@@ -2,9 +2,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from vit_cls.data.sampler import EpochSampler, sample_seed
+from vit_cls.errors import ConfigError
 
 
 def _indices(sampler: EpochSampler, epoch: int = 0) -> list[int]:
@@ -105,3 +107,60 @@ def test_sample_seed_is_the_same_on_every_machine():
     """Golden: other numbers would change every augmented image of a run that is resumed."""
     assert sample_seed(0, 0, 0) == 1_445_694_884_619_442_965
     assert sample_seed(1, 2, 3) == 6_520_558_355_739_401_531
+
+
+def _keys(num_samples: int, epoch: int = 0, **settings) -> list[tuple[int, ...]]:
+    sampler = EpochSampler(num_samples, seed=7, shuffle=True, **settings)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_weights_draw_in_their_proportion_and_copies_are_numbered():
+    weights = np.array([1.0] * 90 + [9.0] * 10)
+    counts = np.zeros(100)
+    for epoch in range(200):
+        keys = _keys(100, epoch, weights=weights)
+        assert len(keys) == 100
+        for _, index, copy in keys:
+            counts[index] += 1
+            assert copy >= 0
+        for index in {key[1] for key in keys}:
+            assert [copy for _, i, copy in keys if i == index] == list(
+                range(sum(k[1] == index for k in keys))
+            )
+    assert counts[90:].sum() / counts.sum() == pytest.approx(0.5, abs=0.01)
+    assert _keys(100, 3, weights=weights) == _keys(100, 3, weights=weights) != _keys(100, 4, weights=weights)
+
+
+def test_a_weight_of_zero_is_never_drawn():
+    weights = np.array([0.0, 1.0, 0.0, 2.0, 0.0])
+    assert {key[1] for epoch in range(100) for key in _keys(5, epoch, weights=weights)} == {1, 3}
+
+
+@pytest.mark.parametrize("settings", [{"repeats": 3}, {"weights": np.arange(1.0, 13.0)}, {}])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_an_epoch_without_loss(settings, world_size):
+    alone = _keys(12, 2, **settings)
+    shares = [_keys(12, 2, rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+    dealt = [key for turn in zip(*shares, strict=True) for key in turn]
+    assert dealt == alone  # in the same order, nothing twice, nothing lost
+
+
+def test_repeated_images_come_together_and_are_augmented_each_on_its_own():
+    keys = _keys(12, repeats=3)
+    images = [index for _, index, _ in keys]
+    assert len(keys) == 12
+    assert images == [index for index in images[::3] for _ in range(3)]
+    assert [copy for *_, copy in keys] == [0, 1, 2] * 4
+    assert len({sample_seed(7, epoch, index, copy) for epoch, index, copy in keys}) == 12
+    assert sample_seed(7, 0, 5, 0) == sample_seed(7, 0, 5)
+    two = [_keys(12, repeats=2, rank=rank, world_size=2) for rank in range(2)]
+    assert [key[1] for key in two[0]] == [key[1] for key in two[1]]  # each process has a copy of its own
+    assert {key[2] for key in two[0]} == {0}
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ConfigError, match=r"data.repeats must be at least 1; got 0"):
+        _keys(3, repeats=0)
+    with pytest.raises(ConfigError, match=r"cannot be combined with data.weights"):
+        _keys(3, repeats=2, weights=np.ones(3))

@@ -447,6 +447,7 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     messages = (
         ".*does not have many workers.*",
+        ".*`training_step` returned `None`.*",  # no image of the batch could be read
         ".*module.s. in eval mode at the start of training.*",  # frozen ones, on purpose
         ".*exists and is not empty.*",
         ".*number of training batches.*",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,15 @@ from typing import Any
 from torch import nn
 
 from vit_cls.errors import ConfigError, ModelFileError
-from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.token_model import TokenModel
 from vit_cls.weights.bundle import MODEL_FILE, build_model, is_own_file, load_classifier
 from vit_cls.weights.families import FROM_SCRATCH_LICENCE, UNKNOWN_LICENCE, is_non_commercial
-from vit_cls.weights.tensor_files import SUFFIXES
+from vit_cls.weights.resolve import AUTO, Found, find
 
 log = logging.getLogger("vit_cls")
 
-AUTO = "auto"
-"""As ``model.name``: the architecture that the weights say by themselves."""
 MAX_FRESH = 0.1
 """More of the encoder than this must not be fresh, unless the user says so."""
 HEAD_INITS = ("normal", "zero")
@@ -106,7 +103,7 @@ def create_model(
         if num_classes not in (None, len(class_names)):
             raise ConfigError(f"num_classes is {num_classes}, but there are {len(class_names)} class names.")
         num_classes = len(class_names)
-    found = _find(name, pretrained, overrides)
+    found = find(name, pretrained, overrides)
     changes = {**overrides, "num_classes": num_classes, "pool": pool}
     config = changed(found.config, **{k: v for k, v in changes.items() if v is not None})
     return _build(config, found, head)
@@ -148,7 +145,7 @@ def create_classifier(
         ModelFileError: As for `create_model`.
     """
     head = HeadOptions(class_names, keep_head, head_init, max_fresh)
-    found = _find(name, pretrained, overrides, needed=load_weights)
+    found = find(name, pretrained, overrides, needed=load_weights)
     if class_names is not None:
         overrides["num_classes"] = len(class_names)
     config = changed(found.config, **{k: v for k, v in overrides.items() if v is not None})
@@ -184,125 +181,7 @@ def pool_of(name: str, pretrained: bool | str | Path | None = None) -> str:
         >>> pool_of("vit_pico_patch7_28")
         'cls'
     """
-    return _find(name, pretrained).config.pool
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An architecture by name, and the weights for it.
-
-    Args:
-        config: The architecture, unchanged.
-        preprocess: How its images are prepared.
-        source: The weights; None for fresh ones.
-        class_names: Classes of the weights' head.
-    """
-
-    config: Any
-    preprocess: Preprocess
-    source: Any = None
-    class_names: list[str] | None = None
-
-
-def _find(
-    name: str,
-    pretrained: bool | str | Path | None,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    needed: bool = True,
-) -> _Found:
-    """Resolve a name and what to load; reads headers and records, no weights yet.
-
-    ``overrides`` may explain why a file differs from the architecture of that name; where the weights are
-    not ``needed``, their file may be gone.
-    """
-    if pretrained is None or pretrained is False:
-        if name == AUTO:
-            raise ConfigError(
-                "model.name auto takes the architecture of the weights: give model.pretrained too."
-            )
-        if name in PRESETS:
-            config = preset_config(name)
-            return _Found(config, Preprocess.for_size(config.image_hw))
-        # timm takes seconds to import; the native presets do without.
-        from vit_cls.weights.sources import architecture_of
-        from vit_cls.weights.timm_models import preprocess_of, pretrained_config
-
-        record = pretrained_config(name)
-        return _Found(architecture_of(name), preprocess_of(record))
-    from vit_cls.weights import sources
-
-    if isinstance(pretrained, bool):
-        source = sources.tag_source(name)
-    else:
-        source = _tag_source(name, str(pretrained)) or _path_source(name, Path(pretrained), overrides, needed)
-    preprocess = source.preprocess or _find(name, None).preprocess
-    return _Found(source.config, preprocess, source, source.class_names)
-
-
-def _tag_source(name: str, text: str) -> Any:
-    """The weights that a tag means, alone or behind its architecture; None where it is no tag."""
-    from vit_cls.weights.sources import tag_source
-    from vit_cls.weights.timm_models import is_timm_name
-
-    base = name.partition(".")[0]
-    for tag in (text, f"{base}.{text}"):
-        if is_timm_name(tag) and tag.partition(".")[0] == base:
-            return tag_source(tag)
-    return None
-
-
-def _path_source(name: str, path: Path, overrides: Mapping[str, Any] | None, needed: bool) -> Any:
-    """The weights in a file or a folder; the name decides what is in it where the file does not."""
-    from vit_cls.weights import sources
-    from vit_cls.weights.timm_models import is_timm_name, pretrained_config
-
-    base = name.partition(".")[0]
-    if not path.exists() and needed:
-        looks_like_path = "/" in str(path) or path.suffix in SUFFIXES
-        if not looks_like_path and is_timm_name(base):
-            pretrained_config(f"{base}.{path}")  # raises, and names the tags that there are
-        raise ModelFileError(f"model.pretrained {path}: there is no such file or folder.")
-    if path.exists():
-        own = _own_architecture(path)
-        if own is not None:
-            _check_agreement(name, own, path, overrides or {})
-            return own
-    if path.is_dir():
-        raise ModelFileError(
-            f"model.pretrained {path} is a folder that holds no model: it has neither a config.json nor a "
-            f"{MODEL_FILE} of ours. Give the weights file itself."
-        )
-    if name == AUTO:
-        raise ConfigError(
-            f"model.pretrained {path} does not say which architecture it holds. Give its name as model.name."
-        )
-    if is_timm_name(name) and name != base:
-        return sources.tag_source(name, path)
-    return sources.file_source(path, _find(name, None).config, name=base if is_timm_name(base) else None)
-
-
-def _own_architecture(path: Path) -> Any:
-    """The source of a file or folder that says its architecture itself; None where it does not."""
-    from vit_cls.weights import sources
-
-    if path.is_dir():
-        return sources.folder_source(path)
-    return sources.own_source(path) if is_own_file(path) else None
-
-
-def _check_agreement(name: str, source: Any, path: Path, overrides: Mapping[str, Any]) -> None:
-    """The architecture's name is a check on a file that says its own."""
-    if name == AUTO:
-        return
-    config = _find(name, None).config
-    for field in ("embed_dim", "num_heads"):
-        ours, theirs = overrides.get(field) or getattr(config, field), getattr(source.config, field)
-        if ours != theirs:
-            raise ModelFileError(
-                f"model.pretrained {path} holds another architecture than model.name {name}: {field} is "
-                f"{theirs}, not {ours}. Use model.name auto to take the file's."
-            )
+    return find(name, pretrained).config.pool
 
 
 def changed(config: Any, **changes: Any) -> Any:
@@ -328,7 +207,7 @@ def changed(config: Any, **changes: Any) -> Any:
     return changed_adapter(config, changes)
 
 
-def _build(config: Any, found: _Found, head: HeadOptions) -> TokenModel:
+def _build(config: Any, found: Found, head: HeadOptions) -> TokenModel:
     model = build_model(config, init=found.source is None)
     if found.source is not None:
         from vit_cls.weights.loading import load_weights

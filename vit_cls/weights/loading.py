@@ -11,9 +11,10 @@ from vit_cls.errors import ModelFileError
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights import convert
+from vit_cls.weights.class_names import class_aliases
 from vit_cls.weights.load_report import KeyFate, LoadReport
-from vit_cls.weights.sources import Source, Weights, trace
-from vit_cls.weights.timm_models import class_aliases
+from vit_cls.weights.sources import Source
+from vit_cls.weights.tracing import Weights, trace
 
 _NOT_ENCODER = ("head.", "head_dist.", "attn_pool.")
 """What the share of fresh parameters leaves out: it depends on the task."""

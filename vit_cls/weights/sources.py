@@ -19,42 +19,26 @@ from torch import Tensor
 
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import Preprocess
-from vit_cls.model.config import ModelConfig, ViTConfig
+from vit_cls.model.config import ModelConfig
 from vit_cls.weights.adapter import AdapterConfig, adapter_config
 from vit_cls.weights.bundle import architecture_config, is_own_file, read_own_file
+from vit_cls.weights.class_names import class_names_of
 from vit_cls.weights.hf_folder import is_hf_folder, read_hf_folder
 from vit_cls.weights.hub import weights_file
-from vit_cls.weights.tensor_files import check_weights_file, read_tensors
+from vit_cls.weights.npz import read_npz
+from vit_cls.weights.tensor_files import read_tensors
 from vit_cls.weights.timm_models import (
     QUICK_GELU_NOTE,
-    class_names_of,
     filter_of,
     native_config,
     preprocess_of,
     pretrained_config,
-    ratio_of,
     skeleton,
     timm_arguments,
 )
+from vit_cls.weights.tracing import Weights
 
 MODEL_FILE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Tensors of a source, ready to be converted.
-
-    Args:
-        raw: Under the file's own names.
-        state: Under timm's names, for the grid of the target, with the tokens of ``config``.
-        config: The architecture that the tensors have, tokens and classes as found in the file.
-        remarks: What a user should know of the file.
-    """
-
-    raw: Mapping[str, Tensor | None]
-    state: dict[str, Tensor]
-    config: Any
-    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,7 +241,7 @@ def read_timm_file(path: Path, config: Any, target: ModelConfig, *, name: str | 
         ModelFileError: If the file cannot be read, or does not hold that architecture.
     """
     if path.suffix == ".npz":
-        return _read_npz(path, config, target)
+        return read_npz(path, config, target)
     raw, remarks = read_tensors(path)
     config = _structure_in(raw, config)
     state = _filtered(dict(raw), config, target, name, path)
@@ -325,159 +309,3 @@ def _twin(config: Any, target: ModelConfig) -> Any:
         twin: Any = TimmViT(**arguments)
     twin.pretrained_model_args = {"img_size": config.image_hw}
     return twin
-
-
-def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
-    """Google's format, through timm's reader, which copies into a model: one with room for every key."""
-    if not isinstance(config, ViTConfig):
-        raise ModelFileError(
-            f"{path}: Google's .npz files hold plain Vision Transformers, not this architecture."
-        )
-    check_weights_file(path)
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            names = {name: file[name].shape for name in file.files}
-    except Exception as error:  # a damaged archive can raise anything
-        reason = "" if "pickle" in str(error) else f": {error}"  # numpy advises to open it by running it
-        raise ModelFileError(
-            f"{path} is damaged or no .npz file of arrays alone{reason}. Copy or download it again."
-        ) from error
-    short = {
-        name.removeprefix("opt/target/").removeprefix("params/").removeprefix("img/"): s
-        for name, s in names.items()
-    }
-    if "embedding/kernel" not in short:
-        raise ModelFileError(
-            f"{path} holds no Vision Transformer of Google's: it has no embedding/kernel "
-            f"(it has {', '.join(list(names)[:3])})."
-        )
-    try:
-        config = dataclasses.replace(config, **_npz_architecture(short))
-        config = dataclasses.replace(config, img_size=target.image_hw, patch_size=target.patch_size)
-        with torch.device("meta"):
-            model = TimmViT(**timm_arguments(config))
-        model = model.to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(torch.nan)
-        model.load_pretrained(str(path))
-    except (KeyError, RuntimeError, ValueError, TypeError, IndexError, StopIteration) as error:
-        raise ModelFileError(f"{path} does not hold this architecture: {error}.") from error
-    state = {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
-    read = ("embedding", "cls", "pos_embedding", "Transformer", "head", "MAPHead_0")
-    unread = {name: None for name, known in zip(names, short, strict=True) if known.split("/")[0] not in read}
-    return Weights({**state, **unread}, state, config)
-
-
-def _npz_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the shapes in a file of Google's tell: tokens, classes and sizes, as fields of `ViTConfig`."""
-    blocks = {name.split("/")[1] for name in shapes if name.startswith("Transformer/encoderblock")}
-
-    def in_block(ending: str) -> tuple[int, ...]:
-        first = f"Transformer/{min(blocks)}/"
-        return next(s for name, s in shapes.items() if name.startswith(first) and name.endswith(ending))
-
-    query = in_block("query/kernel")  # (layers,) dim, heads, dim of a head; layers where blocks are stacked
-    positions = shapes.get("pos_embedding", shapes.get("Transformer/posembed_input/pos_embedding", (1, 0, 0)))
-    class_token = "cls" in shapes
-    return {
-        "pool": "map" if "MAPHead_0/probe" in shapes else "cls" if class_token else "gap",
-        "fc_norm": False,
-        "class_token": class_token,
-        "reg_tokens": 0,
-        "no_embed_class": class_token and math.isqrt(positions[-2]) ** 2 == positions[-2],
-        "num_classes": shapes["head/bias"][-1] if "head/bias" in shapes else 0,
-        "in_chans": shapes["embedding/kernel"][2],
-        "embed_dim": shapes["embedding/kernel"][3],
-        "depth": query[0] if len(query) == 4 else len(blocks),
-        "num_heads": query[-2],
-        "mlp_ratio": ratio_of(in_block("Dense_0/kernel")[-1], shapes["embedding/kernel"][3]),
-    }
-
-
-def trace(weights: Weights, source: Any, target: ModelConfig) -> dict[str, tuple[str, str]]:
-    """What timm's conversion did to each key: which were resized, and which of the file's it left out.
-
-    A tensor that was only renamed, reshaped or cut shares its memory with the file's; one that was joined
-    from several holds them as blocks.
-
-    Args:
-        weights: As they were read.
-        source: The architecture of the weights.
-        target: The architecture that they are for.
-
-    Returns:
-        Fate and note, by key of the model or, where it was dropped, of the file.
-    """
-    fates: dict[str, tuple[str, str]] = {}
-    raw = {name: tensor for name, tensor in weights.raw.items() if tensor is not None}
-    spans = {tensor.data_ptr(): name for name, tensor in raw.items()}
-    used: set[str] = set()
-    made: dict[str, Tensor] = {}
-    for key, tensor in weights.state.items():
-        name = spans.get(tensor.data_ptr())
-        if name is not None:
-            used.add(name)
-        else:
-            made[key] = tensor
-    for key, tensor in list(made.items()):
-        name = key if key in raw else _original(key, tensor, {n: raw[n] for n in raw if n not in used})
-        if name is None:
-            continue
-        used.add(name)
-        made.pop(key)
-        if key == "pos_embed" and not torch.equal(raw[name].reshape(-1), tensor.reshape(-1)):
-            fates[key] = ("resized", _grids(raw[name], source, target))
-        elif key == "cls_token" and not torch.equal(raw[name], tensor):
-            fates[key] = ("moved", "its position was added to it")
-        elif raw[name].shape != tensor.shape:
-            fates[key] = ("resized", f"{_sides(raw[name])} -> {_sides(tensor)}")
-    made.pop("head.bias", None)  # zeros, where a projection has none; no part of the file
-    for name in raw.keys() - used:
-        if not any(_holds(whole, raw[name]) for whole in made.values()):
-            fates[name] = ("dropped", "not a part of this model")
-    fates |= dict.fromkeys(weights.raw.keys() - raw.keys(), ("dropped", "not read"))
-    return fates
-
-
-def _original(key: str, tensor: Tensor, unused: Mapping[str, Tensor]) -> str | None:
-    """The tensor of the file that was both renamed and resized to this one."""
-    if key == "pos_embed":
-        found = [
-            n for n, t in unused.items() if "pos" in n and t.ndim > 1 and t.shape[-1] == tensor.shape[-1]
-        ]
-    elif key == "patch_embed.proj.weight":
-        found = [n for n, t in unused.items() if t.ndim == 4 and t.shape[:2] == tensor.shape[:2]]
-    else:
-        return None
-    return max(found, key=lambda name: "vis" in name, default=None)  # a text tower has positions too
-
-
-def _holds(whole: Tensor, part: Tensor) -> bool:
-    """Whether ``part`` is a block of ``whole`` along the first axis, or all of it in another shape."""
-    same_rows = part.ndim > 0 and part.shape[1:] == whole.shape[1:] and part.shape[0] > 0
-    if part.dtype != whole.dtype or whole.numel() % max(1, part.numel()):
-        return False
-    if not (same_rows or part.numel() == whole.numel() > 0):
-        return False
-    wanted = part.reshape(-1)
-    blocks = whole.reshape(-1).split(part.numel())
-    return any(bool(torch.equal(b[:8], wanted[:8]) and torch.equal(b, wanted)) for b in blocks)
-
-
-def _grids(positions: Tensor, source: Any, target: ModelConfig) -> str:
-    prefix = 0 if source.no_embed_class else int(source.class_token) + source.reg_tokens
-    count = positions.shape[-2] - prefix
-    known, new = ([side // c.patch_size for side in c.image_hw] for c in (source, target))
-    old = known if math.prod(known) == count else [math.isqrt(count)] * 2
-    if old == new:
-        return "positions of prefix tokens were added to the tokens"
-    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]} patches"
-
-
-def _sides(tensor: Tensor) -> str:
-    return (
-        f"{tensor.shape[2]}x{tensor.shape[3]} pixels"
-        if tensor.ndim == 4
-        else "x".join(map(str, tensor.shape))
-    )

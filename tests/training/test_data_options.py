@@ -1,0 +1,195 @@
+"""Options of the data as a run sees them: bad images, weights, mixing, repeats, cache, waiting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from vit_cls.data import dataset
+from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.data.mixing import MixOptions
+from vit_cls.errors import ConfigError, ImageError
+from vit_cls.training.fit import fit
+from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
+
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+CPU = {"accelerator": "cpu", "log_every_n_steps": 1}
+
+
+def _fit(root, run_dir, *, epochs=2, optim=None, trainer=None, resume=None, **data):
+    module = ImageDataModule(str(root), **{"batch_size": 5, "num_workers": 0, **data})
+    model, optim = ModelOptions("vit_pico_patch7_28", **TINY), OptimOptions(**{"lr": 3e-3, **(optim or {})})
+    run = FitOptions(model, optim, run_dir=None if run_dir is None else str(run_dir), resume=resume)
+    result = fit(run, module, {**CPU, "max_epochs": epochs, **(trainer or {})}, config_yaml="seed: 0\n")
+    return result, module
+
+
+def _weights(run_dir):
+    state = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return {key: value for key, value in state.items() if "model." in key}
+
+
+def _same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture
+def broken_root(image_root, tmp_path):
+    """Two training files and one validation file cannot be read."""
+    root = tmp_path / "data"
+    shutil.copytree(image_root, root)
+    for path in ("train/blue/3.png", "train/red/0.png", "val/red/1.png"):
+        (root / path).write_bytes((root / path).read_bytes()[:40])
+    return root
+
+
+# --- bad images
+
+
+def test_bad_images_are_skipped_counted_and_named_within_the_budget(broken_root, tmp_path, caplog):
+    result, module = _fit(broken_root, tmp_path / "run", max_bad_images=3)
+    assert result.images == 7  # of 8 in validation: never replaced by another
+    assert len(module.bad_images) == 3
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    named = {path.removeprefix(f"{broken_root}/") for path in record["data"]["bad_images"]}
+    assert named == {"train/blue/3.png", "train/red/0.png", "val/red/1.png"}
+    assert all(record["data"]["bad_images"].values())
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    assert (
+        sum("skipped, cannot be read as an image" in text for text in warnings) == 3
+    )  # once each, in 2 epochs
+
+
+def test_one_bad_image_too_many_stops_the_run(broken_root, tmp_path):
+    with pytest.raises(ImageError, match=r"It is number 3 .*allow more with data.max_bad_images \(now 2\)"):
+        _fit(broken_root, tmp_path / "run", max_bad_images=2)
+    with pytest.raises(ImageError, match=r"\.png cannot be read as an image: .*\(now 0\)"):
+        _fit(broken_root, tmp_path / "run2")
+    with pytest.raises(ConfigError, match=r"data.max_bad_images must not be negative"):
+        ImageDataModule("somewhere", max_bad_images=-1)
+
+
+def test_a_batch_without_a_readable_image_is_passed_over(broken_root, tmp_path):
+    result, _ = _fit(broken_root, tmp_path / "run", epochs=1, max_bad_images=3, batch_size=1)
+    assert result.images == 7
+
+
+# --- weights
+
+
+class _Seen(Callback):
+    def __init__(self):
+        self.targets = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.targets += batch.targets.tolist()
+
+
+@pytest.fixture
+def uneven_root(image_root, tmp_path):
+    """Twelve blue images and two red ones."""
+    root = tmp_path / "uneven"
+    shutil.copytree(image_root, root)
+    for path in sorted((root / "train/red").iterdir())[2:]:
+        path.unlink()
+    return root
+
+
+def test_balanced_weights_draw_both_classes_equally_often(uneven_root, tmp_path):
+    for name, weights in (("plain", None), ("balanced", "balanced")):
+        seen = _Seen()
+        _fit(uneven_root, tmp_path / name, epochs=12, weights=weights, trainer={"callbacks": [seen]})
+        share = sum(seen.targets) / len(seen.targets)
+        assert len(seen.targets) == 12 * 14
+        assert share == pytest.approx(0.5, abs=0.12) if weights else share == 2 / 14
+    with pytest.raises(ConfigError, match=r"data.weights must be balanced or null; got 'even'"):
+        ImageDataModule("somewhere", weights="even")
+
+
+def test_class_weights_change_the_loss_as_they_should(uneven_root, tmp_path):
+    losses = {}
+    for weights in (None, "balanced"):
+        optim = {"class_weights": weights, "lr": 1e-12, "label_smoothing": 0.0}
+        result, _ = _fit(uneven_root, tmp_path / str(weights), epochs=1, optim=optim, batch_size=14)
+        losses[weights] = result.history[0]["train/loss"]
+    assert losses[None] != losses["balanced"]
+    assert abs(losses["balanced"] - 0.693) < 0.2  # fresh weights: near log 2 whatever the weights
+    with pytest.raises(ConfigError, match=r"optim.class_weights must be balanced or null"):
+        OptimOptions(class_weights="even")
+
+
+def test_balanced_accuracy_is_in_every_row(uneven_root, tmp_path):
+    result, _ = _fit(uneven_root, tmp_path / "run", epochs=1)
+    row = result.history[0]
+    assert 0 <= row["val/balanced_acc1"] <= 1
+    assert row["val/acc1"] == pytest.approx(row["val/balanced_acc1"])  # 4 and 4 images in validation
+
+
+# --- mixing and repeats
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"mix": MixOptions(mixup_alpha=0.8, cutmix_alpha=1.0, erase_prob=0.5)},
+        {"repeats": 3},
+        {"weights": "balanced"},
+        {"augment": "randaugment"},
+        {"augment": "trivialaugment", "mix": MixOptions(cutmix_alpha=1.0)},
+    ],
+    ids=str,
+)
+def test_a_run_is_the_same_for_any_number_of_workers_and_when_it_was_resumed(image_root, tmp_path, data):
+    _fit(image_root, tmp_path / "whole", epochs=3, **data)
+    _fit(image_root, tmp_path / "plain", epochs=3)
+    whole = _weights(tmp_path / "whole")
+    assert not _same(whole, _weights(tmp_path / "plain"))  # the option does something
+    _fit(image_root, tmp_path / "parts", epochs=3, num_workers=2, trainer={"callbacks": [_StopAt(2)]}, **data)
+    _fit(image_root, None, epochs=3, resume=str(tmp_path / "parts"), **data)
+    assert _same(whole, _weights(tmp_path / "parts"))
+
+
+class _StopAt(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epoch
+
+
+# --- cache
+
+
+def test_a_cache_spares_decoding_and_changes_nothing(image_root, tmp_path, monkeypatch):
+    plain, _ = _fit(image_root, tmp_path / "plain", epochs=3)
+    reads = []
+    read = dataset.read_image
+    monkeypatch.setattr(
+        dataset, "read_image", lambda path, *rest: (reads.append(path.parts[-3]), read(path, *rest))[1]
+    )
+    cached, _ = _fit(image_root, tmp_path / "cached", epochs=3, cache=str(tmp_path / "cache"))
+    assert reads.count("val") == 8  # of three epochs with 8 images each
+    assert reads.count("train") == 3 * 24
+    assert [row["val/loss"] for row in plain.history] == [row["val/loss"] for row in cached.history]
+    _fit(image_root, tmp_path / "again", epochs=1, cache=str(tmp_path / "cache"))
+    assert reads.count("val") == 8
+
+
+# --- waiting
+
+
+def test_waiting_for_images_is_measured_and_advised_on(image_root, tmp_path, monkeypatch, caplog):
+    read = dataset.read_image
+    monkeypatch.setattr(dataset, "read_image", lambda *given: (time.sleep(0.02), read(*given))[1])
+    with caplog.at_level(logging.INFO, logger="vit_cls"):
+        result, _ = _fit(image_root, tmp_path / "slow", epochs=3)
+    assert all(0.5 < row["data_wait"] <= 1.0 for row in result.history)
+    advice = [e.getMessage() for e in caplog.records if "waiting for images" in e.getMessage()]
+    assert len(advice) == 1
+    assert "raise data.num_workers (now 0" in advice[0]
