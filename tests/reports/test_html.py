@@ -289,6 +289,6 @@ def test_the_page_of_a_fine_tuned_run_tells_what_became_of_the_weights(fit_page,
     record["model"]["load_report"] = report
     page = fit_page(record, history)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
-    assert "From vit_small.tag : 148 tensors loaded, 2 tensors moved, 2 tensors fresh." in text
+    assert "From vit_small.tag . Tensors: 148 loaded, 2 moved, 2 fresh." in text
     assert "moved fc_norm.weight 1 from norm.weight" in text
     assert "the norm is kept" in text

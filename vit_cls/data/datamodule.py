@@ -15,7 +15,7 @@ from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset,
 from vit_cls.data.decode import BACKGROUND
 from vit_cls.data.digits import load_digits
 from vit_cls.data.loader import default_num_workers, make_loader
-from vit_cls.data.mixing import MixOptions
+from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.splits import Split, split_root, stratified_split
 from vit_cls.data.transforms import AUGMENTS, eval_transform, train_transform
@@ -71,7 +71,7 @@ class ImageDataModule(LightningDataModule):
         weights: str | None = None,
         max_bad_images: int = 0,
         cache: str | None = None,
-        mix: MixOptions | None = None,
+        mix: MixOptions = UNMIXED,
     ) -> None:
         super().__init__()
         if name not in NAMES:
@@ -111,7 +111,7 @@ class ImageDataModule(LightningDataModule):
         self.weights = weights
         self.max_bad_images = max_bad_images
         self.cache = cache
-        self.mix = mix or MixOptions()
+        self.mix = mix
         self.bad_images: dict[str, str] = {}
         self.train_source: ImageSource
         self.val_source: ImageSource
@@ -146,7 +146,11 @@ class ImageDataModule(LightningDataModule):
             if isinstance(source, FolderSource):
                 source.background = background
         train = train_transform(img_size, augment=self.augment, interpolation=interpolation)
-        settings: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+        settings: dict[str, Any] = {
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+            "interpolation": interpolation,
+        }
         val = eval_transform(img_size, **settings)
         cache = None
         if self.cache is not None and isinstance(self.val_source, FolderSource):

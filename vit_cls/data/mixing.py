@@ -55,6 +55,8 @@ class MixOptions:
         return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
 
+UNMIXED = MixOptions()
+"""Batches stay as they are."""
 ERASE_AREA = (0.02, 1 / 3)
 """Least and largest share of the image that is erased. Source: https://arxiv.org/abs/1708.04896, table 1."""
 ERASE_RATIO = 3.3

@@ -39,6 +39,8 @@ EPOCH_COLUMNS = {
     "val/loss": ("validation loss", "decimals"),
     "val/acc1": ("top-1", "percent"),
     "val/acc5": ("top-{k}", "percent"),
+    "val/balanced_acc1": ("balanced accuracy", "percent"),
+    "data_wait": ("waiting for images", "percent"),
     "val/correct": ("correct", "count"),
     "val/images": ("images", "count"),
     "seconds": ("time", "duration"),
@@ -102,7 +104,7 @@ def write_fit_report(
         "run": shlex.quote(str(path.parent)),
         "words": [shlex.quote(word) for word in record.get("command") or []],
     }
-    write_text(path, _render("fit.html", context))
+    write_text(path, render("fit.html", context))
 
 
 def write_evaluation_report(
@@ -160,7 +162,7 @@ def write_evaluation_report(
         "failures": failures[:MOST_FAILURES],
         "versions": versions,
     }
-    write_text(path, _render("evaluation.html", context))
+    write_text(path, render("evaluation.html", context))
 
 
 def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) -> list[tuple[str, Markup]]:
@@ -198,7 +200,13 @@ def _matrix(result: Evaluation) -> list[list[tuple[int, str, float]]]:
     ]
 
 
-def _render(template: str, context: Mapping[str, Any]) -> str:
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Fill a template; the page is valid UTF-8 whatever the names in it are.
+
+    Args:
+        template: A file of ``templates/``.
+        context: The values that it names; text in them stays text.
+    """
     page = PAGES.get_template(template).render(context)
     # A path that is not valid UTF-8 holds lone surrogates; the page must be valid all the same.
     return page.translate(CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")

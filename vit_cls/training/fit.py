@@ -349,7 +349,7 @@ def _record(
             ),
         },
         "model": {
-            "name": options.model.name,
+            "name": classifier.weights_source if options.model.name == AUTO else options.model.name,
             "pool": model.config.pool,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens": model.layout.num_tokens,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from vit_cls.data.dataset import Batch
-from vit_cls.data.mixing import MixOptions, mix_batch
+from vit_cls.data.mixing import UNMIXED, MixOptions, mix_batch
 from vit_cls.data.sampler import sample_seed
 from vit_cls.errors import DataError
 from vit_cls.model.classifier import ImageClassifier
@@ -63,7 +63,7 @@ class ClassificationTask(LightningModule):
         optim: OptimOptions,
         schedule: Schedule,
         *,
-        mix: MixOptions | None = None,
+        mix: MixOptions = UNMIXED,
         class_weights: Tensor | None = None,
         seed: int = 0,
     ) -> None:
@@ -71,7 +71,7 @@ class ClassificationTask(LightningModule):
         self.classifier = classifier
         self.optim = optim
         self.freezer = Freezer(classifier.model, optim.freeze)
-        self.mix = mix or MixOptions()
+        self.mix = mix
         self.seed = seed
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.schedule = schedule
@@ -126,7 +126,7 @@ class ClassificationTask(LightningModule):
 
     def _loss(self, batch: Batch, batch_index: int) -> Tensor:
         smoothing, weights = self.optim.label_smoothing, self.class_weights
-        if self.mix == MixOptions():
+        if self.mix == UNMIXED:
             logits = self.classifier(batch.images)
             return F.cross_entropy(logits, batch.targets, weight=weights, label_smoothing=smoothing)
         images = self.classifier.normalise(batch.images)

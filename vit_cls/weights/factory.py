@@ -195,7 +195,7 @@ def changed(config: Any, **changes: Any) -> Any:
         ConfigError: If a setting is unknown or impossible.
 
     Example:
-        >>> changed(preset_config("vit_pico_patch7_28"), pool="gap").pool
+        >>> changed(ViTConfig(), pool="gap").pool
         'gap'
     """
     if changes.get("pool", config.pool) != config.pool:

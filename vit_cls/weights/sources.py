@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -120,7 +121,7 @@ def file_source(path: Path, config: Any, *, name: str | None) -> Source:
         config: The architecture.
         name: timm's name of it, which decides how foreign formats are converted; None where it has none.
     """
-    classes = _classes_in(path)
+    classes = _classes_in(path) if path.exists() else None  # a resumed run does without
     if classes is not None:
         config = dataclasses.replace(config, num_classes=classes)
     return Source(str(path), config, lambda target: read_timm_file(path, config, target, name=name))
@@ -135,8 +136,16 @@ def _classes_in(path: Path) -> int | None:
                 return next((len(file[name]) for name in file.files if name in known), None)
         except Exception:  # a damaged archive can raise anything; reading the weights says what is wrong
             return None
-    head = read_tensors(path)[0].get("head.weight")
-    return None if head is None or head.ndim != 2 else head.shape[0]
+    if path.suffix == ".safetensors":  # the header tells; the tensors are read once, later
+        try:
+            with safe_open(path, framework="pt") as opened:
+                shape = opened.get_slice("head.weight").get_shape()
+        except (SafetensorError, OSError):
+            return None
+    else:
+        head = read_tensors(path)[0].get("head.weight")
+        shape = [] if head is None else list(head.shape)
+    return shape[0] if len(shape) == 2 else None
 
 
 def own_source(path: Path) -> Source:
