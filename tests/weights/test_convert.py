@@ -255,6 +255,7 @@ def test_fewer_blocks_are_the_first_ones(make, images):
     tokens = source.norm(source.blocks[0](source.embed_tokens(images)))
     _same(model(images), source.head(tokens[:, 0]))
     assert all(key.startswith("blocks.1.") for key in model.load_report.of("dropped"))
+    assert "of the weights' 2 blocks the model has the first 1" in model.load_report.notes
 
 
 def test_more_blocks_are_refused_unless_allowed_by_name(make):

@@ -171,10 +171,11 @@ def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> Adapte
         )
     if not arguments:
         return config
-    if "class_token" in arguments or "reg_tokens" in changes:
+    if {"class_token", "reg_tokens", "no_embed_class"} & changes.keys():
         if config.pool == "distilled" or module_of(name) == "beit":
             raise ConfigError(
-                f"{name} has its tokens built in: model.class_token and reg_tokens cannot be changed."
+                f"{name} has its tokens built in: class_token, reg_tokens and no_embed_class cannot be "
+                "changed."
             )
         place = dataclasses.replace(config, class_token=changes.get("class_token", config.class_token))
         if not place.class_token and config.pool in ("cls", "cls+gap"):

@@ -76,7 +76,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if raw is None:
         raise ModelFileError(
             f"{path} holds tensors but no vit_cls metadata (architecture, preprocessing, class names), so it "
-            f"cannot be rebuilt from it alone. --model takes the {MODEL_FILE} that `vit-cls fit` wrote."
+            f"cannot be rebuilt from it alone. Name its architecture: --model NAME={path} (`vit-cls "
+            f"models`), or give the {MODEL_FILE} that `vit-cls fit` wrote."
         )
     try:
         metadata = json.loads(raw)
@@ -134,7 +135,7 @@ def read_own_file(path: Path, *, weights: bool = True) -> tuple[dict[str, Any], 
     if not weights:
         return metadata, {}
     with safe_open(path, framework="pt") as file:
-        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no dict
+        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

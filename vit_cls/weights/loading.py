@@ -62,7 +62,7 @@ def load_weights(model: TokenModel, source: Source, head: Any) -> LoadReport:
         source.label,
         tuple(keys),
         fresh_share,
-        tuple(work.notes + _function_notes(weights.config, target)),
+        tuple(work.notes + _function_notes(weights.config, target) + _depth_notes(keys, target.depth)),
         source.licence,
         None if source.class_names is None else tuple(source.class_names),
     )
@@ -123,6 +123,12 @@ def _refuse(
             f"{max_fresh:g} allows. The model wants {', '.join(missing[:3])}; the weights have "
             f"{', '.join(left[:3]) or 'nothing else'}. Check model.name, or raise model.max_fresh."
         )
+
+
+def _depth_notes(keys: Sequence[KeyFate], depth: int) -> list[str]:
+    left = [row.key.split(".")[1] for row in keys if row.fate == "dropped" and row.key.startswith("blocks.")]
+    more = {int(number) for number in left if number.isdecimal() and int(number) >= depth}
+    return [f"of the weights' {max(more) + 1} blocks the model has the first {depth}"] if more else []
 
 
 def _function_notes(source: Any, target: Any) -> list[str]:

@@ -82,6 +82,8 @@ def _tag_source(name: str, text: str) -> Any:
     from vit_cls.weights.sources import tag_source
     from vit_cls.weights.timm_models import is_timm_name
 
+    if name == AUTO and is_timm_name(text):
+        return tag_source(text)
     base = name.partition(".")[0]
     for tag in (text, f"{base}.{text}"):
         if is_timm_name(tag) and tag.partition(".")[0] == base:

@@ -35,8 +35,8 @@ WRAPPERS = (
 )
 """Names under which training scripts keep a model's tensors; of several the first is taken, and said."""
 
-PREFIXES = ("_orig_mod.", "module.", "backbone.")
-"""What compiling, data parallelism and self-distillation put in front of every key."""
+PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.", "net.")
+"""What compiling, data parallelism, Lightning and self-distillation put in front of every key."""
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
