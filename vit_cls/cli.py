@@ -16,6 +16,7 @@ from vit_cls.errors import VitClsError, did_you_mean
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a classifier; a run folder comes out", "vit_cls.commands.fit"),
     "evaluate": ("top-1 and the rest of the truth on an image folder", "vit_cls.commands.evaluate"),
+    "doctor": ("what is wrong with an image folder, before hours are spent on it", "vit_cls.commands.doctor"),
     "export": ("a file that others can run, checked for equality", "vit_cls.commands.export"),
     "models": ("the architectures and the published weights that can be used", "vit_cls.commands.models"),
 }

@@ -1,0 +1,211 @@
+"""``vit-cls doctor``: a table or one JSON object, an exit code that scripts can use, and two files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_cls.cli import COMMANDS, main
+
+IN_PROCESS = ["--num_workers", "0"]
+
+
+def _photo(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder ``data`` in the working folder, where nothing is wrong."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 10), ("val", 2)):
+        for label in ("cat", "dog"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for i in range(count):
+                file = tmp_path / "data" / split / label / f"{i}.png"
+                file.write_bytes(_photo(len(split) * 100 + (label == "dog") * 50 + i))
+    return tmp_path / "data"
+
+
+def _run(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["doctor", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_clean_folder_ends_with_0(data, capsys):
+    code, out, err = _run(capsys, "--data", "data", *IN_PROCESS)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "24 images of 2 classes (train 20, val 4); 0 could not be read"
+    assert re.fullmatch(r"nothing is wrong; \d+\.\d s", lines[1])
+    assert len(lines) == 2
+    assert err == ""
+
+
+def test_a_warning_ends_with_0_and_an_error_with_1(data, capsys):
+    (data / "train/cat/copy.png").write_bytes((data / "train/cat/1.png").read_bytes())
+    code, out, _ = _run(capsys, "--data", "data", *IN_PROCESS)
+    assert code == 0
+    assert "1 warning;" in out
+    (data / "train/cat/a.jpg").write_bytes(b"")
+    (data / "train/cat/b.jpg").write_bytes(b"")
+    code, out, _ = _run(capsys, "--data", "data", *IN_PROCESS)
+    assert code == 1
+    lines = out.splitlines()
+    assert lines[0] == "27 images of 2 classes (train 23, val 4); 2 could not be read"
+    assert lines[1:4] == [
+        "error         2  empty files",
+        "                 train/cat/a.jpg: 0 bytes ...",
+        "                 There is nothing in the file. Fetch it again or remove it.",
+    ]
+    assert lines[4] == "warning       1  repeated images"
+    assert lines[5].strip() == "train/cat/copy.png: same file as train/cat/1.png"
+    assert lines[-1].startswith("1 error, 1 warning; ")
+
+
+def test_json_is_one_object_with_the_documented_keys(data, capsys):
+    (data / "val/cat/a.png").write_bytes((data / "train/cat/1.png").read_bytes())
+    code, out, _ = _run(capsys, "--data", "data", "--json", *IN_PROCESS)
+    assert code == 1
+    answer = json.loads(out)
+    assert answer.pop("seconds") > 0
+    (problem,) = answer["problems"]
+    assert problem.pop("advice").startswith("The score on such an image measures memory.")
+    assert answer == {
+        "images": 25,
+        "unreadable": 0,
+        "classes": 2,
+        "problems": [{"kind": "leakage", "severity": "error", "count": 1, "examples": ["val/cat/a.png"]}],
+        "ok": False,
+    }
+
+
+def test_near_duplicates_are_an_option(data, capsys):
+    with Image.open(data / "train/cat/1.png") as image:
+        image.resize((128, 96)).save(data / "val/cat/a.jpg")
+    assert json.loads(_run(capsys, "--data", "data", "--json", *IN_PROCESS)[1])["problems"] == []
+    code, out, _ = _run(capsys, "--data", "data", "--near_duplicates", "--json", *IN_PROCESS)
+    (problem,) = json.loads(out)["problems"]
+    assert (problem["kind"], problem["examples"]) == ("near_leakage", ["val/cat/a.jpg"])
+    assert code == 0
+
+
+def test_output_has_a_row_for_every_offender_and_a_page(data, capsys):
+    for i in range(30):
+        (data / f"train/cat/x{i:02d}.jpg").write_bytes(b"")
+    (data / 'train/cat/comma, "quote".jpg').write_bytes(b"no image")
+    before = sorted(os.listdir("."))
+    code, out, _ = _run(capsys, "--data", "data", "--output", "out/doctor", *IN_PROCESS)
+    assert code == 1
+    assert out.splitlines()[-1] == "files in out/doctor"
+    assert sorted(os.listdir(".")) == [*before, "out"]
+    assert sorted(os.listdir("out/doctor")) == ["problems.csv", "report.html"]
+    with open("out/doctor/problems.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "kind", "severity", "detail"]
+    assert len(rows) == 31
+    assert rows[0] == {
+        "path": 'train/cat/comma, "quote".jpg',
+        "kind": "unreadable",
+        "severity": "error",
+        "detail": "it is not an image of a known format",
+    }
+    assert rows[-1] == {
+        "path": "train/cat/x29.jpg",
+        "kind": "empty_file",
+        "severity": "error",
+        "detail": "0 bytes",
+    }
+    page = (data.parent / "out/doctor/report.html").read_text()
+    assert "and 6 more in problems.csv" in page
+    assert page.count("<figure>") == 24 + 1
+
+
+def test_page_shows_images_as_small_jpegs_of_what_training_sees(data, capsys):
+    (data / "val/cat/a.png").write_bytes((data / "train/cat/1.png").read_bytes())
+    _run(capsys, "--data", "data", "--output", "out", *IN_PROCESS)
+    page = (data.parent / "out/report.html").read_text()
+    assert re.findall(r'alt="([^"]*)"', page) == ["Thumbnail of val/cat/a.png"]
+    assert 'src="data:image/jpeg;base64,/9j/' in page
+
+
+REFUSED = {
+    "no data": ([], r"required.*data"),
+    "missing folder": (["--data", "nowhere"], r"--data nowhere does not exist"),
+    "a file": (["--data", "file"], r"--data file cannot be read as a folder: Not a directory"),
+    "workers": (["--data", "data", "--num_workers", "-1"], r"--num_workers must not be negative; got -1"),
+    "workers in words": (["--data", "data", "--num_workers", "two"], r"num_workers must be a whole number"),
+    "typo": (["--data", "data", "--near_duplicate"], r"Did you mean `near_duplicates`"),
+    "stray word": (["--data", "data", "more"], r"unexpected word\(s\): more"),
+    "output is a file": (["--data", "data", "--output", "file"], r"--output file is a file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_request_ends_with_2_and_one_paragraph(case, data, capsys):
+    words, message = REFUSED[case]
+    (data.parent / "file").write_text("")
+    code, out, err = _run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err), err
+    assert sorted(os.listdir(".")) == ["data", "file"]
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped(data, capsys):
+    for name in ("\x1b[31mred", "new\nline", os.fsdecode(b"not \xff utf-8"), "猫", "\u202eturned"):
+        (data / "train" / name).mkdir()
+    code, out, _ = _run(capsys, "--data", "data", *IN_PROCESS)
+    assert code == 1
+    assert not [c for c in out if not c.isprintable() and c != "\n"]
+    (data / "train/cat" / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
+    code, out, _ = _run(capsys, "--data", "data", "--output", "out", *IN_PROCESS)
+    assert "train/cat/\\udcff.jpg: 0 bytes" in out
+    assert b"train/cat/\xff.jpg,empty_file" in (data.parent / "out/problems.csv").read_bytes()
+    (data.parent / "out/report.html").read_text(encoding="utf-8")
+    json.loads(_run(capsys, "--data", "data", "--json", *IN_PROCESS)[1])
+
+
+def test_command_line_works_in_processes_and_in_a_plain_locale(data):
+    (data / "train/cat/猫.jpg").write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_cls", "doctor", "--data", "data", "--num_workers", "2"],
+        capture_output=True,
+        encoding="ascii",
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "train/cat/\\u732b.jpg: 0 bytes" in done.stdout
+    assert done.stderr == ""
+
+
+def test_libraries_of_metrics_and_charts_are_loaded_for_files_alone(data):
+    code = (
+        "import sys; from vit_cls.cli import main; main(['doctor', '--data', 'data']); "
+        "sys.exit(any(name in sys.modules for name in ('torchmetrics', 'matplotlib', 'timm', 'torchvision')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_and_the_table_of_verbs_name_it(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--help"])
+    assert stopped.value.code == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("usage: vit-cls doctor")
+    assert all(f"--{key}" in out for key in ("data", "output", "near_duplicates", "num_workers", "json"))
+    assert "doctor" in COMMANDS

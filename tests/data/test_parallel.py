@@ -1,0 +1,38 @@
+"""Work in several processes: every answer once, and a file that kills its process is one of them."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from operator import call
+
+import pytest
+
+from vit_cls.data import parallel
+from vit_cls.data.parallel import CHUNK, each_in_processes
+from vit_cls.errors import ConfigError, RunError
+
+
+def test_without_processes_the_answers_come_in_order():
+    items = [partial(int, i) for i in range(5)]
+    assert list(each_in_processes(call, items, crashed=-1, num_workers=0)) == list(enumerate(range(5)))
+    assert list(each_in_processes(call, [], crashed=-1, num_workers=2)) == []
+
+
+def test_negative_number_of_processes_is_refused():
+    with pytest.raises(ConfigError, match="num_workers must not be negative; got -1"):
+        list(each_in_processes(call, [], crashed=-1, num_workers=-1))
+
+
+def test_item_that_kills_its_process_is_an_answer_and_the_others_are_worked_on():
+    items = [partial(int, i) for i in range(3 * CHUNK)]
+    items[5] = items[CHUNK + 7] = partial(os._exit, 1)
+    results = dict(each_in_processes(call, items, crashed=-1, num_workers=1))
+    expected = dict(enumerate(range(3 * CHUNK))) | {5: -1, CHUNK + 7: -1}
+    assert results == expected
+
+
+def test_processes_that_cannot_start_are_not_blamed_on_files(monkeypatch):
+    monkeypatch.setattr(parallel, "_leave_interrupts_to_the_parent", partial(os._exit, 1))
+    with pytest.raises(RunError, match=r"cannot be started.*num_workers 0"):
+        list(each_in_processes(call, [partial(int, 1)], crashed=-1, num_workers=1))

@@ -1,0 +1,99 @@
+"""``vit-cls doctor``: what is wrong with an image folder, before hours are spent on it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.parsing import make_parser, parse
+from vit_cls.data.diagnosis import SEVERITIES, Diagnosis, Problem
+from vit_cls.data.doctor import examine
+from vit_cls.errors import ConfigError
+
+
+def run(words: list[str]) -> Outcome:
+    """Examine an image folder.
+
+    Args:
+        words: The words after ``doctor``.
+
+    Returns:
+        The problems, with exit code 1 if one is an error; files in ``--output`` where one is given.
+
+    Raises:
+        VitClsError: If the request cannot be carried out.
+    """
+    parser = make_parser("doctor", "Look for what is wrong with an image folder. Exit 1: there are errors.")
+    parser.add_argument("--data", type=str, required=True, help="a folder of splits, or of class folders")
+    parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
+    parser.add_argument(
+        "--near_duplicates", type=bool, nargs="?", const=True, default=False, help="also pictures alike"
+    )
+    parser.add_argument("--num_workers", type=int | None, default=None, help="reading processes; 0 for none")
+    args = parse(parser, words)
+    output = None
+    if args.output is not None:
+        # Here and below: the libraries of metrics and charts take seconds to load, and only files need them.
+        from vit_cls.evaluation.output import check_output
+
+        output = check_output(args.output)
+    diagnosis = examine(
+        args.data,
+        near_duplicates=args.near_duplicates,
+        num_workers=args.num_workers,
+        show_progress=sys.stderr.isatty(),
+    )
+    if output is not None:
+        _write(output, diagnosis)
+    return Outcome(diagnosis.to_dict(), _text(diagnosis, output), code=0 if diagnosis.ok else 1)
+
+
+def _write(output: Path, diagnosis: Diagnosis) -> None:
+    from vit_cls.data.thumbnails import thumbnails
+    from vit_cls.environment import environment
+    from vit_cls.reports.doctor import pictures_wanted, write_doctor_report, write_problems_table
+
+    pictures = thumbnails(diagnosis.root, pictures_wanted(diagnosis))
+    versions = environment()["versions"]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_problems_table(output / "problems.csv", diagnosis)
+        write_doctor_report(output / "report.html", diagnosis, thumbnails=pictures, versions=versions)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error
+
+
+def _text(diagnosis: Diagnosis, output: Path | None) -> str:
+    splits = [f"{split} {sum(counts.values()):,}" for split, counts in diagnosis.classes.items() if split]
+    parts = f" ({', '.join(splits)})" if splits else ""
+    names = len(diagnosis.class_names)
+    lines = [
+        f"{diagnosis.images:,} images of {names} class{'es' * (names != 1)}{parts}; "
+        f"{diagnosis.unreadable:,} could not be read",
+        *(line for problem in diagnosis.problems for line in _lines(problem)),
+    ]
+    tally = [(sum(p.severity == s for p in diagnosis.problems), s) for s in SEVERITIES]
+    counted = ", ".join(f"{count} {severity}{'s' * (count != 1)}" for count, severity in tally if count)
+    lines.append(f"{counted or 'nothing is wrong'}; {diagnosis.seconds:.1f} s")
+    if output is not None:
+        lines.append(f"files in {output}")
+    return _printable("\n".join(lines))
+
+
+def _lines(problem: Problem) -> list[str]:
+    """What and how many, one example, what to do."""
+    indent, first = " " * 17, problem.offenders[0]
+    example = " ".join(f"{first.path}: {first.detail}".removesuffix(": ").splitlines())
+    return [
+        f"{problem.severity:<7}  {problem.count:>6,}  {problem.title}",
+        f"{indent}{example}{' ...' if problem.count > 1 else ''}",
+        f"{indent}{problem.advice}",
+    ]
+
+
+def _printable(text: str) -> str:
+    """Names that the terminal cannot show, or that would command it, are escaped."""
+    encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,352 @@
+"""What can be wrong with an image folder, in plain words, and what was found to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+MOST_EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One thing that can be wrong.
+
+    Args:
+        severity: ``error``: training stops at it, or its numbers would be false; ``warning``: look at it;
+            ``note``: dealt with, and good to know.
+        title: What it is, for a heading.
+        advice: What it means and what to do.
+        pictures: Whether the offenders are images that can be looked at, not folders or other files.
+    """
+
+    severity: Severity
+    title: str
+    advice: str
+    pictures: bool = True
+
+
+KINDS: dict[str, Kind] = {
+    "unreadable": Kind(
+        "error",
+        "files that cannot be read as images",
+        "Training stops at such a file, unless data.max_bad_images allows for it. Replace it or remove it.",
+    ),
+    "truncated": Kind(
+        "error",
+        "images whose end is missing",
+        "The copy or download was cut short. Fetch the file again or remove it; training stops at it.",
+    ),
+    "empty_file": Kind("error", "empty files", "There is nothing in the file. Fetch it again or remove it."),
+    "leakage": Kind(
+        "error",
+        "images that another split has too",
+        "The score on such an image measures memory. Keep each image in one split alone.",
+    ),
+    "label_conflict": Kind(
+        "error",
+        "the same image in different classes",
+        "At most one of the labels is right. Keep the image in its true class and remove the other copies.",
+    ),
+    "no_access": Kind(
+        "error",
+        "folders that cannot be read",
+        "Training stops at such a folder. Give yourself permission to read it, or remove it.",
+        pictures=False,
+    ),
+    "link_loop": Kind(
+        "error",
+        "links that lead back to themselves",
+        "Training stops at such a link. Remove it.",
+        pictures=False,
+    ),
+    "too_few_classes": Kind(
+        "error",
+        "folders with too few classes",
+        "A split holds one sub-folder a class, each with its images; training needs at least two classes. "
+        "Check that the right folder was given.",
+        pictures=False,
+    ),
+    "empty_class": Kind(
+        "error",
+        "class folders without images",
+        "Training refuses an empty class. Put images there or remove the folder.",
+        pictures=False,
+    ),
+    "junk_class": Kind(
+        "error",
+        "folders of other programs that would count as classes",
+        "Remove the folder: an unpacker or a file server made it, and each visible folder is a class.",
+        pictures=False,
+    ),
+    "unknown_class": Kind(
+        "error",
+        "classes that the training split lacks",
+        "A model cannot predict a class that it never saw; training refuses. Classes are matched by the "
+        "folder's name: rename the folder, add the class to training, or remove it.",
+        pictures=False,
+    ),
+    "similar_class_names": Kind(
+        "warning",
+        "class names that differ by case, spaces or encoding alone",
+        "They count as different classes. If they are one class, move the images into one folder.",
+        pictures=False,
+    ),
+    "missing_class": Kind(
+        "warning",
+        "classes of the training split that another split lacks",
+        "Nothing will be known about such a class there. Add images, or check the folder's name.",
+        pictures=False,
+    ),
+    "no_training_split": Kind(
+        "warning",
+        "no folder to train on",
+        "This can be evaluated on, not trained on. Training looks for train/ or training/.",
+        pictures=False,
+    ),
+    "nested": Kind(
+        "warning",
+        "images deeper than one level inside a class folder",
+        "Their class is the outermost folder. If the inner folders are the classes, move them up.",
+    ),
+    "loose_image": Kind(
+        "warning",
+        "images outside any class folder",
+        "They have no class, so they are passed over. Move them into class folders.",
+    ),
+    "unread_name": Kind(
+        "warning",
+        "images whose file name does not end like an image's",
+        "They are passed over. Give them the ending of their format (.jpg, .png, ...).",
+    ),
+    "unsupported_format": Kind(
+        "warning",
+        "images in a format that is not read",
+        "They are passed over. Convert them to JPEG or PNG.",
+        pictures=False,
+    ),
+    "near_leakage": Kind(
+        "warning",
+        "images that look like one of another split",
+        "If they are the same picture, or frames of one film, the score measures memory. Look at the pairs, "
+        "and keep all pictures of one thing in one split.",
+    ),
+    "near_label_conflict": Kind(
+        "warning",
+        "images that look like one of another class",
+        "If they are the same picture, one label is wrong. Look at the pairs.",
+    ),
+    "duplicate": Kind(
+        "warning",
+        "repeated images",
+        "A repeated image counts twice, in training and in every score. Keep one.",
+    ),
+    "near_duplicate": Kind(
+        "warning",
+        "images that look like another one of their class and split",
+        "Near copies count more than once and add little. Look at the pairs, and keep one of each.",
+    ),
+    "imbalance": Kind(
+        "warning",
+        "classes much smaller than the largest",
+        "A model may do well by forgetting them. Look at balanced accuracy and at the recall of each class; "
+        "add images where you can.",
+        pictures=False,
+    ),
+    "few_images": Kind(
+        "warning",
+        "classes with few images to train on",
+        "Such a class is hardly learnt, and its score is left to chance. Add images.",
+        pictures=False,
+    ),
+    "tiny": Kind(
+        "warning",
+        "very small images",
+        "Enlarging them to the model's input adds no detail. Check that they are not thumbnails or icons.",
+    ),
+    "huge": Kind(
+        "warning",
+        "very large images",
+        "Reading them takes most of the loading time. Make copies of about twice the model's input size.",
+    ),
+    "wrong_extension": Kind(
+        "note",
+        "images whose name says another format",
+        "They are read by content, so nothing is lost here; other programs may refuse them.",
+    ),
+    "exif_orientation": Kind(
+        "note",
+        "images that are stored turned or mirrored",
+        "They are turned upright as their EXIF orientation says. Programs that ignore it see them turned.",
+    ),
+    "sixteen_bit": Kind(
+        "note",
+        "images with more than 8 bits a channel",
+        "They are scaled to 8 bits: 16-bit levels from 0 to 65535, floats from 0 to 1. If yours use another "
+        "range (12-bit cameras, medical images), rescale them before.",
+    ),
+    "transparent": Kind(
+        "note",
+        "images with transparent pixels",
+        "They are laid over the model's background colour, white by default. If that hides something, choose "
+        "another one.",
+    ),
+    "cmyk": Kind(
+        "note",
+        "images in printing colours (CMYK)",
+        "They are converted to RGB without a colour profile, so colours may be off a little.",
+    ),
+    "animated": Kind(
+        "note",
+        "files with several pictures",
+        "The first one is used. If you need the others, save them as files of their own.",
+    ),
+    "hidden_junk": Kind(
+        "note",
+        "hidden files and files of other programs",
+        "They are passed over.",
+        pictures=False,
+    ),
+    "not_image": Kind(
+        "note",
+        "other files in class folders",
+        "They are passed over.",
+        pictures=False,
+    ),
+    "ignored_folder": Kind(
+        "note",
+        "folders beside the splits",
+        "Training looks at folders called train, training, val, validation, valid or test; these are not "
+        "read, and were not checked.",
+        pictures=False,
+    ),
+    "partly_checked": Kind(
+        "note",
+        "a check that would have taken too long was made on a part of the images",
+        "`vit-cls doctor` compares all of them.",
+        pictures=False,
+    ),
+}
+"""By name; what matters most comes first."""
+UNREADABLE = ("unreadable", "truncated", "empty_file")
+"""Kinds of files without pixels; the detail is the reason."""
+
+
+@dataclass(frozen=True)
+class Offender:
+    """A file or folder that has a problem.
+
+    Args:
+        path: Relative to the data folder, with forward slashes.
+        detail: What is the matter with this one.
+        other: The image that it repeats, where there is one.
+    """
+
+    path: str
+    detail: str = ""
+    other: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A kind of problem, and everything that has it.
+
+    Args:
+        kind: A key of `KINDS`.
+        offenders: At least one.
+    """
+
+    kind: str
+    offenders: list[Offender]
+
+    @property
+    def severity(self) -> Severity:
+        """``error``, ``warning`` or ``note``."""
+        return KINDS[self.kind].severity
+
+    @property
+    def title(self) -> str:
+        """What it is, in plain words."""
+        return KINDS[self.kind].title
+
+    @property
+    def advice(self) -> str:
+        """What it means and what to do, in plain words."""
+        return KINDS[self.kind].advice
+
+    @property
+    def count(self) -> int:
+        """Number of offenders."""
+        return len(self.offenders)
+
+    @property
+    def examples(self) -> list[str]:
+        """Paths of the first ten offenders."""
+        return [offender.path for offender in self.offenders[:MOST_EXAMPLES]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {key: getattr(self, key) for key in ("kind", "severity", "count", "examples", "advice")}
+
+
+def problems_of(found: Iterable[tuple[str, Offender]]) -> list[Problem]:
+    """Findings by kind, in the order of `KINDS`.
+
+    Args:
+        found: Kind and offender, in any order; offenders of one kind keep theirs.
+    """
+    by_kind: dict[str, list[Offender]] = {kind: [] for kind in KINDS}
+    for kind, offender in found:
+        by_kind[kind].append(offender)
+    return [Problem(kind, offenders) for kind, offenders in by_kind.items() if offenders]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `vit_cls.data.doctor.examine` found.
+
+    Args:
+        root: The data folder, as it was given.
+        images: Image files in class folders, the unreadable ones included.
+        unreadable: Those that training could not read.
+        classes: By split, the number of image files of each class; a folder without splits is one split
+            with the name ``""``.
+        problems: The most severe first.
+        seconds: Time that it took.
+    """
+
+    root: str
+    images: int
+    unreadable: int
+    classes: dict[str, dict[str, int]]
+    problems: list[Problem] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def readable(self) -> int:
+        """Images that can be trained on."""
+        return self.images - self.unreadable
+
+    @property
+    def class_names(self) -> list[str]:
+        """Every class of any split, in lexicographic order."""
+        return sorted({name for counts in self.classes.values() for name in counts})
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem is an error."""
+        return all(problem.severity != "error" for problem in self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "images": self.images,
+            "unreadable": self.unreadable,
+            "classes": len(self.class_names),
+            "problems": [problem.to_dict() for problem in self.problems],
+            "ok": self.ok,
+            "seconds": round(self.seconds, 3),
+        }

@@ -1,0 +1,207 @@
+"""What is wrong with an image folder, before hours are spent on it."""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from vit_cls.data.diagnosis import Diagnosis, Offender, Problem, problems_of
+from vit_cls.data.duplicates import exact_copies, near_copies, shared_images
+from vit_cls.data.image_check import CRASHED, Checked, CheckTask, check_image
+from vit_cls.data.index import ImageIndex
+from vit_cls.data.parallel import each_in_processes
+from vit_cls.data.scan import FoundImage, Scan, scan_folder
+from vit_cls.errors import ConfigError
+
+MOST_IMBALANCE = 10.0
+"""Largest class over smallest, above which a warning is due."""
+MIN_IMAGES = 10
+"""Training images a class, below which a warning is due."""
+WORTH_PROCESSES = 5.0
+"""Seconds of reading, by a rough guess, below which to start processes would take longer."""
+
+
+def examine(
+    root: str | Path,
+    *,
+    near_duplicates: bool = False,
+    num_workers: int | None = None,
+    show_progress: bool = False,
+) -> Diagnosis:
+    """Look at every file of an image folder, and decode every image.
+
+    Args:
+        root: A folder of splits, or one folder of class folders, as training takes it.
+        near_duplicates: Whether to look for pictures that look alike, beside files that are equal.
+        num_workers: Processes that read; None means one a core, at most 8, and none for a small folder;
+            0 reads in this one.
+        show_progress: Whether a bar is drawn on stderr.
+
+    Returns:
+        What was found; a file or folder that cannot be read is a part of it.
+
+    Raises:
+        ConfigError: If ``num_workers`` is negative.
+        DataError: If ``root`` is not a folder that can be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "cat").mkdir()
+        ...     (Path(folder) / "cat" / "1.jpg").touch()
+        ...     [problem.kind for problem in examine(folder).problems]
+        ['empty_file', 'too_few_classes', 'few_images']
+    """
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"--num_workers must not be negative; got {num_workers}.")
+    started = time.perf_counter()
+    scan = scan_folder(root)
+    checked = _check(scan, near_duplicates, _workers(scan, num_workers), show_progress)
+    counts = _counts(scan)
+    names = [name for classes in scan.classes.values() for name in classes]
+    found = [
+        *scan.found,
+        *_file_findings(scan.images, checked),
+        *exact_copies(scan.images, [one.content for one in checked]),
+        *(_near(scan.images, checked) if near_duplicates else ()),
+        *_similar_names(names),
+        *_missing_and_unknown(scan),
+        *_sizes_of_classes(scan, counts),
+    ]
+    return Diagnosis(
+        root=str(root),
+        images=len(scan.images),
+        unreadable=sum(not one.readable for one in checked),
+        classes=counts,
+        problems=problems_of(found),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000) -> list[Problem]:
+    """The cheap part of `examine`, for before a training run: shared images, and class names that collide.
+
+    File sizes are compared first, so few files are read, and none is decoded.
+
+    Args:
+        train: Training images.
+        val: Validation images.
+        most_reads: Files that are opened at most; where that is too few to compare all, a ``partly_checked``
+            note says so.
+
+    Returns:
+        Problems of the kinds ``leakage``, ``similar_class_names`` and ``partly_checked``. Paths are relative
+        to the folder that holds both splits.
+    """
+    shared, compared, suspects = shared_images(train, val, most_reads=most_reads)
+    found = [("leakage", offender) for offender in shared]
+    found += _similar_names([*train.class_names, *val.class_names])
+    if compared < suspects:
+        detail = f"{compared} of {suspects} validation images were compared with training images"
+        found.append(("partly_checked", Offender("leakage", detail)))
+    return problems_of(found)
+
+
+def _workers(scan: Scan, num_workers: int | None) -> int:
+    """The number given, or one that suits the folder, by the guess of 0.3 ms a file and 60 MB/s."""
+    if num_workers is not None:
+        return num_workers
+    if sum(3e-4 + (image.size or 0) / 60e6 for image in scan.images) < WORTH_PROCESSES:
+        return 0
+    from vit_cls.data.loader import default_num_workers  # with torchvision: seconds that a small folder saves
+
+    return default_num_workers()
+
+
+def _check(scan: Scan, near_duplicates: bool, num_workers: int, show_progress: bool) -> list[Checked]:
+    """Each image of the scan, checked."""
+    of_size = Counter(image.size for image in scan.images)
+    tasks = [
+        CheckTask(f"{scan.root}/{image.path}", of_size[image.size] > 1, near_duplicates)
+        for image in scan.images
+    ]
+    checked: list[Checked] = [CRASHED] * len(tasks)
+    results = each_in_processes(check_image, tasks, crashed=CRASHED, num_workers=num_workers)
+    console = Console(stderr=True, quiet=not show_progress)
+    for position, result in track(
+        results, "reading", total=len(tasks), console=console, disable=not show_progress
+    ):
+        checked[position] = result
+    return checked
+
+
+def _file_findings(
+    images: Sequence[FoundImage], checked: Sequence[Checked]
+) -> Iterator[tuple[str, Offender]]:
+    for image, one in zip(images, checked, strict=True):
+        for kind, detail in one.findings:
+            yield kind, Offender(image.path, detail)
+
+
+def _near(images: Sequence[FoundImage], checked: Sequence[Checked]) -> list[tuple[str, Offender]]:
+    signed = [i for i, one in enumerate(checked) if one.signature is not None]
+    if not signed:
+        return []
+    signatures = np.stack([one.signature for one in checked if one.signature is not None])
+    return near_copies([images[i] for i in signed], signatures, [checked[i].content for i in signed])
+
+
+def _counts(scan: Scan) -> dict[str, dict[str, int]]:
+    counts = {split: dict.fromkeys(classes, 0) for split, classes in scan.classes.items()}
+    for image in scan.images:
+        counts[image.split][image.label] += 1
+    return counts
+
+
+def _similar_names(names: Iterable[str]) -> list[tuple[str, Offender]]:
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        groups[re.sub(r"\s+", " ", plain).strip()].add(name)
+    return [
+        ("similar_class_names", Offender(name, f"beside {', '.join(map(ascii, sorted(group - {name})))}"))
+        for group in groups.values()
+        if len(group) > 1
+        for name in sorted(group)
+    ]
+
+
+def _missing_and_unknown(scan: Scan) -> Iterator[tuple[str, Offender]]:
+    """Splits against the training split, or against all of them where there is none."""
+    if scan.training is None:
+        known = {name for classes in scan.classes.values() for name in classes}
+    else:
+        known = set(scan.classes[scan.training])
+    for split, classes in scan.classes.items():
+        if split == scan.training or not classes or not known:
+            continue
+        for name in sorted(set(classes) - known):
+            yield "unknown_class", Offender(f"{split}/{name}/")
+        for name in sorted(known - set(classes)):
+            yield "missing_class", Offender(f"{split}/{name}/", "is not there")
+
+
+def _sizes_of_classes(scan: Scan, counts: dict[str, dict[str, int]]) -> Iterator[tuple[str, Offender]]:
+    """Of the training split; an empty class is an error of its own."""
+    if scan.training is None:
+        return
+    images = {name: count for name, count in counts[scan.training].items() if count}
+    largest = max(images, key=lambda name: images[name], default="")
+    for name, count in images.items():
+        path = f"{scan.training}/{name}/" if scan.training else f"{name}/"
+        if images[largest] > MOST_IMBALANCE * count:
+            yield "imbalance", Offender(path, f"{_images(count)}, {largest} has {images[largest]}")
+        if count < MIN_IMAGES:
+            yield "few_images", Offender(path, _images(count))
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"

@@ -1,0 +1,255 @@
+"""Every file of a data folder, by what training would do with it; no image is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vit_cls.data.diagnosis import Offender
+from vit_cls.data.index import EXTENSIONS, class_folders
+from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS
+
+JUNK_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
+JUNK_FOLDERS = frozenset(("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin"))
+OTHER_IMAGES = frozenset(
+    (
+        *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".tga", ".pcx", ".psd", ".exr"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm", ".dds", ".hdr", ".eps"),
+    )
+)
+"""Endings of image formats that `vit_cls.data.decode` does not read."""
+IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|P[1-6]\s+\d+\s", re.DOTALL)
+"""How images begin, of the formats that the first bytes tell; TIFF is left out, for cameras' raw files are
+TIFF inside."""
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """A file that training would read as an image.
+
+    Args:
+        path: Relative to the data folder, with forward slashes.
+        split: Name of the split's folder, or ``""`` where there are no splits.
+        label: Name of the class folder.
+        size: Bytes, or None where that cannot be known.
+    """
+
+    path: str
+    split: str
+    label: str
+    size: int | None
+
+
+@dataclass
+class Scan:
+    """What lies in a data folder.
+
+    Args:
+        root: The folder.
+        splits: Names of the split folders, the training split first; ``[""]`` where there are none.
+        training: The training split, or None.
+        classes: Class folders by split, in lexicographic order.
+        images: In the order of split, class and path.
+        found: Kind and offender of each problem that names and folders show.
+    """
+
+    root: str
+    splits: list[str]
+    training: str | None
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    images: list[FoundImage] = field(default_factory=list)
+    found: list[tuple[str, Offender]] = field(default_factory=list)
+
+
+Identity = tuple[int, int] | None
+"""Device and number of a folder, the same by whatever path; None where it cannot be known."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    path: str
+    """Relative to the data folder."""
+    is_folder: bool
+    identity: Identity
+    size: int | None
+
+
+def scan_folder(root: str | Path) -> Scan:
+    """List a data folder: splits and classes as training takes them, and what it would pass over.
+
+    Args:
+        root: A folder of splits, or one folder of class folders.
+
+    Raises:
+        DataError: If it is not a folder that can be read.
+    """
+    try:
+        with os.scandir(root):
+            pass
+    except OSError:
+        class_folders(Path(root), name="--data")  # raises, in words
+        raise
+    scan = Scan(str(root), [""], "")
+    top = _list(scan, "")
+    folders = [e.name for e in top if e.is_folder and not e.name.startswith(".")]
+    scan.splits, scan.training = _splits(scan.root, folders)
+    if scan.splits != [""]:
+        _note_loose_files(scan, top)
+        for name in folders:
+            if name not in scan.splits:
+                kind = "hidden_junk" if name.lower() in JUNK_FOLDERS else "ignored_folder"
+                scan.found.append((kind, Offender(f"{name}/")))
+    if scan.training is None:
+        scan.found.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
+    for split in scan.splits:
+        _scan_split(scan, split, _list(scan, split) if split else top)
+    return scan
+
+
+def _splits(root: str, folders: list[str]) -> tuple[list[str], str | None]:
+    """Split folders and the training split, by the rules of `vit_cls.data.splits.split_root`."""
+    first: dict[str, str] = {}
+    for name in folders:
+        first.setdefault(name.lower(), name)
+    training = next((first[name] for name in TRAIN_FOLDERS if name in first), None)
+    others = [name for name in folders if name.lower() not in TRAIN_FOLDERS + VAL_FOLDERS]
+    if training is not None and others and not _has_folders(os.path.join(root, training)):
+        training = None  # a class that is called train
+    held_out = [first[name] for name in VAL_FOLDERS if name in first]
+    if training is not None:
+        return [training, *held_out], training
+    if folders and all(name.lower() in VAL_FOLDERS for name in folders):
+        return held_out, None
+    return [""], ""
+
+
+def _has_folders(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(_is_folder(entry) and not entry.name.startswith(".") for entry in entries)
+    except OSError:
+        return True  # it exists and cannot be read: a split with a problem
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _scan_split(scan: Scan, split: str, entries: list[_Entry]) -> None:
+    _note_loose_files(scan, entries)
+    scan.classes[split] = []
+    above = frozenset((_identity(scan.root), _identity(os.path.join(scan.root, split))))
+    for entry in entries:
+        if not entry.is_folder or entry.name.startswith("."):
+            continue
+        if entry.name.lower() in JUNK_FOLDERS:
+            scan.found.append(("junk_class", Offender(f"{entry.path}/")))
+            continue
+        scan.classes[split].append(entry.name)
+        before = len(scan.images)
+        _scan_class(scan, split, entry, above)
+        if len(scan.images) == before:
+            scan.found.append(("empty_class", Offender(f"{entry.path}/")))
+    if len(scan.classes[split]) < (2 if split == scan.training else 1):
+        number = len(scan.classes[split])
+        scan.found.append(("too_few_classes", Offender(split or ".", f"{number} class folder(s)")))
+
+
+def _scan_class(scan: Scan, split: str, top: _Entry, above: frozenset[Identity]) -> None:
+    """All files below a class folder; a stack, for a folder can be deeper than Python's recursion."""
+    images: list[FoundImage] = []
+    stack = [(top, above)]
+    while stack:
+        folder, above = stack.pop()
+        if folder.identity is not None and folder.identity in above:
+            scan.found.append(("link_loop", Offender(f"{folder.path}/", "leads back to a folder above it")))
+            continue
+        entries = _list(scan, folder.path)
+        inside = above | {folder.identity}
+        stack += [(e, inside) for e in reversed(entries) if e.is_folder and not e.name.startswith(".")]
+        for entry in entries:
+            if entry.is_folder:
+                continue
+            kind = _passed_over(scan.root, entry)
+            if kind is not None:
+                scan.found.append((kind, Offender(entry.path)))
+                continue
+            images.append(FoundImage(entry.path, split, top.name, entry.size))
+            if folder is not top:
+                scan.found.append(("nested", Offender(entry.path, f"its class is {top.name}")))
+    scan.images += sorted(images, key=lambda image: image.path)
+
+
+def _passed_over(root: str, entry: _Entry) -> str | None:
+    """The kind of a file in a class folder that is not read as an image; None where it is."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if entry.name.lower() in JUNK_FILES:
+        return "hidden_junk"
+    if ending in EXTENSIONS:
+        return None
+    if ending in OTHER_IMAGES:
+        return "unsupported_format"
+    return "unread_name" if _begins_like_an_image(os.path.join(root, entry.path)) else "not_image"
+
+
+def _begins_like_an_image(path: str) -> bool:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False  # to open a pipe would wait for ever
+        with open(path, "rb") as file:
+            return IMAGE_START.match(file.read(32)) is not None
+    except OSError:
+        return False
+
+
+def _note_loose_files(scan: Scan, entries: list[_Entry]) -> None:
+    """Images beside the class folders; other files there are nobody's concern."""
+    for entry in entries:
+        if not entry.is_folder and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            scan.found.append(("loose_image", Offender(entry.path)))
+
+
+def _list(scan: Scan, folder: str) -> list[_Entry]:
+    """Sorted entries of a folder; hidden files become notes, what cannot be read becomes an error."""
+    try:
+        entries = sorted(_entries(scan, folder), key=lambda entry: entry.name)
+    except OSError as error:
+        scan.found.append(("no_access", Offender(f"{folder}/", error.strerror or str(error))))
+        return []
+    hidden = [entry for entry in entries if entry.name.startswith(".")]
+    scan.found += [("hidden_junk", Offender(e.path + "/" * e.is_folder)) for e in hidden]
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _entries(scan: Scan, folder: str) -> Iterator[_Entry]:
+    with os.scandir(os.path.join(scan.root, folder)) as entries:
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                scan.found.append(("link_loop", Offender(path, error.strerror or str(error))))
+                continue
+            try:
+                found = entry.stat()
+            except OSError:  # a link to nowhere: reading it will say so
+                yield _Entry(entry.name, path, is_folder, None, None)
+                continue
+            identity = _identity(entry.path) if is_folder else None
+            yield _Entry(entry.name, path, is_folder, identity, found.st_size)
+
+
+def _identity(folder: str) -> Identity:
+    try:
+        found = os.stat(folder)  # the entry's own has no numbers on Windows
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
