@@ -1,6 +1,7 @@
 """Compare the speed and memory of vit_cls with timm, same weights and inputs, in interleaved pairs.
 
 Run: ``python scripts/benchmark.py [model] [train] --device cpu|cuda [--json FILE]``; no suite means all.
+Images instead of models: ``python scripts/benchmark.py loader --data FOLDER``; see `benchmark_loader`.
 
 A ratio is timm's seconds over ours: above 1, ours is faster. Nothing is timed before both sides are seen to
 compute the same. Exit status: 0 done, 1 the sides differ, 2 bad input.
@@ -9,37 +10,34 @@ compute the same. Exit status: 0 done, 1 the sides differ, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import gc
 import importlib.util
 import itertools
 import json
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 if importlib.util.find_spec("vit_cls") is None:  # run from a checkout, not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the files beside this one, if it is imported
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once: the profiler talks on stderr otherwise
 
+import benchmark_loader
 import timm
 import torch
 import torch.nn.functional as F
+from pairs import SPREAD, Mismatch, Row, Settings, check_target, command, cpu_name, heading, in_turn
+from pairs import paired_stats as paired_stats
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 import vit_cls
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.files import replacing
 from vit_cls.model import linear
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.presets import PRESETS, preset_config
@@ -56,13 +54,7 @@ MEMORY_MEASURED = {
     "cuda": MEMORY + "allocated (torch.cuda.max_memory_allocated, reset before the step)",
 }
 
-Row = dict[str, Any]
 Step = Callable[[], Tensor]
-Settings = argparse.Namespace  # what `parse` returns
-
-
-class Mismatch(Exception):
-    """Both sides do not compute the same, so their times would mean nothing."""
 
 
 def build_pair(name: str, pool: str, num_classes: int = 1000) -> tuple[VisionTransformer, nn.Module]:
@@ -145,31 +137,10 @@ def difference(ours: Tensor, theirs: Tensor, *, what: str, precision: str) -> fl
     return found
 
 
-def paired_stats(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """How much faster ours is, from seconds measured in pairs, two at least.
-
-    The ratio is taken within each pair: a slow spell of the machine hits both halves of a pair alike.
-
-    Example:
-        >>> paired_stats([1.0, 2.0, 4.0], [2.0, 3.0, 4.0])["median"]
-        1.5
-    """
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-    spread = {"min": min(ratios), "q1": q1, "median": median, "q3": q3, "max": max(ratios)}
-    return spread | {"pairs": len(ratios), "ours_faster": sum(ratio > 1 for ratio in ratios)}
-
-
 def time_pairs(ours: Step, theirs: Step, settings: Settings) -> tuple[list[float], list[float]]:
     """Seconds a step of both sides in turn; who goes first alternates, so that drift cancels."""
-    for step in (ours, theirs):
-        _time_once(step, settings)
-    gc.collect()
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(settings.rounds):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[side].append(_time_once((ours, theirs)[side], settings))
-    return seconds
+    once = (lambda: _time_once(ours, settings)), (lambda: _time_once(theirs, settings))
+    return in_turn(*once, settings.rounds)
 
 
 def _time_once(step: Step, settings: Settings) -> float:
@@ -275,26 +246,15 @@ def run(settings: Settings) -> Row:
     ceiling = max(before, gemm_tflops(settings))  # a slow spell of the machine is no ceiling
     for side in itertools.chain.from_iterable((row["ours"], row["timm"]) for row in rows):
         side["gemm_fraction"] = side["tflops"] / ceiling
-    versions = {module.__name__: str(module.__version__) for module in (torch, timm, vit_cls)}
+    name = torch.cuda.get_device_name() if settings.device == "cuda" else cpu_name()
     return {
-        "schema_version": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions},
-        "device_name": _device_name(settings.device),
+        **heading({module.__name__: module.__version__ for module in (torch, timm, vit_cls)}, name),
         "threads": torch.get_num_threads(),
         "settings": {key: value for key, value in vars(settings).items() if key != "json"},
         "memory_measured": MEMORY_MEASURED[settings.device],
         "gemm_ceiling": {"tflops": ceiling, "side": GEMM_SIDE[settings.device]},
         "rows": rows,
     }
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    return names[0] if names else platform.machine()
 
 
 def table(report: Row) -> str:
@@ -309,9 +269,8 @@ def table(report: Row) -> str:
         f"{'suite':<6}{'model':<23}batch side{heads}  timm/ours: median (quartiles; range; ours faster)",
     ]
     for row in report["rows"]:
-        layout = "{median:.3f} ({q1:.3f}-{q3:.3f}; {min:.3f}-{max:.3f}; {ours_faster} of {pairs})"
         differ = ", ".join(f"{key.split('_max')[0]} {value:.1e}" for key, value in row["agreement"].items())
-        notes = {"ours": layout.format(**row["ratio"]), "timm": f"largest difference: {differ}"}
+        notes = {"ours": SPREAD.format(**row["ratio"]), "timm": f"largest difference: {differ}"}
         name = f"{row['suite']:<6}{row['model']:<23}{row['batch_size']:>5}"
         for side, note in notes.items():
             c = row[side]
@@ -330,7 +289,10 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     Raises:
         ConfigError: If a value is unknown, or impossible here.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="For images instead of models: benchmark.py loader --help",
+    )
     add = parser.add_argument
     add("suites", nargs="*", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)} (default: all)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -359,8 +321,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(args, option)
         if value is not None and value < least:
             raise ConfigError(f"--{option} must be at least {least}; got {value}.")
-    if args.json and args.json.is_dir():
-        raise ConfigError(f"--json {args.json} cannot be written: {args.json} is a folder.")
+    check_target("json", args.json)
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that torch can use, and there is none here.")
@@ -371,27 +332,21 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     return args
 
 
+def _prepared(argv: Sequence[str]) -> Settings:
+    settings = parse(argv)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.same_linear:
+        linear.USE_ONEDNN = False
+    return settings
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; ``argv`` is as for `parse`."""
-    try:
-        settings = parse(argv)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        if settings.same_linear:
-            linear.USE_ONEDNN = False
-        # The file is begun first: a folder that cannot be written is told before the minutes, not after.
-        with replacing(settings.json) if settings.json else contextlib.nullcontext() as scratch:
-            report = run(settings)
-            if scratch:
-                scratch.write_text(json.dumps(report, indent=2) + "\n")
-        print(table(report))
-    except OSError as error:
-        print(f"benchmark: --json cannot be written: {error.strerror or error}.", file=sys.stderr)
-        return 2
-    except (ConfigError, Mismatch) as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv[:1]) == ["loader"]:
+        return benchmark_loader.main(argv[1:])
+    return command(lambda: _prepared(argv), run, table, option="json")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from PIL import Image
 def write_folder():
     """A function that writes noise images, ``{"class": images or file names}``, and returns the root."""
 
+    rng = np.random.default_rng(0)  # one for all calls: no image comes twice
+
     def write(root: Path, classes: dict[str, int | list[str]]) -> Path:
-        rng = np.random.default_rng(0)
         for name, files in classes.items():
             for file in [f"{i:03d}.png" for i in range(files)] if isinstance(files, int) else files:
                 path = root / name / file

@@ -108,6 +108,22 @@ def test_augmentation_of_a_sample_is_keyed_by_seed_epoch_and_index(folder):
     assert not torch.equal(dataset[2, 3].image, dataset[3, 3].image)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("how", [{"repeats": 3}, {"weights": np.r_[np.full(5, 20.0), np.ones(16)]}])
+def test_copies_of_an_image_are_augmented_each_on_its_own_by_any_number_of_workers(folder, num_workers, how):
+    dataset = _train_set(folder)
+    sampler = EpochSampler(len(dataset), seed=SEED, shuffle=True, **how)
+    keys = list(sampler)
+    assert any(copy > 0 for _, _, copy in keys)
+    batches = list(make_loader(dataset, sampler, batch_size=4, num_workers=num_workers))
+    images = torch.cat([batch.images for batch in batches])
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [index for _, index, _ in keys]
+    for image, (epoch, index, copy) in zip(images, keys, strict=True):
+        whole = decode_image(dataset.source.index.path(index).read_bytes())
+        assert torch.equal(image, keyed(dataset.transform, whole, sample_seed(SEED, epoch, index, copy)))
+    assert len({image.numpy().tobytes() for image in images}) == len(keys)
+
+
 def test_equal_images_are_augmented_differently_within_an_epoch():
     image = torch.arange(20, dtype=torch.uint8).expand(3, 20, 20) * 10
     index = ImageIndex(Path("x"), PathTable(["a/1", "a/2"]), np.array([0, 0]), ["a"])
@@ -142,6 +158,7 @@ DAMAGE = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-60]), "truncated"),
     "deleted": (Path.unlink, "No such file or directory"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "it is not a regular file"),
 }
 
 

@@ -1,6 +1,7 @@
 """Evaluation sees what timm's evaluation sees; training draws what its key says and nothing else."""
 
 import copy
+import itertools
 import pickle
 import random
 
@@ -8,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset, create_loader
 from timm.data.transforms_factory import transforms_imagenet_eval
+from torchvision.transforms import v2
 
+from vit_cls.data.decode import read_image
+from vit_cls.data.index import index_folder
 from vit_cls.data.transforms import AUGMENTS, eval_transform, keyed, train_transform
 from vit_cls.errors import ConfigError
 
@@ -80,6 +85,47 @@ def test_eval_transform_agrees_with_timm(shape, size, crop_pct, crop_mode, inter
     assert _difference(ours, reference) <= MAX_DIFFERENCE
 
 
+@pytest.mark.parametrize("shape", [(50, 50), (61, 83), (90, 41), (300, 200), (7, 5), (20, 300)])
+@pytest.mark.parametrize("size", [32, (24, 40), (40, 24)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_exact_eval_transform_is_timms_pixel_for_pixel(shape, size, crop_mode, interpolation):
+    # full contrast, unlike `_picture`: here no rounding is excused
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for crop_pct in (0.875, 0.9, 1.0):
+        settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+        exact = eval_transform(size, **settings, exact=True)
+        assert torch.equal(exact(image), _reference_timm_eval(image, size, *settings.values())), crop_pct
+        fast, gentle = eval_transform(size, **settings), _picture(*shape)
+        assert _difference(fast(gentle), exact(gentle)) <= MAX_DIFFERENCE, crop_pct
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed file:pytest.PytestUnraisableExceptionWarning")  # timm's
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_exact_evaluation_of_a_folder_of_jpegs_is_that_of_timms_loader(tmp_path):
+    sizes = [(60, 80), (80, 60), (64, 64), (33, 120)]
+    for i, (height, width) in enumerate(sizes):
+        path = tmp_path / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(_picture(height, width, seed=i).permute(1, 2, 0).numpy()).save(path, quality=90)
+    loader = create_loader(
+        ImageDataset(str(tmp_path)),
+        (3, 48, 48),
+        batch_size=4,
+        interpolation="bicubic",
+        crop_pct=0.875,
+        num_workers=0,
+        device=torch.device("cpu"),
+    )
+    theirs, targets = next(iter(loader.loader))  # inside the prefetcher, which goes on to normalise
+    index = index_folder(tmp_path)
+    assert targets.tolist() == index.labels.tolist()
+    for exact in (True, False):
+        transform = eval_transform(48, crop_pct=0.875, exact=exact)
+        ours = torch.stack([transform(read_image(index.path(i))) for i in range(len(index))])
+        assert _difference(ours, theirs) <= (0 if exact else MAX_DIFFERENCE)
+
+
 def test_crop_pct_is_the_share_of_the_side_that_is_kept():
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)
     image[:, 25:75, 25:75] = 200
@@ -133,8 +179,8 @@ def test_line_of_millions_of_pixels_costs_no_more_than_its_middle(size):
     length = 3_000_000
     image = (torch.arange(length) // 10 % 2 * 200).to(torch.uint8).expand(3, 1, length)
     middle = image[..., length // 2 - 50 : length // 2 + 50]
-    for turn in (lambda x: x, lambda x: x.transpose(1, 2)):
-        transform = eval_transform(size, crop_pct=1.0)
+    for turn, exact in itertools.product((lambda x: x, lambda x: x.transpose(1, 2)), (False, True)):
+        transform = eval_transform(size, crop_pct=1.0, exact=exact)
         assert _difference(transform(turn(image)), transform(turn(middle))) <= 1
 
 
@@ -148,6 +194,7 @@ def test_eval_transform_draws_no_random_numbers():
 def test_transforms_survive_the_way_to_a_worker_process():
     image = _picture(50, 70)
     transforms = [eval_transform(24), eval_transform((24, 16)), eval_transform(24, crop_mode="squash")]
+    transforms += [eval_transform((24, 16), exact=True)]
     transforms += [train_transform(24, augment=augment) for augment in AUGMENTS]
     for transform in transforms:
         there = pickle.loads(pickle.dumps(transform))
@@ -155,7 +202,7 @@ def test_transforms_survive_the_way_to_a_worker_process():
 
 
 def test_table_of_augmentations_has_the_rows_these_tests_are_about():
-    assert set(AUGMENTS) == {"crop_flip", "affine", "none"}
+    assert list(AUGMENTS) == ["crop_flip", "affine", "randaugment", "trivialaugment", "none"]
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
@@ -191,6 +238,17 @@ def test_crop_flip_flips_about_half_of_the_images_and_crops_them_at_varied_place
     assert (brightest - darkest).min() < 95  # some crops are less than half as wide as the image
 
 
+@pytest.mark.parametrize("size", [24, (16, 30)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_crop_flip_is_torchvisions_to_the_bit(size, interpolation):
+    image, transform = _picture(61, 83), train_transform(size, interpolation=interpolation)
+    pair = (size, size) if isinstance(size, int) else size
+    crop = v2.RandomResizedCrop(pair, interpolation=v2.InterpolationMode(interpolation), antialias=True)
+    reference = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    for key in range(50):
+        assert torch.equal(keyed(transform, image, key), keyed(reference, image, key))
+
+
 def test_affine_moves_every_image_a_little_and_flips_none():
     transform = train_transform(24, augment="affine")
     still = train_transform(24, augment="none")(_ramp())
@@ -202,6 +260,34 @@ def test_affine_moves_every_image_a_little_and_flips_none():
         centres - still[0, 10:14, 10:14].float().mean()
     ).abs().max() < 60  # a shift by a tenth, a turn by 12 degrees
     assert centres.std() > 3
+
+
+@pytest.mark.parametrize(("augment", "share"), [("randaugment", 0.8), ("trivialaugment", 0.6)])
+def test_automatic_augmentations_change_the_pixels_of_most_crops(augment, share):
+    """They draw the crop first, so that equal keys give the crop that ``crop_flip`` gives."""
+    image = _picture(48, 64)
+    plain, transform = train_transform(24), train_transform(24, augment=augment)
+    changed = [not torch.equal(keyed(transform, image, key), keyed(plain, image, key)) for key in range(100)]
+    assert sum(changed) >= 100 * share  # "identity" and a strength of nought change nothing
+
+
+@pytest.mark.parametrize("augment", ["randaugment", "trivialaugment"])
+def test_automatic_augmentations_fill_with_grey_what_a_turn_leaves_empty(augment):
+    white = torch.full((3, 40, 40), 255, dtype=torch.uint8)
+    outs = [keyed(train_transform(24, augment=augment), white, key) for key in range(100)]
+    shares = [(out == 128).all(dim=0).float().mean().item() for out in outs]
+    assert sum(0 < share < 1 for share in shares) > 10  # by turns, shears and shifts
+
+
+def test_trivialaugment_reaches_every_strength_that_randaugment_keeps_to_one():
+    """Brightness of a grey image tells the strength: always the same step up or down, or any."""
+    grey = torch.full((3, 40, 40), 100, dtype=torch.uint8)
+    levels = {}
+    for augment in ("randaugment", "trivialaugment"):
+        outs = [keyed(train_transform(24, augment=augment), grey, key) for key in range(300)]
+        flat = [out for out in outs if len(out.unique()) == 1]
+        levels[augment] = {int(out[0, 0, 0]) for out in flat}
+    assert len(levels["trivialaugment"]) > 2 * len(levels["randaugment"]) > 2
 
 
 def test_none_only_resizes_both_sides_and_draws_nothing():
@@ -227,12 +313,14 @@ def test_interpolation_reaches_every_augmentation(augment):
 
 def test_unknown_augmentation_is_refused_with_the_known_ones():
     with pytest.raises(
-        ConfigError, match=r"data\.augment must be one of crop_flip, affine, none; got 'mixup'\."
+        ConfigError,
+        match=r"data\.augment must be one of crop_flip, affine, randaugment, trivialaugment, none; "
+        r"got 'mixup'\.",
     ):
         train_transform(24, augment="mixup")
 
 
-@pytest.mark.parametrize("augment", ["crop_flip", "affine"])
+@pytest.mark.parametrize("augment", [name for name in AUGMENTS if name != "none"])
 def test_equal_keys_give_equal_pixels_and_other_keys_others(augment):
     image, transform = _picture(40, 60), train_transform(24, augment=augment)
     first = [keyed(transform, image, key) for key in range(20)]

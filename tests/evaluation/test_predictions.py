@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vit_cls.data.decode import decode_image
 from vit_cls.data.transforms import eval_transform
@@ -18,6 +19,7 @@ from vit_cls.evaluation.predictions import choose_bf16, choose_device, index_for
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.weights.bundle import load_classifier, save_classifier
 
 
 def _classifier(tiny, names=("blue", "red")) -> ImageClassifier:
@@ -144,3 +146,40 @@ def test_output_is_checked_before_any_work(tmp_path):
     assert check_output(str(tmp_path / "new/deep")) == tmp_path / "new/deep"
     assert not (tmp_path / "new").exists()
     assert check_output(None) is None
+
+
+def test_the_models_own_colour_shows_through_transparent_pixels(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("blue", "red"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (20, 20, 4), dtype=np.uint8)
+        pixels[:10, :, 3] = 0
+        Image.fromarray(pixels).save(tmp_path / "test" / name / "1.png")
+    results = []
+    for background in ((255, 255, 255), (0, 0, 0)):
+        model = _classifier(tiny).model
+        pre = Preprocess((16, 16), background=background)
+        path = save_classifier(ImageClassifier(model, pre, ["blue", "red"]), tmp_path / "model.safetensors")
+        classifier = load_classifier(path)
+        assert classifier.preprocess.background == background
+        index = index_for_model(tmp_path / "test", classifier)
+        results.append(predict_index(classifier, index, device="cpu", num_workers=0).probs)
+    assert np.abs(results[0] - results[1]).max() > 1e-4
+
+
+def test_exact_pixels_are_close_to_the_fast_ones_and_not_the_same(tiny, image_root):
+    classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["blue", "red"])
+    index = index_for_model(image_root / "val", classifier)
+    fast, exact = (
+        predict_index(classifier, index, device="cpu", num_workers=0, exact=exact).probs
+        for exact in (False, True)
+    )
+    assert 0 < np.abs(fast - exact).max() < 0.02
+
+
+def test_a_model_without_a_head_says_how_to_train_one(tiny, image_root):
+    config = ViTConfig.from_dict({**tiny, "num_classes": 0})
+    classifier = ImageClassifier(VisionTransformer(config), Preprocess((16, 16)), [])
+    index = index_for_model(image_root / "val", _classifier(tiny))
+    with pytest.raises(ModelFileError, match=r"no head.*configs/linear_probe.yaml"):
+        predict_index(classifier, index, device="cpu")

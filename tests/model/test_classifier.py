@@ -84,3 +84,18 @@ def test_preprocess_is_plain_data():
     assert Preprocess.for_size((28, 28)).crop_pct == 1.0
     assert Preprocess.for_size((224, 224)).crop_pct == 0.9
     assert Preprocess.for_size((384, 384)).crop_pct == 1.0
+
+
+def test_preprocessing_for_other_channels_averages_or_repeats_the_statistics():
+    pre = Preprocess((16, 16), mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3), crop_pct=0.8)
+    one = pre.resized((32, 24), 1)
+    assert (one.img_size, one.mean, one.std) == ((32, 24), (pytest.approx(0.4),), (pytest.approx(0.2),))
+    assert pre.resized((16, 16), 5).mean == (0.2, 0.4, 0.6, 0.2, 0.4)
+    assert pre.resized((16, 16), 3) == pre
+    assert one.crop_pct == 0.8
+
+
+def test_an_impossible_background_is_refused():
+    for background in ((0, 0), (0, 0, 256)):
+        with pytest.raises(ConfigError, match="three numbers from 0 to 255"):
+            Preprocess((16, 16), background=background)

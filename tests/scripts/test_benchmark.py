@@ -18,8 +18,10 @@ def benchmark():
     spec = importlib.util.spec_from_file_location("vit_cls_benchmark_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    path = list(sys.path)
     spec.loader.exec_module(module)
     yield module
+    sys.path[:] = path
     del sys.modules[spec.name]
 
 

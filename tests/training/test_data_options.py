@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from vit_cls.data import dataset
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.data.mixing import MixOptions
-from vit_cls.errors import ConfigError, ImageError
+from vit_cls.errors import ConfigError, DataError, ImageError
 from vit_cls.training.fit import fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 
@@ -193,3 +193,77 @@ def test_waiting_for_images_is_measured_and_advised_on(image_root, tmp_path, mon
     advice = [e.getMessage() for e in caplog.records if "waiting for images" in e.getMessage()]
     assert len(advice) == 1
     assert "raise data.num_workers (now 0" in advice[0]
+
+
+# --- leakage, groups and manifests
+
+
+@pytest.fixture
+def leaking_root(image_root, tmp_path):
+    """One training image is in the validation folder too, under another name and class."""
+    root = tmp_path / "leaking"
+    shutil.copytree(image_root, root)
+    shutil.copy(root / "train/blue/3.png", root / "val/red/copy.png")
+    return root
+
+
+def test_images_in_both_parts_stop_the_run_unless_allowed_by_name(leaking_root, tmp_path):
+    with pytest.raises(
+        DataError,
+        match=r"val/red/copy.png \(.*train/blue/3.png\).*vit-cls doctor.*--data.allow '\[leakage\]'",
+    ):
+        _fit(leaking_root, tmp_path / "run", epochs=1)
+    assert not (tmp_path / "run").exists()
+    _fit(leaking_root, tmp_path / "run", epochs=1, allow=["leakage"])
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["data"]["allowed"] == ["leakage"]
+    assert record["data"]["problems"]["leakage"] >= 1
+    with pytest.raises(ConfigError, match=r"data.allow knows leakage; got 'leakege'. Did you mean `leakage`"):
+        ImageDataModule("somewhere", allow=["leakege"])
+
+
+def test_copies_that_our_own_split_parted_are_warned_of(image_root, tmp_path, caplog):
+    root = tmp_path / "copies"
+    for name in ("red", "blue"):
+        shutil.copytree(image_root / "train" / name, root / name)
+        for i in range(12):
+            shutil.copy(root / name / f"{i}.png", root / name / f"copy_{i}.png")
+    _fit(root, tmp_path / "run", epochs=1, val_fraction=0.4)
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    assert any("images that another split has too" in text for text in warnings)
+
+
+def test_groups_are_never_divided(image_root, tmp_path):
+    root = tmp_path / "grouped"
+    for name in ("red", "blue"):
+        (root / name).mkdir(parents=True)
+        for i in range(12):
+            shutil.copy(image_root / "train" / name / f"{i}.png", root / name / f"patient{i % 4}_{i}.png")
+    _, module = _fit(root, tmp_path / "run", epochs=1, val_fraction=0.25, group_by=r"(patient\d+)")
+    parts = [
+        {path.split("/")[1].split("_")[0] for path in source.index.paths}
+        for source in (module.train_source, module.val_source)
+    ]
+    assert parts[0]
+    assert parts[1]
+    assert not parts[0] & parts[1]
+    with pytest.raises(ConfigError, match=r"data.group_by has no effect with data.name digits"):
+        ImageDataModule(name="digits", group_by="(a)")
+
+
+def test_a_manifest_takes_the_place_of_the_folder(image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "images")
+    rows = ["path,label,split,weight"]
+    for split in ("train", "val"):
+        for name in ("red", "blue"):
+            for i in range(12 if split == "train" else 4):
+                weight = 0 if split == "train" and i >= 6 else 1
+                rows.append(f"images/{split}/{name}/{i}.png,{name.upper()},{split},{weight}")
+    (tmp_path / "images.csv").write_text("\n".join(rows) + "\n")
+    result, module = _fit(tmp_path / "images.csv", tmp_path / "run", epochs=1)
+    assert module.class_names == ["BLUE", "RED"]
+    assert (len(module.train_set), result.images) == (24, 8)
+    weights = module._weights()
+    assert weights is not None
+    drawn = {index for _, index, _ in module.train_dataloader().sampler}
+    assert all(weights[index] == 1 for index in drawn)

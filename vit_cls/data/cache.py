@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import struct
+import warnings
+import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +21,22 @@ from torch import Tensor
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import ConfigError
 
-EMPTY, FILLED = 0, 1
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_CHECKSUM = struct.Struct("<I")
 
 
 class PixelCache:
-    """uint8 pixels of an index after a fixed transform, in one file that is mapped into memory.
+    """uint8 pixels of an index after a fixed transform, in one file.
 
     The file's name is a digest of everything that decides its content: each file's path, size and time of
     change, the transform, and the versions of the libraries that decode and resize. What is not there yet is
     computed and written by whichever process comes first; images that cannot be read are never written, so
-    they fail again. Pixels are written before the mark that says so.
+    they fail again.
+
+    A table of checksums comes first, one an image, 0 where there is none; then the pixels. Pixels count as
+    there only where they have their checksum, so a file that was cut off, overwritten, or half on the disk
+    when the power failed costs time, never a wrong image. It is read and written in calls, not mapped into
+    memory: in a map, a full disk would kill the process.
 
     Args:
         folder: Where the file goes; is made if it does not exist. It grows to the size of all pixels.
@@ -40,26 +50,24 @@ class PixelCache:
 
     def __init__(self, folder: Path, index: ImageIndex, transform: str, size: tuple[int, int]) -> None:
         self.shape = (len(index), 3, *size)
-        self.path = folder / f"{_digest(index, transform)}.uint8"
-        self._maps: tuple[np.ndarray, np.ndarray] | None = None
-        bytes_needed = int(np.prod(self.shape)) + len(index)
+        self._image_bytes = math.prod(self.shape[1:])
+        self.path = folder / f"{_digest(index, transform, size)}.uint8"
+        self._descriptor: int | None = None
+        self._full = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                if file.tell() != bytes_needed:
-                    file.truncate(bytes_needed)  # new bytes are zero: EMPTY, and sparse until written
+            self._open()
         except OSError as error:
             raise ConfigError(f"data.cache {folder} cannot be written: {error.strerror}.") from error
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_maps": None}  # each process maps the file itself
+        return {**self.__dict__, "_descriptor": None}  # each process opens the file itself
 
-    def _open(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._maps is None:
-            count = self.shape[0]
-            marks = np.memmap(self.path, np.uint8, "r+", offset=0, shape=(count,))
-            self._maps = marks, np.memmap(self.path, np.uint8, "r+", offset=count, shape=self.shape)
-        return self._maps
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            weakref.finalize(self, os.close, self._descriptor)
+        return self._descriptor
 
     def get(self, index: int) -> Tensor | None:
         """Pixels of one image, uint8 ``(3, height, width)``; None where they are not there yet.
@@ -67,30 +75,61 @@ class PixelCache:
         Args:
             index: Position in the index.
         """
-        marks, pixels = self._open()
-        return torch.from_numpy(np.array(pixels[index])) if marks[index] == FILLED else None
+        recorded = os.pread(self._open(), _CHECKSUM.size, index * _CHECKSUM.size)
+        if not any(recorded):
+            return None
+        pixels = os.pread(self._open(), self._image_bytes, self._place(index))
+        if recorded != _checksum(pixels):
+            return None
+        return torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(self.shape[1:]).copy())
 
     def put(self, index: int, image: Tensor) -> None:
-        """Keep the pixels of one image.
+        """Keep the pixels of one image; where the disk is full, warn and keep no more.
 
         Args:
             index: Position in the index.
             image: uint8, shape ``(3, height, width)``.
         """
-        marks, pixels = self._open()
-        pixels[index] = image.numpy()
-        marks[index] = FILLED
+        assert tuple(image.shape) == self.shape[1:], (image.shape, self.shape)
+        if self._full:
+            return
+        pixels = image.numpy().tobytes()
+        try:
+            _write(self._open(), pixels, self._place(index))
+            _write(self._open(), _checksum(pixels), index * _CHECKSUM.size)
+        except OSError as error:
+            self._full = True
+            warnings.warn(
+                f"data.cache {self.path.parent} takes no more images: {error.strerror}. "
+                "Those that are not there are decoded anew each time.",
+                stacklevel=2,
+            )
+
+    def _place(self, index: int) -> int:
+        return self.shape[0] * _CHECKSUM.size + index * self._image_bytes
 
     @property
     def filled(self) -> int:
-        """Images that are there."""
-        return int((self._open()[0] == FILLED).sum())
+        """Images that have been kept."""
+        table = os.pread(self._open(), self.shape[0] * _CHECKSUM.size, 0)
+        whole = len(table) // _CHECKSUM.size * _CHECKSUM.size  # the file may be cut off anywhere
+        return sum(checksum != 0 for (checksum,) in _CHECKSUM.iter_unpack(table[:whole]))
 
 
-def _digest(index: ImageIndex, transform: str) -> str:
+def _checksum(pixels: bytes) -> bytes:
+    return _CHECKSUM.pack(zlib.crc32(pixels) or 1)  # 0 says that there are none
+
+
+def _write(descriptor: int, data: bytes, place: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, place)
+        data, place = data[written:], place + written
+
+
+def _digest(index: ImageIndex, transform: str, size: tuple[int, int]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     versions = (PIL.__version__, torch.__version__, torchvision.__version__, simplejpeg.__version__)
-    digest.update(repr((FORMAT_VERSION, versions, transform, str(index.root.absolute()))).encode())
+    digest.update(repr((FORMAT_VERSION, versions, transform, size, str(index.root.absolute()))).encode())
     for path in index.paths:
         digest.update(os.fsencode(path))
         try:

@@ -13,8 +13,12 @@ from torch.utils.data import DataLoader
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
 from vit_cls.data.decode import BACKGROUND
+from vit_cls.data.diagnosis import Problem
 from vit_cls.data.digits import load_digits
+from vit_cls.data.doctor import quick_check
+from vit_cls.data.index import balanced_weights
 from vit_cls.data.loader import default_num_workers, make_loader
+from vit_cls.data.manifest import is_manifest, split_manifest
 from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.splits import Split, split_root, stratified_split
@@ -25,6 +29,8 @@ log = logging.getLogger("vit_cls")
 
 NAMES = ("folder", "digits")
 BALANCED = "balanced"
+ALLOWED = ("leakage",)
+"""Problems that stop a run unless they are allowed by name."""
 
 
 class ImageDataModule(LightningDataModule):
@@ -45,6 +51,7 @@ class ImageDataModule(LightningDataModule):
         weights: ``balanced`` draws every class equally often; null draws every image once an epoch, or as a
             manifest's weights say.
         max_bad_images: Files that may be unreadable before the run stops; each is named, and skipped.
+        allow: Problems to train in spite of, by name: ``leakage``. They are recorded.
         cache: Folder for the decoded validation images; null decodes them in every epoch.
         mix: Mixup, CutMix and erasing of training batches.
 
@@ -70,6 +77,7 @@ class ImageDataModule(LightningDataModule):
         repeats: int = 1,
         weights: str | None = None,
         max_bad_images: int = 0,
+        allow: list[str] | None = None,
         cache: str | None = None,
         mix: MixOptions = UNMIXED,
     ) -> None:
@@ -96,6 +104,11 @@ class ImageDataModule(LightningDataModule):
             )
         if weights not in (None, BALANCED):
             raise ConfigError(f"data.weights must be {BALANCED} or null; got {weights!r}.")
+        if unknown := [kind for kind in allow or [] if kind not in ALLOWED]:
+            raise ConfigError(
+                f"data.allow knows {', '.join(ALLOWED)}; got "
+                f"{unknown[0]!r}.{did_you_mean(unknown[0], ALLOWED)}"
+            )
         if max_bad_images < 0:
             raise ConfigError(f"data.max_bad_images must not be negative; got {max_bad_images}.")
         if group_by is not None and name == "digits":
@@ -111,6 +124,8 @@ class ImageDataModule(LightningDataModule):
         self.weights = weights
         self.max_bad_images = max_bad_images
         self.cache = cache
+        self.allow = list(allow or [])
+        self.problems: list[Problem] = []
         self.mix = mix
         self.bad_images: dict[str, str] = {}
         self.train_source: ImageSource
@@ -181,19 +196,45 @@ class ImageDataModule(LightningDataModule):
         else:
             assert self.root is not None
             split = self._split(seed)
+            self._check(split)
             self.train_source, self.val_source = FolderSource(split.train), FolderSource(split.val)
             self.origin = split.origin
 
     def _split(self, seed: int) -> Split:
         assert self.root is not None
-        return split_root(self.root, val_fraction=self.val_fraction, seed=seed)
+        settings: dict[str, Any] = {
+            "val_fraction": self.val_fraction,
+            "seed": seed,
+            "group_by": self.group_by,
+        }
+        if is_manifest(self.root):
+            return split_manifest(self.root, **settings, name="data.root")
+        return split_root(self.root, **settings)
+
+    def _check(self, split: Split) -> None:
+        """Refuse images that are in training and in validation, unless that was allowed by name.
+
+        Raises:
+            DataError: If there are any. Where the split was made here, they are only warned of: which copies
+                there are is then the folder's matter, not its division's.
+        """
+        self.problems = quick_check(split.train, split.val)
+        for problem in self.problems:
+            text = f"{problem.title}: {problem.count}. {problem.advice}"
+            shown = [f"{offender.path} ({offender.detail})" for offender in problem.offenders[:3]]
+            examples = ", ".join(shown)
+            if problem.severity == "error" and problem.kind not in self.allow and not split.made_here:
+                raise DataError(
+                    f"data.root {self.root}: {text} For example {examples}. `vit-cls doctor --data "
+                    f"{self.root}` lists them all; to train all the same, --data.allow '[{problem.kind}]'."
+                )
+            if problem.severity != "note":
+                log.warning(f"{text} ({examples})")
 
     def _weights(self) -> np.ndarray | None:
         """How often each training image is drawn, relative to the others."""
-        if self.weights is None:
-            return None
-        counts = self.train_source.index.counts()
-        return 1.0 / counts[self.train_source.index.labels]
+        index = self.train_source.index
+        return balanced_weights(index) if self.weights == BALANCED else index.weights
 
     @property
     def class_names(self) -> list[str]:

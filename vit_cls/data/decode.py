@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor
 
 from vit_cls.errors import ImageError
@@ -21,8 +21,6 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 300 MB of RGB."""
 MAX_BYTES = 400_000_000
 """Larger files are refused before they are read."""
-MAX_MARKERS = 1_000_000
-"""How far into a JPEG its EXIF block is looked for; it stands at the start, behind a few others at most."""
 BACKGROUND = (255, 255, 255)
 """Colour that shows through transparent pixels."""
 
@@ -38,14 +36,17 @@ def read_image(path: Path, background: tuple[int, int, int] = BACKGROUND) -> Ten
         As `decode_image`.
 
     Raises:
-        ImageError: As `decode_image`, or if the file has more than `MAX_BYTES`.
+        ImageError: As `decode_image`, or if the file has more than `MAX_BYTES`, or is a pipe or a device.
         OSError: If it cannot be read.
     """
+    status = path.stat()
+    if status.st_size > MAX_BYTES:
+        raise ImageError(f"the file has {status.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ImageError("it is not a regular file")  # to open a pipe would wait for its other end
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_BYTES:
-            raise ImageError(f"the file has {size:,} bytes, more than the limit of {MAX_BYTES:,}")
-        return decode_image(file.read(MAX_BYTES), background)
+        # Not MAX_BYTES: Python reserves what it is asked for, which costs a tenth of decoding a photo.
+        return decode_image(file.read(status.st_size), background)
 
 
 def decode_image(data: bytes, background: tuple[int, int, int] = BACKGROUND) -> Tensor:
@@ -85,11 +86,13 @@ def _plain_jpeg(data: bytes) -> Tensor | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
-        orientation = _orientation(data) if b"Exif\0" in data[:MAX_MARKERS] else 1
+        header = _before_scans(data)
+        turned = b"Exif\0" in header or b"tiff:Orientation" in header
+        orientation = _orientation(data) if turned else 1
         if orientation is None:
             return None
         image = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
-    except ValueError:  # damaged: Pillow decides whether it is usable, and says what is wrong
+    except Exception:  # ValueError where damaged, KeyError where unusual (4:4:1): Pillow knows what to do
         return None
     return image if orientation == 1 else _TURNS[orientation](image)
 
@@ -106,8 +109,21 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _before_scans(data: bytes) -> bytes:
+    """The part of a JPEG in which EXIF and XMP stand; all of it where that part is unusual."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+        marker = data[place + 1]
+        if marker == 0xDA:  # start of scan
+            return data[:place]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # without a length
+            break
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data
+
+
 def _orientation(data: bytes) -> int | None:
-    """The EXIF orientation, 1 where there is none; None where Pillow had better look at the file."""
+    """Orientation by EXIF or XMP, 1 where there is none; None where Pillow had better look at the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,7 +143,10 @@ def _with_pillow(data: bytes, background: tuple[int, int, int]) -> Tensor:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}")
+                transparent = _transparent_value(image)
                 image.load()
+                if transparent is not None:
+                    image.info["transparency"] = transparent
                 return _to_tensor(_to_rgb(_upright(image), background))
     except ImageError:
         raise
@@ -144,9 +163,30 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
+    """The one transparent grey level or colour of a PNG, in the 8 bits that the pixels are scaled to.
+
+    Pillow leaves it in the bits of the file. None where it need not be scaled.
+
+    Args:
+        image: Opened and not yet loaded.
+    """
+    value = image.info.get("transparency")
+    layout = image.tile[0].args if image.format == "PNG" and image.tile else None
+    if isinstance(value, int) and layout in ("L;2", "L;4"):
+        return (value & 3) * 85 if layout == "L;2" else (value & 15) * 17
+    if isinstance(value, tuple) and layout == "RGB;16B":
+        return tuple(channel >> 8 for channel in value)
+    return None
+
+
 def _to_rgb(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        image = _scaled_to_8_bit(image)
+        transparent = image.info.get("transparency")
+        pixels = np.asarray(image)
+        image = _scaled_to_8_bit(pixels)
+        if isinstance(transparent, int):
+            image.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*colour, 255))
@@ -154,9 +194,8 @@ def _to_rgb(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
+def _scaled_to_8_bit(pixels: np.ndarray) -> Image.Image:
     """16-bit integers over 257, floats in [0, 1] times 255; Pillow's own conversion would clip both."""
-    pixels = np.asarray(image)
     scaled = pixels * 255.0 if pixels.dtype.kind == "f" else pixels / 257.0
     return Image.fromarray(np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8))
 

@@ -342,6 +342,8 @@ def _record(
             "name": data.name,
             "root": data.root,
             "split": data.origin,
+            "allowed": data.allow,
+            "problems": {problem.kind: problem.count for problem in data.problems},
             "train_images": len(data.train_set),
             "val_images": len(data.val_set),
             "train_counts": dict(

@@ -1,0 +1,132 @@
+"""The background colour, and nothing else, shows where an image is transparent; in every format and mode."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_cls.data.dataset import FolderSource
+from vit_cls.data.decode import decode_image, read_image
+from vit_cls.data.index import index_folder
+
+GREEN = (10, 200, 30)
+
+
+def _file(image: Image.Image | np.ndarray, image_format: str = "PNG", **options) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def _row(data: bytes, background: tuple[int, int, int] = GREEN) -> list[list[int]]:
+    """Colours of an image of one row."""
+    image = decode_image(data, background)
+    assert image.shape[1] == 1
+    return image[:, 0].T.tolist()
+
+
+def _png(width: int, bits: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of one row with one transparent value, in depths that Pillow does not write."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour_type, 0, 0, 0)),
+        (b"tRNS", transparent),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), GREEN])
+def test_half_transparent_colours_are_blended_with_the_background(image_format, background):
+    rgba = np.array([[(0, 100, 250, 255), (0, 100, 250, 51), (0, 100, 250, 0)]], dtype=np.uint8)
+    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+    # 51 / 255 is a fifth
+    blended = [round(0.2 * ink + 0.8 * paper) for ink, paper in zip((0, 100, 250), background, strict=True)]
+    assert _row(_file(rgba, image_format, **options), background) == [
+        [0, 100, 250],
+        blended,
+        list(background),
+    ]
+
+
+def test_background_shows_through_grey_with_alpha():
+    grey_alpha = np.array([[(0, 255), (0, 51), (7, 0)]], dtype=np.uint8)
+    assert _row(_file(Image.fromarray(grey_alpha, "LA"))) == [[0, 0, 0], [8, 160, 24], list(GREEN)]
+
+
+def _palette_image() -> Image.Image:
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    return image
+
+
+def test_background_shows_through_a_palette_whose_colours_have_alpha():
+    data = _file(_palette_image(), transparency=bytes([255, 0, 255]))
+    assert _row(data) == [[255, 0, 0], list(GREEN), [0, 0, 255]]
+
+
+def test_background_is_the_same_in_every_format_that_knows_a_transparent_colour():
+    expected = [[255, 0, 0], list(GREEN), [0, 0, 255]]
+    image = _palette_image()
+    files = {name: _file(image, name, transparency=1) for name in ("PNG", "GIF")}
+    image.info["transparency"] = 1
+    rgba = image.convert("RGBA")
+    files |= {"WEBP": _file(rgba, "WEBP", lossless=True), "TIFF": _file(rgba, "TIFF")}
+    assert {name: _row(data) for name, data in files.items()} == dict.fromkeys(files, expected)
+
+
+@pytest.mark.parametrize(
+    ("bits", "row"), [(1, b"\x40"), (2, b"\x24"), (4, b"\x0a\x20"), (8, b"\x00\x0a\x02")]
+)
+def test_transparent_grey_level_is_meant_in_the_bits_of_the_file(bits, row):
+    first, middle, last = {1: (0, 1, 0), 2: (0, 2, 1), 4: (0, 10, 2), 8: (0, 10, 2)}[bits]
+    scale = 255 // (2**bits - 1)
+    data = _png(3, bits, 0, row, struct.pack(">H", middle))
+    assert _row(data) == [[first * scale] * 3, list(GREEN), [last * scale] * 3]
+    if bits in (2, 4):  # only the low bits count (PNG, section 11.3.2.1)
+        assert _row(_png(3, bits, 0, row, struct.pack(">H", 0x0100 | middle))) == _row(data)
+
+
+def test_transparent_level_of_sixteen_bit_grey_is_exact():
+    data = _png(3, 16, 0, struct.pack(">3H", 0x0180, 0x0181, 0xFFFF), struct.pack(">H", 0x0180))
+    assert _row(data) == [list(GREEN), [1, 1, 1], [255, 255, 255]]
+
+
+def test_transparent_colour_of_sixteen_bits_is_compared_by_high_bytes():
+    red, other = (
+        (0x0180, 0x7F00, 0x0240),
+        (0x8001, 0x007F, 0x4002),
+    )  # low bytes of one, high bytes of the other
+    data = _png(2, 16, 2, struct.pack(">6H", *red, *other), struct.pack(">3H", *red))
+    assert _row(data) == [list(GREEN), [0x80, 0x00, 0x40]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1"])
+def test_background_is_nowhere_in_an_opaque_image(mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)).convert(
+        mode
+    )
+    for image_format in ("TIFF", "JPEG"):
+        if (mode, image_format) == ("1", "JPEG"):
+            continue
+        data = _file(image, image_format)
+        assert torch.equal(decode_image(data, GREEN), decode_image(data, (0, 0, 0)))
+
+
+def test_background_reaches_files_and_folders(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(_file(Image.new("RGBA", (3, 2))))
+    green = torch.tensor(GREEN, dtype=torch.uint8)[:, None, None].expand(3, 2, 3)
+    assert torch.equal(read_image(tmp_path / "a" / "1.png", GREEN), green)
+    assert torch.equal(FolderSource(index_folder(tmp_path), GREEN).read(1), green)
+    assert (FolderSource(index_folder(tmp_path)).read(1) == 255).all()
