@@ -1,17 +1,28 @@
 """The index lists exactly the images of a folder, in one order, compactly."""
 
 import errno
+import hashlib
 import os
 import pickle
 import pickletools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vit_cls.data import listing, path_table
 from vit_cls.data.decode import FORMATS
-from vit_cls.data.index import EXTENSIONS, ImageIndex, PathTable, class_folders, index_folder
+from vit_cls.data.index import (
+    EXTENSIONS,
+    ImageIndex,
+    PathTable,
+    balanced_weights,
+    class_folders,
+    index_folder,
+)
 from vit_cls.errors import DataError
 
 
@@ -211,14 +222,17 @@ def test_link_that_leads_back_to_its_own_folder_is_refused_not_followed_for_ever
 
 def test_class_folder_without_permission_is_named(tmp_path, monkeypatch):
     _touch(tmp_path, "a/1.png", "b/1.png")
-    scandir = os.scandir
 
-    def scandir_without_permission(path):  # chmod would not stop root
-        if os.fspath(path).endswith("/b"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
+    def without_permission(function):  # chmod would not stop root
+        def refused(path):
+            if os.fspath(path).endswith("/b"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return function(path)
 
-    monkeypatch.setattr(os, "scandir", scandir_without_permission)
+        return refused
+
+    monkeypatch.setattr(os, "scandir", without_permission(os.scandir))
+    monkeypatch.setattr(os, "listdir", without_permission(os.listdir))
     with pytest.raises(DataError, match=rf"^data\.root: {tmp_path}/b cannot be read: Permission denied\.$"):
         index_folder(tmp_path)
 
@@ -263,3 +277,215 @@ def test_with_class_names_matches_by_name_not_by_position(tmp_path):
     assert other.class_names == ["c", "a", "b"]
     assert _entries(other) == _entries(index)
     assert index.labels.tolist() == [0, 1, 1]  # the original is as it was
+
+
+def _reference_paths(root: Path, class_name: str) -> list[str]:
+    """The images of a class, one `Path` at a time."""
+    found = []
+    for path in root.joinpath(class_name).iterdir():
+        if path.name.startswith("."):
+            continue
+        relative = f"{class_name}/{path.name}"
+        if path.is_dir():
+            found += _reference_paths(root, relative)
+        elif path.suffix.lower() in EXTENSIONS:
+            found.append(relative)
+    return sorted(found)
+
+
+def _random_tree(root: Path, rng: np.random.Generator) -> Path:
+    """Names that share beginnings, and that sort around the slash: b.png, b/c.png, b-c.png, b0.png."""
+    parts = ("a", "ab", "b", "b-", "b.x", "b0", "é", "日本", "B", ".h", os.fsdecode(b"\xff"), "p.png")
+    endings = (".png", ".JPG", ".jpeg", ".txt", "", ".png.bak", ".", "png")
+    for class_name in ("k", "k.png", "k-2"):
+        for _ in range(int(rng.integers(4, 40))):
+            folders = [f"_{parts[i]}" for i in rng.integers(len(parts), size=rng.integers(0, 4))]
+            file = parts[rng.integers(len(parts))] + endings[rng.integers(len(endings))]
+            _touch(root, "/".join((class_name, *folders, file)))
+        _touch(root, f"{class_name}/one.png")
+    return root
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_index_is_what_a_plain_walk_finds(tmp_path, seed):
+    root = _random_tree(tmp_path, np.random.default_rng(seed))
+    index = index_folder(root)
+    assert index.class_names == ["k", "k-2", "k.png"]
+    expected = [(path, name) for name in index.class_names for path in _reference_paths(root, name)]
+    assert _entries(index) == expected
+    assert index.counts().sum() == len(index) == len(index.paths)
+
+
+def test_a_folder_whose_name_ends_like_an_image_is_a_folder(tmp_path):
+    index = index_folder(_touch(tmp_path, "a/x.png/1.png", "a/x.png-/2.png", "a/y.png", "b/1.png"))
+    assert list(index.paths) == ["a/x.png-/2.png", "a/x.png/1.png", "a/y.png", "b/1.png"]
+
+
+@pytest.mark.parametrize("links", [1, 2, 3])
+def test_index_does_not_rest_on_what_a_file_system_says_about_links(tmp_path, monkeypatch, links):
+    names = ("a/1.png", "a/2.JPG", "a/x/3.png", "a/y.txt", "b/1.png", "b/2.png", "c/.h.png", "c/!.png")
+    root = _touch(tmp_path, *names)
+    (root / "b" / "link").symlink_to(root / "a" / "x")
+    stat = os.stat
+
+    def stat_with_links(path, *args, **kwargs):
+        found = list(stat(path, *args, **kwargs))
+        return os.stat_result((*found[:3], links, *found[4:]))
+
+    monkeypatch.setattr(os, "stat", stat_with_links)
+    assert list(index_folder(root).paths) == [
+        "a/1.png",
+        "a/2.JPG",
+        "a/x/3.png",
+        "b/1.png",
+        "b/2.png",
+        "b/link/3.png",
+        "c/!.png",
+    ]
+
+
+def _tree_of_many_classes(root: Path) -> Path:
+    names = [f"c{i}/{i}_{j}.{e}" for i in range(12) for j, e in enumerate(("png", "JPG", "txt"))]
+    return _touch(root, *names, "c3/deep/er/é.png", "c7/" + os.fsdecode(b"\xfe.png"))
+
+
+@pytest.fixture
+def shared_listing(monkeypatch):
+    """Every listing counts as long; returns the helpers that were started."""
+    monkeypatch.setattr(listing, "LONG_SECONDS", 1e-9)
+    monkeypatch.setattr(listing, "START_SECONDS", 0.0)
+    monkeypatch.setattr(listing, "_cores", lambda: 4)
+    helpers = []
+    popen = subprocess.Popen
+
+    def recorded(*args, **kwargs):
+        helpers.append(popen(*args, **kwargs))
+        return helpers[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    return helpers
+
+
+def test_listing_shared_with_helper_processes_is_the_same(tmp_path, shared_listing, monkeypatch):
+    root = _tree_of_many_classes(tmp_path)
+    shared = index_folder(root)
+    assert [helper.returncode for helper in shared_listing] == [0, 0, 0]
+    monkeypatch.setattr(listing, "LONG_SECONDS", 1e9)
+    alone = index_folder(root)
+    assert len(shared_listing) == 3
+    assert _entries(shared) == _entries(alone)
+    assert len(alone) == 26
+    assert shared.fingerprint() == alone.fingerprint()
+
+
+@pytest.mark.parametrize("executable", ["/nowhere/python", "false"])
+def test_helpers_that_do_not_start_or_fail_are_done_without(
+    tmp_path, shared_listing, monkeypatch, executable
+):
+    root = _tree_of_many_classes(tmp_path)
+    monkeypatch.setattr(sys, "executable", executable)
+    assert len(index_folder(root)) == 26
+    assert [helper.returncode for helper in shared_listing] == ([1] * 3 if executable == "false" else [])
+
+
+def test_error_in_a_share_of_a_helper_names_the_folder(tmp_path, shared_listing):
+    root = _tree_of_many_classes(tmp_path)
+    (root / "c9" / "loop").symlink_to(root / "c9")
+    with pytest.raises(DataError, match=r"data\.root: .*c9/loop.* cannot be read"):
+        index_folder(root)
+    assert len(shared_listing) == 3
+    assert all(helper.returncode is not None for helper in shared_listing)
+
+
+def test_error_in_the_own_share_leaves_no_helper_behind(tmp_path, shared_listing):
+    root = _tree_of_many_classes(tmp_path)
+    (root / "c1" / "loop").symlink_to(root / "c1")
+    with pytest.raises(DataError, match=r"data\.root: .*c1/loop.* cannot be read"):
+        index_folder(root)
+    assert len(shared_listing) == 3
+    assert all(helper.returncode is not None for helper in shared_listing)
+
+
+def test_program_of_the_helpers_needs_nothing_installed():
+    code = (
+        "import sys; sys.argv=['x']; exec(open(sys.stdin.readline().strip()).read().split('if __name__')[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"{code}; print('numpy' in sys.modules, 'typing' in sys.modules)"],
+        input=listing.__file__,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("chunk", [3, path_table.CHUNK])
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_taking_paths_is_indexing_a_list_of_them(monkeypatch, count, chunk):
+    monkeypatch.setattr(path_table, "CHUNK", chunk)
+    rng = np.random.default_rng(count)
+    strings = [f"{'/'.join(_random_strings(rng, 2))}/{i}" for i in range(count)]
+    table = PathTable(strings)
+    for indices in (rng.integers(0, count, size=2 * count), np.arange(count)[::-1], np.array([], dtype=int)):
+        assert list(table.take(indices)) == [strings[i] for i in indices]
+        again = np.arange(len(indices))[::2]
+        assert list(table.take(indices).take(again)) == [strings[indices[i]] for i in again]
+    mask = rng.random(count) < 0.5
+    assert list(table.take(mask)) == [s for s, kept in zip(strings, mask, strict=True) if kept]
+    assert list(table.iter_bytes()) == [s.encode("utf-8", "surrogateescape") for s in strings]
+
+
+def test_path_table_of_more_paths_than_a_small_number_holds():
+    strings = [f"{i:06d}/{'x' * (i % 3)}" for i in range(70_000)]
+    table = PathTable(strings)
+    assert list(table) == strings
+    assert [table[i] for i in (0, 65_535, 65_536, -1)] == [strings[i] for i in (0, 65_535, 65_536, -1)]
+
+
+def _reference_fingerprint(index: ImageIndex) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path, label in zip(index.paths, index.labels.tolist(), strict=True):
+        digest.update(f"{path}\0{index.class_names[label]}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def test_fingerprint_is_that_of_one_path_after_the_other(tmp_path, monkeypatch):
+    index = index_folder(_random_tree(tmp_path, np.random.default_rng(0)))
+    expected = _reference_fingerprint(index)
+    assert index.fingerprint() == expected
+    monkeypatch.setattr("vit_cls.data.index.CHUNK", 4)
+    assert index.fingerprint() == expected
+
+
+def test_groups_and_weights_stay_with_their_images():
+    index = ImageIndex(
+        Path(),
+        ["b/1", "c/2", "c/3"],
+        np.array([0, 1, 1]),
+        ["b", "c"],
+        groups=["x", "y", "x"],
+        weights=np.array([1.0, 2.0, 3.0]),
+    )
+    for part in (index.subset(np.array([2, 0])), index.subset(np.array([2, 0])).with_class_names("abc")):
+        assert list(part.paths) == ["c/3", "b/1"]
+        assert list(part.groups) == ["x", "x"]
+        assert part.weights.tolist() == [3.0, 1.0]
+    bare = ImageIndex(Path(), ["b/1"], np.array([0]), ["b"]).subset(np.array([0]))
+    assert bare.groups is None
+    assert bare.weights is None
+
+
+def test_balanced_weights_draw_every_class_equally_often_and_are_one_on_average():
+    labels = np.array([0] * 90 + [1] * 9 + [3])
+    index = ImageIndex(Path(), [f"{i}" for i in range(100)], labels, ["a", "b", "none", "d"])
+    weights = balanced_weights(index)
+    assert weights.mean() == pytest.approx(1.0)
+    assert np.bincount(labels, weights=weights, minlength=4) == pytest.approx([100 / 3, 100 / 3, 0, 100 / 3])
+    assert len(np.unique(weights[:90])) == 1
+
+
+def test_balanced_weights_keep_the_proportions_of_given_weights_within_a_class():
+    given = np.array([1.0, 3.0, 0.0, 5.0, 0.0, 0.0])
+    index = ImageIndex(Path(), list("123456"), np.array([0, 0, 0, 1, 2, 2]), list("abc"), weights=given)
+    assert balanced_weights(index) == pytest.approx([0.75, 2.25, 0.0, 3.0, 0.0, 0.0])

@@ -1,5 +1,6 @@
 """Splits are found by name or made by class, the same on every machine."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +247,258 @@ def test_a_class_called_train_is_a_class(tmp_path):
     split = split_root(tmp_path, val_fraction=0.25, seed=0)
     assert split.train.class_names == ["bus", "train"]
     assert split.train.counts().tolist() == [3, 3]
+
+
+def _reference_held_out(index: ImageIndex, val_fraction: float, seed: int) -> list[str]:
+    """Class by class, path by path."""
+
+    def place(path: str) -> bytes:
+        return hashlib.blake2b(f"{seed}\0{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+    held_out = []
+    for label in range(len(index.class_names)):
+        members = sorted(
+            (p for p, at in zip(index.paths, index.labels, strict=True) if at == label), key=place
+        )
+        held_out += members[: max(0, min(max(1, round(val_fraction * len(members))), len(members) - 1))]
+    return held_out
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_split_is_that_of_hashing_one_path_after_the_other(seed):
+    rng = np.random.default_rng(seed)
+    index = _index({f"c{i}\udcff": int(rng.integers(1, 50)) for i in range(6)})
+    index = index.subset(rng.permutation(len(index))).with_class_names(["none", *reversed(index.class_names)])
+    val_fraction = float(rng.uniform(0.02, 0.98))
+    _, val = stratified_split(index, val_fraction=val_fraction, seed=seed)
+    assert sorted(val.paths) == sorted(_reference_held_out(index, val_fraction, seed))
+
+
+BY_PATIENT = r"/(p\d+)_"
+
+
+def _patients(
+    rng: np.random.Generator, num_groups: int, num_classes: int = 3, classes_of_one: int = 1, first: int = 0
+) -> ImageIndex:
+    """Groups of 1 to 6 images, each with ``classes_of_one`` classes."""
+    paths = []
+    for group in range(first, first + num_groups):
+        own = rng.choice(num_classes, size=classes_of_one, replace=False)
+        images = own.tolist() + rng.choice(own, size=int(rng.integers(0, 6))).tolist()
+        paths += [f"c{label}/p{group:03d}_{i}.png" for i, label in enumerate(images)]
+    return _from_paths(paths)
+
+
+def _from_paths(paths: list[str]) -> ImageIndex:
+    names = sorted({path.split("/")[0] for path in paths})
+    paths = sorted(paths)
+    labels = np.array([names.index(path.split("/")[0]) for path in paths])
+    return ImageIndex(Path("nowhere"), PathTable(paths), labels, names)
+
+
+def _groups(index: ImageIndex) -> set[str]:
+    return {path.split("/")[1].split("_")[0] for path in index.paths}
+
+
+@pytest.mark.parametrize("classes_of_one", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_stay_whole_and_every_class_is_on_both_sides(seed, classes_of_one):
+    rng = np.random.default_rng(seed)
+    index = _patients(rng, num_groups=60, classes_of_one=classes_of_one)
+    val_fraction = float(rng.uniform(0.1, 0.9))
+    train, val = stratified_split(index, val_fraction=val_fraction, seed=seed, group_by=BY_PATIENT)
+    assert sorted([*train.paths, *val.paths]) == list(index.paths)
+    assert not _groups(train) & _groups(val)
+    assert train.counts().min() > 0
+    assert val.counts().min() > 0
+
+
+@pytest.mark.parametrize("classes_of_one", [1, 2, 3])
+@pytest.mark.parametrize("val_fraction", [0.1, 0.25, 0.5])
+def test_share_of_each_class_is_near_the_fraction(val_fraction, classes_of_one):
+    index = _patients(np.random.default_rng(0), num_groups=400, classes_of_one=classes_of_one)
+    for seed in range(5):
+        _, val = stratified_split(index, val_fraction=val_fraction, seed=seed, group_by=BY_PATIENT)
+        assert val.counts() / index.counts() == pytest.approx([val_fraction] * 3, abs=0.06)
+
+
+def test_share_of_groups_of_one_class_is_exact():
+    index = _patients(np.random.default_rng(1), num_groups=97)
+    train, val = stratified_split(index, val_fraction=0.2, seed=0, group_by=BY_PATIENT)
+    for name in index.class_names:
+        of_class = [
+            _groups(_from_paths([p for p in part.paths if p.startswith(name)])) for part in (train, val)
+        ]
+        assert len(of_class[1]) == round(0.2 * (len(of_class[0]) + len(of_class[1])))
+
+
+@pytest.mark.parametrize("classes_of_one", [1, 3])
+def test_group_split_does_not_depend_on_the_order_of_images_or_their_root(classes_of_one):
+    rng = np.random.default_rng(2)
+    index = _patients(rng, num_groups=50, classes_of_one=classes_of_one)
+    expected = stratified_split(index, val_fraction=0.3, seed=1, group_by=BY_PATIENT)[1]
+    for _ in range(3):
+        order = rng.permutation(len(index))
+        shuffled = ImageIndex(
+            Path("else/where"), [index.paths[i] for i in order], index.labels[order], index.class_names
+        )
+        val = stratified_split(shuffled, val_fraction=0.3, seed=1, group_by=BY_PATIENT)[1]
+        assert sorted(val.paths) == sorted(expected.paths)
+
+
+def test_group_split_depends_on_group_names_and_seed_alone():
+    """Golden: another choice of groups would move images of runs that were made before."""
+    paths = [f"{c}/p{group}_{i}.png" for c in "ab" for group in range(10) for i in range(2)]
+    vals = [
+        stratified_split(_from_paths(paths), val_fraction=0.3, seed=seed, group_by=BY_PATIENT)[1]
+        for seed in range(3)
+    ]
+    assert [sorted(_groups(val)) for val in vals] == [
+        ["p1", "p7", "p9"],
+        ["p1", "p3", "p5"],
+        ["p7", "p8", "p9"],
+    ]
+
+
+@pytest.mark.parametrize("classes_of_one", [1, 2])
+def test_images_added_to_groups_move_nothing(classes_of_one):
+    rng = np.random.default_rng(3)
+    index = _patients(rng, num_groups=40, classes_of_one=classes_of_one)
+    more = [path.replace(".png", f"_{i}.png") for path in index.paths for i in range(int(rng.integers(0, 9)))]
+    after = _from_paths([*index.paths, *more])
+    for seed in range(5):
+        old, new = (
+            _groups(stratified_split(each, val_fraction=0.25, seed=seed, group_by=BY_PATIENT)[1])
+            for each in (index, after)
+        )
+        assert old == new
+
+
+@pytest.mark.parametrize("classes_of_one", [1, 3])
+def test_groups_added_move_few_others(classes_of_one):
+    rng = np.random.default_rng(4)
+    index = _patients(rng, num_groups=100, classes_of_one=classes_of_one)
+    added = _patients(rng, num_groups=15, classes_of_one=classes_of_one, first=500)
+    after = _from_paths([*index.paths, *added.paths])
+    for seed in range(5):
+        old, new = (
+            _groups(stratified_split(each, val_fraction=0.25, seed=seed, group_by=BY_PATIENT)[1])
+            for each in (index, after)
+        )
+        assert len((old ^ new) & _groups(index)) <= 0.2 * len(old)
+
+
+def test_last_group_of_a_class_is_never_held_out():
+    # p0 is the only one with a, p1 with b: whatever the fraction, both are trained on
+    paths = ["a/p0_1.png", "c/p0_2.png", "b/p1_1.png", "c/p1_2.png", "c/p2_1.png", "c/p3_1.png"]
+    for seed in range(10):
+        train, val = stratified_split(_from_paths(paths), val_fraction=0.9, seed=seed, group_by=BY_PATIENT)
+        assert _groups(train) >= {"p0", "p1"}
+        assert _groups(val) == {"p2", "p3"}
+
+
+def test_rarer_classes_leave_a_group_to_a_class_whose_groups_they_share():
+    # a may give p0 and b may give p2, but not both: z would have nothing to learn from
+    paths = [f"{name}.png" for name in ("a/p0_1", "a/p1_1", "b/p2_1", "b/p3_1", "z/p0_2", "z/p2_2")]
+    for seed in range(20):
+        train, val = stratified_split(_from_paths(paths), val_fraction=0.5, seed=seed, group_by=BY_PATIENT)
+        assert train.counts().min() > 0
+        assert val.counts()[:2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (
+            ["a/p1_1.png", "a/p1_2.png", "b/p1_3.png"],
+            r"nowhere has one group \(p1\), so none .*data\.group_by",
+        ),
+        (["a/p1_1.png", "a/p1_2.png", "b/p2_3.png"], r"nowhere has one group a class, so none"),
+    ],
+)
+def test_too_few_groups_are_refused(paths, message):
+    with pytest.raises(DataError, match=message):
+        stratified_split(_from_paths(paths), val_fraction=0.5, seed=0, group_by=BY_PATIENT)
+
+
+@pytest.mark.parametrize(
+    ("group_by", "message"),
+    [
+        ("(p", r"data\.group_by '\(p' is not a regular expression: missing \)"),
+        ("p1", r"data\.group_by 'p1' must have one capture group.*it has 0\. Example"),
+        ("(p)(1)", r"must have one capture group.*it has 2\."),
+    ],
+)
+def test_pattern_that_cannot_be_used_is_refused(group_by, message):
+    with pytest.raises(ConfigError, match=message):
+        stratified_split(_index({"a": 3, "b": 3}), val_fraction=0.5, seed=0, group_by=group_by)
+
+
+@pytest.mark.parametrize(
+    ("group_by", "message"),
+    [
+        (r"(patient\d)", r"matches none of the 6 paths below nowhere, such as a/0000\.png, a/0001\.png, "),
+        (r"a/(\d+)", r"finds no group in 3 of 6 paths below nowhere, such as b/0000\.png"),
+        (r"(x*)", r"matches none of the 6 paths"),
+        (r"(zz)?000", r"matches none of the 6 paths"),
+    ],
+)
+def test_paths_in_which_the_pattern_finds_nothing_are_named(group_by, message):
+    with pytest.raises(DataError, match=message):
+        stratified_split(_index({"a": 3, "b": 3}), val_fraction=0.5, seed=0, group_by=group_by)
+
+
+def test_groups_of_the_index_are_kept_whole_without_a_pattern():
+    index = _patients(np.random.default_rng(5), num_groups=30)
+    groups = [path.split("/")[1].split("_")[0] for path in index.paths]
+    grouped = ImageIndex(index.root, index.paths, index.labels, index.class_names, groups=groups)
+    _, val = stratified_split(grouped, val_fraction=0.3, seed=2)
+    assert list(val.paths) == list(
+        stratified_split(index, val_fraction=0.3, seed=2, group_by=BY_PATIENT)[1].paths
+    )
+    assert set(val.groups) == _groups(val)
+    with pytest.raises(
+        ConfigError, match=r"data\.group_by .* has no effect: the manifest has a group column"
+    ):
+        stratified_split(grouped, val_fraction=0.3, seed=2, group_by=BY_PATIENT)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_root_is_split_by_groups_and_the_origin_says_how(tmp_path, inside):
+    _touch(tmp_path / inside, *(f"{c}/p{g}_{i}.png" for c in "ab" for g in range(5) for i in range(2)))
+    _touch(tmp_path / inside, "c/p9_1.png", "c/p9_2.png")
+    split = split_root(tmp_path, val_fraction=0.2, seed=1, group_by=BY_PATIENT)
+    assert not _groups(split.train) & _groups(split.val)
+    assert len(split.val) == 4
+    assert (
+        r"0.2 of the groups of each class (by '/(p\\d+)_'; 4 of 22 images; 1 class(es) could give none) of "
+        in split.origin
+    )
+
+
+def test_group_in_both_split_folders_is_refused_and_other_groups_are_not(tmp_path):
+    _touch(tmp_path / "train", "a/p1_1.png", "b/p2_1.png")
+    _touch(tmp_path / "val", "a/p3_1.png", "b/p4_1.png")
+    split = split_root(tmp_path, val_fraction=0.1, seed=0, group_by=BY_PATIENT)
+    assert "no group of '/(p" in split.origin
+    _touch(tmp_path / "val", "b/p1_7.png")
+    with pytest.raises(DataError, match=r"data\.group_by .*: 1 group\(s\) are in train and in val: p1\."):
+        split_root(tmp_path, val_fraction=0.1, seed=0, group_by=BY_PATIENT)
+    assert len(_split(tmp_path).val) == 3  # nobody asked for groups
+
+
+def test_validation_folder_that_is_a_link_to_the_training_folder_is_refused(tmp_path):
+    _touch(tmp_path / "train", *TWO_CLASSES)
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    with pytest.raises(
+        DataError, match=r"val is the same folder as .*train, so the model would be validated"
+    ):
+        _split(tmp_path)
+
+
+def test_validation_class_that_is_a_link_to_a_training_class_is_refused(tmp_path):
+    _touch(tmp_path / "train", *TWO_CLASSES)
+    _touch(tmp_path / "val", "a/1.png")
+    (tmp_path / "val" / "b").symlink_to(tmp_path / "train" / "a")
+    with pytest.raises(DataError, match=r"val/b is the same folder as .*train/a, so"):
+        _split(tmp_path)

@@ -4,57 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from vit_cls.data.listing import EXTENSIONS as EXTENSIONS
+from vit_cls.data.listing import list_images
+from vit_cls.data.path_table import CHUNK, PathTable, iter_bytes
 from vit_cls.errors import DataError
-
-EXTENSIONS = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-    )
-)
-
-
-class PathTable(Sequence[str]):
-    """Strings in two arrays: a million paths are one object, so worker processes share their memory.
-
-    Args:
-        paths: The strings, in order.
-
-    Example:
-        >>> PathTable(["a/1.png", "b/2.png"])[1]
-        'b/2.png'
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        # surrogateescape: file names need not be valid UTF-8
-        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
-        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
-        index = range(len(self))[index]
-        start = int(self._ends[index - 1]) if index else 0
-        return self._bytes[start : int(self._ends[index])].tobytes().decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -66,12 +25,17 @@ class ImageIndex:
         paths: Relative paths with forward slashes, sorted within each class.
         labels: Position of each image's class in ``class_names``, int64.
         class_names: All classes, in the order of their labels.
+        groups: What each image belongs to (a patient, a video), where that is known: images of one group are
+            not split between training and validation.
+        weights: How often each image is drawn in training, relative to the others, where that is given.
     """
 
     root: Path
     paths: Sequence[str]
     labels: np.ndarray
     class_names: list[str]
+    groups: Sequence[str] | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,8 +50,12 @@ class ImageIndex:
 
     def subset(self, indices: np.ndarray) -> ImageIndex:
         """The images at ``indices``, with the same class names and labels."""
-        return ImageIndex(
-            self.root, PathTable([self.paths[i] for i in indices]), self.labels[indices], self.class_names
+        return replace(
+            self,
+            paths=_take(self.paths, indices),
+            labels=self.labels[indices],
+            groups=None if self.groups is None else _take(self.groups, indices),
+            weights=None if self.weights is None else self.weights[indices],
         )
 
     def with_class_names(self, class_names: Sequence[str]) -> ImageIndex:
@@ -98,7 +66,7 @@ class ImageIndex:
         """
         position = {name: i for i, name in enumerate(class_names)}
         lookup = np.array([position[name] for name in self.class_names], dtype=np.int64)
-        return ImageIndex(self.root, self.paths, lookup[self.labels], list(class_names))
+        return replace(self, labels=lookup[self.labels], class_names=list(class_names))
 
     def fingerprint(self) -> str:
         """A digest of paths and class names, to tell whether two runs saw the same files.
@@ -106,8 +74,11 @@ class ImageIndex:
         File contents are not read: that would cost as much as an epoch.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
-            digest.update(f"{path}\0{self.class_names[label]}\n".encode("utf-8", "surrogateescape"))
+        endings = [f"\0{name}\n".encode("utf-8", "surrogateescape") for name in self.class_names]
+        paths = iter_bytes(self.paths)
+        for start in range(0, len(self), CHUNK):
+            labels = self.labels[start : start + CHUNK].tolist()
+            digest.update(b"".join([next(paths) + endings[label] for label in labels]))
         return digest.hexdigest()
 
 
@@ -139,22 +110,21 @@ def index_folder(root: str | Path, *, name: str = "data.root", min_classes: int 
         raise DataError(
             f"{name} {root} has only one class folder ({classes[0]}); a classifier needs at least two."
         )
-    paths: list[str] = []
-    counts: list[int] = []
-    for class_name in classes:
-        try:
-            found = sorted(_image_files(str(root), class_name))
-        except OSError as error:  # no permission, or a link that leads back to its own folder
-            raise DataError(f"{name}: {error.filename} cannot be read: {error.strerror}.") from error
-        counts.append(len(found))
-        paths += found
-    empty = [class_name for class_name, count in zip(classes, counts, strict=True) if not count]
+    try:
+        runs = list_images(str(root), classes)
+    except OSError as error:  # no permission, or a link that leads back to its own folder
+        raise DataError(f"{name}: {error.filename} cannot be read: {error.strerror}.") from error
+    counts = dict.fromkeys(classes, 0)
+    for begin, count, _ in runs:
+        counts[begin[: begin.index(b"/")].decode("utf-8", "surrogateescape")] += count
+    empty = [class_name for class_name, count in counts.items() if not count]
     if empty:
         raise DataError(
             f"{name} {root} has {'a class folder' if len(empty) == 1 else 'class folders'} without images: "
             f"{', '.join(empty[:10])}. Put images there (.jpg, .png, .webp, ...) or remove the folder."
         )
-    return ImageIndex(root, PathTable(paths), np.repeat(np.arange(len(classes)), counts), classes)
+    labels = np.repeat(np.arange(len(classes)), list(counts.values()))
+    return ImageIndex(root, PathTable.from_runs(runs), labels, classes)
 
 
 def class_folders(root: Path, *, name: str) -> list[str]:
@@ -178,14 +148,30 @@ def class_folders(root: Path, *, name: str) -> list[str]:
         raise DataError(f"{name} {root} cannot be read as a folder: {error.strerror}.") from error
 
 
-def _image_files(root: str, folder: str) -> Iterator[str]:
-    """Relative paths of the images below ``root/folder``."""
-    with os.scandir(os.path.join(root, folder)) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            relative = f"{folder}/{entry.name}"
-            if entry.is_dir():
-                yield from _image_files(root, relative)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield relative
+def balanced_weights(index: ImageIndex) -> np.ndarray:
+    """Weights with which every class is drawn equally often.
+
+    Args:
+        index: Training images. Weights of its own say how often an image is drawn within its class.
+
+    Returns:
+        float64, shape ``(images,)``, 1 on average. Classes without an image, or whose weights are all zero,
+        are not drawn.
+
+    Example:
+        >>> index = ImageIndex(Path(), ["a/1", "a/2", "a/3", "b/1"], np.array([0, 0, 0, 1]), ["a", "b"])
+        >>> balanced_weights(index).round(3).tolist()
+        [0.667, 0.667, 0.667, 2.0]
+    """
+    own = np.ones(len(index)) if index.weights is None else index.weights
+    totals = np.bincount(index.labels, weights=own, minlength=len(index.class_names))
+    drawn = totals > 0
+    per_class = np.zeros_like(totals)
+    per_class[drawn] = len(index) / drawn.sum() / totals[drawn]
+    return own * per_class[index.labels]
+
+
+def _take(strings: Sequence[str], indices: np.ndarray) -> Sequence[str]:
+    if isinstance(strings, PathTable):
+        return strings.take(indices)
+    return PathTable([strings[i] for i in np.arange(len(strings))[indices].tolist()])
