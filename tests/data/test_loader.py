@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vit_cls.data import loader as loader_module
-from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, Sample, collate
+from vit_cls.data.dataset import FolderSource, ImageDataset, Sample, collate
 from vit_cls.data.decode import decode_image
 from vit_cls.data.index import ImageIndex, PathTable, index_folder
 from vit_cls.data.loader import default_num_workers, make_loader
@@ -278,3 +278,14 @@ def test_grey_photo_of_a_folder_has_the_pixels_of_its_file(tmp_path):
     source = FolderSource(index_folder(tmp_path))
     assert torch.equal(source.read(0), torch.arange(64, dtype=torch.uint8).reshape(8, 8).expand(3, 8, 8))
     assert os.path.samefile(source.index.path(0), tmp_path / "a" / "1.png")
+
+
+def test_a_batch_of_decoded_photos_keeps_their_layout_and_their_pixels(generator):
+    planes = torch.randint(0, 256, (4, 3, 6, 5), generator=generator, dtype=torch.uint8)
+    rows = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in planes]
+    samples = [Sample(i, image, 0, None) for i, image in enumerate(rows)]
+    batch = collate(samples).images
+    assert torch.equal(batch, planes)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    mixed = collate([samples[0], Sample(1, planes[1], 0, None)]).images
+    assert torch.equal(mixed, planes[:2])

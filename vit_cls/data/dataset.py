@@ -49,11 +49,18 @@ def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     return Batch(
-        torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
+        _stack(images) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
         torch.tensor([sample.position for sample in good], dtype=torch.int64),
         [(sample.position, sample.error or "") for sample in samples if sample.image is None],
     )
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """One batch; images that are rows of RGB stay so, which spares turning each into three planes."""
+    if any(image.stride(0) != 1 for image in images):
+        return torch.stack(images)
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 class ImageSource(Protocol):

@@ -68,6 +68,8 @@ Resize = Callable[[Tensor, list[int], InterpolationMode], Tensor]
 
 
 def _resize(image: Tensor, size: list[int], interpolation: InterpolationMode) -> Tensor:
+    if image.stride(0) == 1:  # as it was decoded: rows of RGB, which torch resizes faster than three planes
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return F.resize(image, size, interpolation=interpolation, antialias=True)
 
 
