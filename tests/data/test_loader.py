@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vit_cls.data import loader as loader_module
-from vit_cls.data.dataset import FolderSource, ImageDataset, Sample, collate
+from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, Sample, collate
 from vit_cls.data.decode import decode_image
 from vit_cls.data.index import ImageIndex, PathTable, index_folder
 from vit_cls.data.loader import default_num_workers, make_loader
