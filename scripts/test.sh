@@ -6,6 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 
+# Tiny tensors, and processes beside the tests': more threads would wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy

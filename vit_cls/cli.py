@@ -9,13 +9,15 @@ import logging
 import sys
 
 from vit_cls import __version__
-from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before.
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a classifier; a run folder comes out", "vit_cls.commands.fit"),
     "evaluate": ("top-1 and the rest of the truth on an image folder", "vit_cls.commands.evaluate"),
+    "compare": ("is one model better than another on the same images?", "vit_cls.commands.compare"),
+    "predict": ("label files or folders: CSV, JSONL, Parquet or a table", "vit_cls.commands.predict"),
     "doctor": ("what is wrong with an image folder, before hours are spent on it", "vit_cls.commands.doctor"),
     "export": ("a file that others can run, checked for equality", "vit_cls.commands.export"),
     "models": ("the architectures and the published weights that can be used", "vit_cls.commands.models"),
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     verb, *rest = words
     as_json, debug = "--json" in rest, "--debug" in rest
     rest = [word for word in rest if word not in ("--json", "--debug")]
+    CALLER.set(Caller(sys.stdout, as_json))
     try:
         if verb not in COMMANDS:
             raise VitClsError(

@@ -85,7 +85,7 @@ def test_fit_then_evaluate_from_the_command_line(image_root, tmp_path):
     # what fit logged for its best epoch is what evaluate finds
     assert (result["correct"], result["images"], result["failed"]) == (fitted["correct"], 8, 0)
     found = sorted(os.listdir(tmp_path / "out"))
-    assert found == ["per_class.csv", "predictions.csv", "report.html"]
+    assert found == ["figures", "per_class.csv", "predictions.csv", "report.html"]
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").read_text().splitlines()))
     assert sum(int(row["correct"]) for row in rows) == result["correct"]
     assert (tmp_path / "run/report.html").is_file()

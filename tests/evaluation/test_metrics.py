@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
 from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.evaluation.metrics import evaluate_predictions
-from vit_cls.evaluation.predictions import Predictions
+from vit_cls.evaluation.predictions import Predictions, Scoring
 
 
 def _predictions(images=400, classes=7, failed=(), present=None, seed=0) -> Predictions:
@@ -114,3 +115,42 @@ def test_impossible_counts_are_refused():
     for successes, trials in ((-1, 5), (6, 5), (0, 0)):
         with pytest.raises(ValueError, match="need 0 <= successes <= trials"):
             wilson_interval(successes, trials)
+
+
+def test_confused_pairs_are_the_cells_off_the_diagonal_the_most_frequent_first():
+    predictions = _predictions(images=300, classes=4)
+    result = evaluate_predictions(predictions)
+    pairs = result.confused_pairs()
+    assert sum(pair.images for pair in pairs) == result.scored - result.correct
+    assert [p.images for p in pairs] == sorted((p.images for p in pairs), reverse=True)
+    first = pairs[0]
+    names = predictions.index.class_names
+    assert result.confusion[names.index(first.label), names.index(first.prediction)] == first.images
+    assert first.support == (predictions.index.labels == names.index(first.label)).sum()
+
+
+def test_recall_has_wilsons_interval_where_there_are_images():
+    result = evaluate_predictions(_predictions(present=[1, 4]))
+    for row in result.per_class:
+        if row.support:
+            assert row.recall_ci95 == wilson_interval(row.correct, row.support)
+        else:
+            assert row.recall_ci95 is None
+
+
+def test_the_result_says_how_it_was_scored():
+    scoring = Scoring(temperature=2.0, tta="flip")
+    predictions = dataclasses.replace(_predictions(images=50), scoring=scoring)
+    assert evaluate_predictions(predictions).scoring == scoring
+    assert scoring.calibrated
+    assert not Scoring().calibrated
+
+
+def test_classes_that_were_ruled_out_do_no_harm():
+    predictions = _predictions(images=60, classes=5, present=[0, 2])
+    predictions.probs[:, [1, 3, 4]] = 0.0
+    predictions.probs[:] /= predictions.probs.sum(axis=1, keepdims=True)
+    result = evaluate_predictions(predictions)
+    assert result.top5 == 1.0
+    assert np.isfinite([result.nll, result.ece, result.calibration.brier]).all()
+    assert result.confusion[:, [1, 3, 4]].sum() == 0

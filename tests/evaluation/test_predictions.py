@@ -15,7 +15,14 @@ from vit_cls.data.transforms import eval_transform
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.evaluation.metrics import evaluate_predictions
 from vit_cls.evaluation.output import check_output, write_tables
-from vit_cls.evaluation.predictions import choose_bf16, choose_device, index_for_model, predict_index
+from vit_cls.evaluation.predictions import (
+    Scoring,
+    canonical_classes,
+    choose_bf16,
+    choose_device,
+    index_for_model,
+    predict_index,
+)
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -183,3 +190,40 @@ def test_a_model_without_a_head_says_how_to_train_one(tiny, image_root):
     index = index_for_model(image_root / "val", _classifier(tiny))
     with pytest.raises(ModelFileError, match=r"no head.*configs/linear_probe.yaml"):
         predict_index(classifier, index, device="cpu")
+
+
+def test_folders_of_imagenet_classes_are_known_by_id_and_by_name_in_any_spelling():
+    model = ["n01440764", "n01443537", "other"]
+    folders = ["Tinca_tinca", "n01443537", "other", "stranger"]
+    assert canonical_classes(folders, model, name="photos") == [
+        "n01440764",
+        "n01443537",
+        "other",
+        "stranger",
+    ]
+    assert canonical_classes(["tench"], ["tench"], name="photos") == ["tench"]
+
+
+def test_the_temperature_divides_the_logits_and_changes_no_prediction(tiny, image_root):
+    classifier = _classifier(tiny)
+    index = index_for_model(image_root / "val", classifier)
+    for tta in ("none", "flip"):
+        classifier.temperature = 1.0
+        plain = predict_index(classifier, index, device="cpu", num_workers=0, tta=tta)
+        classifier.temperature = 0.5
+        sharp = predict_index(classifier, index, device="cpu", num_workers=0, tta=tta)
+        expected = plain.probs**2 / (plain.probs**2).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(sharp.probs, expected, atol=1e-6)
+        assert (sharp.probs.argmax(axis=1) == plain.probs.argmax(axis=1)).all()
+        assert sharp.scoring == Scoring(temperature=0.5, tta=tta)
+
+
+def test_restricting_shares_the_probability_among_the_classes_of_the_folder(tiny, image_root):
+    classifier = _classifier(tiny, ("amber", "blue", "green", "red"))
+    index = index_for_model(image_root / "val", classifier)
+    free = predict_index(classifier, index, device="cpu", num_workers=0).probs
+    bound = predict_index(classifier, index, device="cpu", num_workers=0, restrict=True)
+    assert (bound.probs[:, [0, 2]] == 0).all()
+    expected = free[:, [1, 3]] / free[:, [1, 3]].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(bound.probs[:, [1, 3]], expected, atol=1e-6)
+    assert bound.scoring.restricted

@@ -99,3 +99,26 @@ def test_an_impossible_background_is_refused():
     for background in ((0, 0), (0, 0, 256)):
         with pytest.raises(ConfigError, match="three numbers from 0 to 255"):
             Preprocess((16, 16), background=background)
+
+
+def test_probabilities_are_the_softmax_of_logits_over_the_temperature(tiny, generator):
+    logits = torch.randn(5, 3, generator=generator)
+    classifier = _classifier(tiny)
+    torch.testing.assert_close(classifier.probs(logits), logits.double().softmax(dim=1))
+    classifier.temperature = 2.0
+    torch.testing.assert_close(classifier.probs(logits), (logits.double() / 2).softmax(dim=1))
+    assert torch.equal(classifier.probs(logits).argmax(dim=1), logits.argmax(dim=1))
+
+
+def test_the_temperature_is_in_the_metadata_and_is_1_where_they_have_none(tiny):
+    classifier = _classifier(tiny)
+    assert not classifier.calibrated
+    classifier.temperature = 1.25
+    metadata = json.loads(json.dumps(classifier.to_metadata()))
+    rebuilt = ImageClassifier.from_metadata(metadata)
+    assert (rebuilt.temperature, rebuilt.calibrated) == (1.25, True)
+    del metadata["temperature"]
+    assert ImageClassifier.from_metadata(metadata).temperature == 1.0
+    for wrong in (0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="temperature must be positive and finite"):
+            ImageClassifier.from_metadata(metadata | {"temperature": wrong})

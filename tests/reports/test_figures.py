@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import matplotlib as mpl
 import pytest
 
-from vit_cls.reports.figures import PAGE_COLOURS, Series, line_chart
+from vit_cls.reports.figures import PAGE_COLOURS, Series, line_chart, write_figures
 
 TWO = [Series("validation", [(0, 0.5), (1, 0.75), (2, 0.9)]), Series("training", [(0, 0.6), (2, 0.8)])]
 
@@ -56,3 +56,15 @@ def test_drawing_does_not_load_pyplot():
 
 def _parse(svg: str) -> ET.Element:
     return ET.fromstring(svg.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1))
+
+
+def test_a_chart_is_a_file_of_its_own_too(tmp_path):
+    chart = line_chart("loss", "Loss", [Series("training", [(0, 2.0), (1, 1.5)])])
+    (file,) = write_figures(tmp_path / "figures", [("Loss & more", chart)])
+    assert file == tmp_path / "figures/loss_more.svg"
+    root = ET.parse(file).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = file.read_text()
+    assert "var(" not in text
+    assert "currentColor" not in text
+    assert "#0b5cad" in text

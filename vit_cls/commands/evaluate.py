@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, make_parser, parse
+from vit_cls.data.thumbnails import thumbnails
 from vit_cls.environment import environment
+from vit_cls.errors import ConfigError
+from vit_cls.evaluation.calibration import TemperatureFit, fit_temperature
 from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
-from vit_cls.evaluation.output import check_output, write_tables
-from vit_cls.evaluation.predictions import index_for_model, predict_index
-from vit_cls.reports.html import write_evaluation_report
+from vit_cls.evaluation.output import (
+    check_output,
+    to_dict,
+    to_text,
+    uncertain_images,
+    worst_images,
+    write_tables,
+)
+from vit_cls.evaluation.predictions import Predictions, check_tta, index_for_model, predict_index
+from vit_cls.evaluation.temperature_file import calibratable_file, store_temperature
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.reports.html import MOST_PICTURES, ImageCases, write_evaluation_report
 from vit_cls.weights.factory import load
 
 
@@ -30,74 +47,92 @@ def run(words: list[str]) -> Outcome:
     parser = make_parser("evaluate", "Score a model on a folder with one sub-folder a class.")
     parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
     parser.add_argument("--data", type=str, required=True, help="the image folder")
+    flag: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
+    parser.add_argument("--exact", **flag, help="Pillow's resize, timm's pixels")
+    parser.add_argument("--restrict", **flag, help="predict only classes that the folder has")
+    parser.add_argument("--tta", type=str, default="none", help="none, or flip: mean with the mirror image")
     parser.add_argument(
-        "--exact", type=bool, nargs="?", const=True, default=False, help="Pillow's resize, timm's pixels"
+        "--calibrate",
+        type=str | None,
+        default=None,
+        help="validation folder to fit a temperature on; it is stored in the model file",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals")
     add_runtime_arguments(parser)
     args = parse(parser, words)
+    check_tta(args.tta)
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be at least 0; got {args.seed}.")
     output = check_output(args.output)
+    file = None if args.calibrate is None else calibratable_file(args.model)
     classifier = load(args.model)
     index = index_for_model(args.data, classifier)
+    fit = None if file is None else _calibrate(classifier, file, args)
     predictions = predict_index(
-        classifier,
-        index,
-        device=args.device,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        compile=args.compile,
-        exact=args.exact,
-        show_progress=sys.stderr.isatty(),
+        classifier, index, restrict=args.restrict, tta=args.tta, **_runtime_options(args)
     )
-    result = evaluate_predictions(predictions)
+    result = evaluate_predictions(predictions, seed=args.seed)
     if output is not None:
-        write_tables(output, predictions, result)
-        failures = [(index.paths[position], reason) for position, reason in predictions.errors.items()]
+        _write(output, predictions, result, classifier, args)
+    for position, reason in list(predictions.errors.items())[:5]:
+        print(f"could not be read: {index.path(position)}: {reason}", file=sys.stderr)
+    told = {
+        "weights_licence": classifier.weights_licence,
+        "calibration": None if fit is None else {"data": args.calibrate, **dataclasses.asdict(fit)},
+        "output": None if output is None else str(output),
+    }
+    text = ("" if fit is None else _fit_text(fit, file, args.calibrate)) + to_text(result)
+    return Outcome(to_dict(result) | told, text if output is None else f"{text}\nfiles in {output}")
+
+
+def _runtime_options(args: Namespace) -> dict[str, Any]:
+    names = ("device", "precision", "batch_size", "num_workers", "compile", "exact")
+    return {name: args[name] for name in names} | {"show_progress": sys.stderr.isatty()}
+
+
+def _calibrate(classifier: ImageClassifier, file: Path, args: Namespace) -> TemperatureFit:
+    """Fit on one view of every validation image, all classes allowed, and store what was found."""
+    index = index_for_model(args.calibrate, classifier, name="--calibrate")
+    if os.path.samefile(args.calibrate, args.data):
+        raise ConfigError(
+            f"--calibrate {args.calibrate} is the folder of --data, on which a temperature fitted to it "
+            "would look better than it is. Give other images: those that validated the training."
+        )
+    classifier.temperature = 1.0
+    fit = fit_temperature(predict_index(classifier, index, **_runtime_options(args)))
+    store_temperature(file, fit, args.calibrate)
+    classifier.temperature = fit.temperature
+    return fit
+
+
+def _fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
+    return (
+        f"temperature {fit.temperature:.4f} fitted on {fit.images} images of {data} ({fit.failed} could not "
+        f"be read), stored in {file}\n"
+        f"  NLL there {fit.nll_before:.4f} -> {fit.nll_after:.4f}, "
+        f"ECE {fit.ece_before:.4f} -> {fit.ece_after:.4f}; on the images that are scored:\n"
+    )
+
+
+def _write(
+    output: Path, predictions: Predictions, result: Evaluation, classifier: ImageClassifier, args: Namespace
+) -> None:
+    write_tables(output, predictions, result)
+    index = predictions.index
+    worst = worst_images(predictions, MOST_PICTURES)
+    uncertain = uncertain_images(predictions, MOST_PICTURES)
+    paths = dict.fromkeys(case.path for case in (*worst, *uncertain))
+    try:
         write_evaluation_report(
             output / "report.html",
             result,
             model=args.model,
             data=args.data,
-            failures=failures,
+            failures=[(index.paths[position], reason) for position, reason in predictions.errors.items()],
             versions=environment()["versions"],
+            cases=ImageCases(worst, uncertain, thumbnails(index.root, paths)),
+            licence=classifier.weights_licence,
+            source=classifier.weights_source,
         )
-    for position, reason in list(predictions.errors.items())[:5]:
-        print(f"could not be read: {index.path(position)}: {reason}", file=sys.stderr)
-    return _outcome(result, output)
-
-
-def _outcome(result: Evaluation, output: Path | None) -> Outcome:
-    low, high = result.top1_ci95
-    data = {
-        "images": result.images,
-        "failed": result.failed,
-        "scored": result.scored,
-        "correct": result.correct,
-        "top1": result.top1,
-        "top1_ci95": [low, high],
-        "top5": result.top5,
-        "balanced_accuracy": result.balanced_accuracy,
-        "nll": result.nll,
-        "ece": result.ece,
-        "seconds": round(result.seconds, 3),
-        "images_per_second": round(result.images / result.seconds, 1),
-        "classes": len(result.per_class),
-        "classes_present": result.classes_present,
-        "output": None if output is None else str(output),
-    }
-    missing = [row.name for row in result.per_class if not row.support]
-    coverage = f"; {result.classes_present} of the model's {len(result.per_class)} classes" if missing else ""
-    text = (
-        f"{result.correct} of {result.scored} images right ({result.failed} could not be read{coverage})\n"
-        f"top-1              {result.top1:.4f}   95 % interval {low:.4f} to {high:.4f}\n"
-        f"top-{min(5, len(result.per_class))}              {result.top5:.4f}\n"
-        f"balanced accuracy  {result.balanced_accuracy:.4f}\n"
-        f"NLL                {result.nll:.4f}\n"
-        f"ECE (15 bins)      {result.ece:.4f}\n"
-        f"{result.images / result.seconds:.0f} images/s"
-    )
-    if missing:
-        text += f"\nno images of: {', '.join(missing[:20])}{' ...' if len(missing) > 20 else ''}"
-    if output is not None:
-        text += f"\nfiles in {output}"
-    return Outcome(data, text)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,19 @@ class Outcome:
     text: str
     code: int = 0
     silent: bool = False
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Where results go, for a verb that writes them as they come instead of at the end.
+
+    Args:
+        stdout: The real one; while a verb runs, ``sys.stdout`` is stderr.
+        as_json: Whether ``--json`` was given: then nothing but the outcome may go there.
+    """
+
+    stdout: TextIO
+    as_json: bool = False
+
+
+CALLER: ContextVar[Caller] = ContextVar("caller")

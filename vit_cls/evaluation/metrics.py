@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from vit_cls.errors import DataError
+from vit_cls.evaluation.calibration import Calibration, measure_calibration, negative_log
 from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.evaluation.predictions import Predictions
-
-ECE_BINS = 15
+from vit_cls.evaluation.predictions import AS_IS, Predictions, Scoring
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class ClassMetrics:
         return self.correct / self.support if self.support else None
 
     @property
+    def recall_ci95(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of the recall; None where the folder has no image of the class."""
+        return wilson_interval(self.correct, self.support) if self.support else None
+
+    @property
     def precision(self) -> float | None:
         """Correct over predicted; None where the class was never predicted."""
         return self.correct / self.predicted if self.predicted else None
@@ -46,6 +50,23 @@ class ClassMetrics:
         """Harmonic mean of precision and recall; None where the class is absent on both sides."""
         total = self.support + self.predicted
         return 2 * self.correct / total if total else None
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """One class taken for another.
+
+    Args:
+        label: The true class.
+        prediction: What it was taken for.
+        images: How often.
+        support: Scored images of the true class.
+    """
+
+    label: str
+    prediction: str
+    images: int
+    support: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,8 @@ class Evaluation:
         per_class: One row for each class of the model.
         confusion: Images by true class (rows) and predicted class (columns).
         seconds: Wall time of loading and predicting.
+        scoring: How the images became probabilities.
+        calibration: How far those can be believed; None where it was not measured.
     """
 
     images: int
@@ -79,6 +102,8 @@ class Evaluation:
     per_class: list[ClassMetrics]
     confusion: np.ndarray
     seconds: float
+    scoring: Scoring = AS_IS
+    calibration: Calibration | None = None
 
     @property
     def scored(self) -> int:
@@ -90,18 +115,31 @@ class Evaluation:
         """Classes of the model that the folder has images of."""
         return sum(row.support > 0 for row in self.per_class)
 
+    def confused_pairs(self) -> list[ConfusedPair]:
+        """Pairs that were confused, the most frequent first, then in class order."""
+        wrong = self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        rows, columns = np.nonzero(wrong)
+        order = np.argsort(-wrong[rows, columns], kind="stable")
+        classes = self.per_class
+        return [
+            ConfusedPair(classes[i].name, classes[j].name, int(wrong[i, j]), classes[i].support)
+            for i, j in zip(rows[order], columns[order], strict=True)
+        ]
 
-def evaluate_predictions(predictions: Predictions) -> Evaluation:
+
+def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluation:
     """Compute every metric.
 
     Args:
         predictions: Of one classifier on one folder.
+        seed: Of the resampling that the bootstrap intervals come from.
 
     Raises:
         DataError: If no image could be scored.
 
     Source:
-        Top-k and calibration error: torchmetrics; ECE: https://arxiv.org/abs/1706.04599.
+        Top-k accuracy and confusion matrix: torchmetrics.
     """
     scored = predictions.scored
     if not len(scored):
@@ -110,30 +148,34 @@ def evaluate_predictions(predictions: Predictions) -> Evaluation:
             f"none of the {len(predictions.index)} images in {predictions.index.root} could be read; "
             f"the first: {predictions.index.paths[path]}: {reason}."
         )
-    probs = torch.from_numpy(predictions.probs[scored])
-    targets = torch.from_numpy(predictions.index.labels[scored])
+    probs, targets = predictions.probs[scored], predictions.index.labels[scored]
+    given, wanted = torch.from_numpy(probs), torch.from_numpy(targets)
     names = predictions.index.class_names
     classes = len(names)
-    preds = probs.argmax(dim=1)
-    confusion = torch.bincount(targets * classes + preds, minlength=classes * classes).view(classes, classes)
+    # The first of equals, as predictions.csv has it.
+    preds = torch.from_numpy(probs.argmax(axis=1))
+    confusion = multiclass_confusion_matrix(preds, wanted, classes, validate_args=False).numpy()
     correct = int(confusion.trace())
     per_class = [
         ClassMetrics(name, int(confusion[i].sum()), int(confusion[i, i]), int(confusion[:, i].sum()))
         for i, name in enumerate(names)
     ]
     recalls = [row.recall for row in per_class if row.recall is not None]
-    true_probs = probs[torch.arange(len(targets)), targets].clamp_min(torch.finfo(torch.float64).tiny)
+    top5 = multiclass_accuracy(given, wanted, classes, top_k=min(5, classes), average="micro")
+    calibration = measure_calibration(probs, targets, seed=seed)
     return Evaluation(
         images=len(predictions.index),
         failed=len(predictions.errors),
         correct=correct,
         top1=correct / len(scored),
         top1_ci95=wilson_interval(correct, len(scored)),
-        top5=float(multiclass_accuracy(probs, targets, classes, top_k=min(5, classes), average="micro")),
+        top5=round(float(top5) * len(scored)) / len(scored),  # torchmetrics' is float32
         balanced_accuracy=float(np.mean(recalls)),
-        nll=float(-true_probs.log().mean()),
-        ece=float(multiclass_calibration_error(probs, targets, classes, n_bins=ECE_BINS, norm="l1")),
+        nll=float(negative_log(probs[np.arange(len(targets)), targets]).mean()),
+        ece=calibration.ece,
         per_class=per_class,
-        confusion=confusion.numpy(),
+        confusion=confusion,
         seconds=predictions.seconds,
+        scoring=predictions.scoring,
+        calibration=calibration,
     )

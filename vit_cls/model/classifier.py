@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,9 +98,11 @@ class ImageClassifier(nn.Module):
         model: Takes normalised floats; its head has one output a class.
         preprocess: How images become the model's input.
         class_names: One unique name for each output, in the order of the outputs.
+        temperature: What logits are divided by before they become probabilities; not 1 where it was fitted
+            on validation images.
 
     Raises:
-        ConfigError: If names, head and preprocessing do not fit together.
+        ConfigError: If names, head and preprocessing do not fit together, or the temperature is not positive.
 
     Example:
         >>> import torch
@@ -117,7 +120,13 @@ class ImageClassifier(nn.Module):
     weights_source: str | None
     """What the weights were fine-tuned from; None for fresh ones."""
 
-    def __init__(self, model: TokenModel, preprocess: Preprocess, class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: TokenModel,
+        preprocess: Preprocess,
+        class_names: Sequence[str],
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         config = model.config
         if len(set(class_names)) != len(class_names):
@@ -132,9 +141,12 @@ class ImageClassifier(nn.Module):
                 f"preprocessing makes {len(preprocess.mean)} channels of {preprocess.img_size} pixels, but "
                 f"the model takes {config.in_chans} of {config.image_hw}."
             )
+        if not 0.0 < temperature < math.inf:
+            raise ConfigError(f"temperature must be positive and finite; got {temperature}.")
         self.model = model
         self.preprocess = preprocess
         self.class_names = list(class_names)
+        self.temperature = float(temperature)
         self.weights_licence: str | None = None
         self.weights_source: str | None = None
         # Not in the state dict: the metadata holds them exactly.
@@ -178,12 +190,32 @@ class ImageClassifier(nn.Module):
         """
         return self.model(self.normalise(images))
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a temperature was fitted on validation images."""
+        return self.temperature != 1.0
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Logits to probabilities, by the temperature; the order of the classes stays.
+
+        Args:
+            logits: Of `forward`, shape ``(batch, classes)``; minus infinity where a class is ruled out.
+
+        Returns:
+            float64, of the same shape, on the same device; rows add up to 1.
+
+        Source:
+            Temperature scaling: https://arxiv.org/abs/1706.04599.
+        """
+        return (logits.double() / self.temperature).softmax(dim=-1)
+
     def to_metadata(self) -> dict[str, Any]:
         """Everything but the weights, as plain data that JSON can hold."""
         return {
             "architecture": self.model.config.to_dict(),
             "preprocess": dataclasses.asdict(self.preprocess),
             "class_names": self.class_names,
+            "temperature": self.temperature,
             "weights_licence": self.weights_licence,
             "weights_source": self.weights_source,
         }
@@ -204,7 +236,10 @@ class ImageClassifier(nn.Module):
         try:
             build = build or (lambda values: VisionTransformer(ViTConfig.from_dict(values)))
             model = build(metadata["architecture"])
-            classifier = cls(model, Preprocess(**metadata["preprocess"]), metadata["class_names"])
+            temperature = metadata.get("temperature", 1.0)
+            classifier = cls(
+                model, Preprocess(**metadata["preprocess"]), metadata["class_names"], temperature
+            )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the metadata do not describe a classifier: {error}.") from error
         classifier.weights_licence = metadata.get("weights_licence")

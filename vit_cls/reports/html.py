@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
 from vit_cls.errors import RunError
-from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.evaluation.metrics import ECE_BINS, Evaluation
+from vit_cls.evaluation.calibration import ECE_BINS
+from vit_cls.evaluation.metrics import Evaluation
+from vit_cls.evaluation.output import ImageCase
 from vit_cls.files import write_text
-from vit_cls.reports.figures import Series, line_chart
+from vit_cls.reports.figures import Series, coverage_chart, line_chart, reliability_diagram, write_figures
 
 DASH = "–"  # noqa: RUF001, a dash stands where there is no value
 MATRIX_CLASSES = 30
 """Up to here the confusion matrix is drawn; beyond, cells would be too small to read."""
 MOST_PAIRS = 20
 MOST_FAILURES = 500
+MOST_PICTURES = 12
+"""Of the worst images, and of the most uncertain ones."""
 
 CURVES = (
     ("loss", "Loss", {"val/loss": "validation", "train/loss": "training"}, False),
@@ -50,6 +54,21 @@ EPOCH_COLUMNS = {
 
 # A control character would vanish or be an error in HTML; it is shown as Python would write it.
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), 127) if chr(i) not in "\n\t"}
+
+
+@dataclass(frozen=True)
+class ImageCases:
+    """Images to look at.
+
+    Args:
+        worst: Given a wrong class, the surest first.
+        uncertain: The least sure ones.
+        thumbnails: A small JPEG by path; a file without one is shown by its name.
+    """
+
+    worst: Sequence[ImageCase] = ()
+    uncertain: Sequence[ImageCase] = ()
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def write_fit_report(
@@ -105,6 +124,7 @@ def write_fit_report(
         "words": [shlex.quote(word) for word in record.get("command") or []],
     }
     write_text(path, render("fit.html", context))
+    write_figures(path.parent / "figures", context["charts"])
 
 
 def write_evaluation_report(
@@ -115,6 +135,9 @@ def write_evaluation_report(
     data: str,
     failures: Sequence[tuple[str, str]],
     versions: Mapping[str, str],
+    cases: ImageCases | None = None,
+    licence: str | None = None,
+    source: str | None = None,
 ) -> None:
     """Write the page of an evaluation.
 
@@ -125,12 +148,16 @@ def write_evaluation_report(
         data: The image folder as the user named it.
         failures: Path and reason of each image that could not be read; the first 500 are shown.
         versions: Version by package.
+        cases: Images to show; None shows none.
+        licence: Of the weights; a dash where it is not known.
+        source: What the weights were fine-tuned from, if from any.
 
     Raises:
         OSError: If the file cannot be written; a file that was there stays.
 
     Example:
         >>> import tempfile
+        >>> import numpy as np
         >>> from vit_cls.evaluation.metrics import ClassMetrics
         >>> rows = [ClassMetrics("cat", 3, 3, 4), ClassMetrics("dog", 2, 1, 1)]
         >>> counts = np.array([[3, 0], [1, 1]])
@@ -143,17 +170,27 @@ def write_evaluation_report(
         ...     "4 of 5" in page.read_text(encoding="utf-8")
         True
     """
-    intervals = [
-        wilson_interval(row.correct, row.support) if row.support else None for row in result.per_class
-    ]
-    pairs = _confused_pairs(result)
+    pairs = result.confused_pairs()
+    calibration, cases = result.calibration, cases or ImageCases()
+    charts = []
+    if calibration is not None:
+        charts = [
+            ("Reliability", Markup(reliability_diagram("reliability", calibration.bins))),
+            ("Accuracy at coverage", Markup(coverage_chart("coverage", calibration.curve.tolist()))),
+        ]
     context = {
         "result": result,
         "model": model,
         "data": data,
         "k": min(5, len(result.per_class)),
         "ece_bins": ECE_BINS,
-        "classes": list(zip(result.per_class, intervals, strict=True)),
+        "scoring": result.scoring,
+        "calibration": calibration,
+        "charts": charts,
+        "cases": cases,
+        "pictures": {name: base64.b64encode(jpeg).decode() for name, jpeg in cases.thumbnails.items()},
+        "licence": licence,
+        "source": source,
         "matrix": _matrix(result) if len(result.per_class) <= MATRIX_CLASSES else None,
         "turned": max(len(row.name) for row in result.per_class) > 3,
         "matrix_classes": MATRIX_CLASSES,
@@ -163,6 +200,7 @@ def write_evaluation_report(
         "versions": versions,
     }
     write_text(path, render("evaluation.html", context))
+    write_figures(path.parent / "figures", charts)
 
 
 def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) -> list[tuple[str, Markup]]:
@@ -174,19 +212,6 @@ def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) ->
         if series:
             charts.append((title, Markup(line_chart(name, title, series, percent=percent, mark=mark))))
     return charts
-
-
-def _confused_pairs(result: Evaluation) -> list[tuple[str, str, int, int]]:
-    """True class, predicted class, images, support; the most frequent first, then in class order."""
-    wrong = result.confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    rows, columns = np.nonzero(wrong)
-    order = np.argsort(-wrong[rows, columns], kind="stable")
-    classes = result.per_class
-    return [
-        (classes[i].name, classes[j].name, int(wrong[i, j]), classes[i].support)
-        for i, j in zip(rows[order], columns[order], strict=True)
-    ]
 
 
 def _matrix(result: Evaluation) -> list[list[tuple[int, str, float]]]:

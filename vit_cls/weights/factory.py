@@ -17,6 +17,7 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.token_model import TokenModel
 from vit_cls.weights.bundle import MODEL_FILE, build_model, is_own_file, load_classifier
 from vit_cls.weights.families import FROM_SCRATCH_LICENCE, UNKNOWN_LICENCE, is_non_commercial
+from vit_cls.weights.file_classifier import FileClassifier
 from vit_cls.weights.resolve import AUTO, Found, find
 
 log = logging.getLogger("vit_cls")
@@ -240,7 +241,7 @@ def announce(model: TokenModel) -> None:
         log.info(f"licence of the weights of {report.source}: {licence}")
 
 
-def load(model: str | Path) -> ImageClassifier:
+def load(model: str | Path) -> FileClassifier:
     """Load a classifier from anything that ``--model`` takes.
 
     Args:
@@ -249,13 +250,17 @@ def load(model: str | Path) -> ImageClassifier:
             ``name=path/to/weights``.
 
     Returns:
-        The classifier in evaluation mode, on the CPU. Without known classes its outputs are named
-        ``output_0``, ``output_1``...; a headless one has none.
+        The classifier in evaluation mode, on the CPU; its ``predict`` labels image files. Without known
+        classes its outputs are named ``output_0``, ``output_1``...; a headless one has none.
 
     Raises:
         ModelFileError: If there is no such model, or it cannot be read.
         ConfigError: If the name is unknown.
     """
+    return FileClassifier.of(_load(model))
+
+
+def _load(model: str | Path) -> ImageClassifier:
     text, path = str(model), Path(model)
     if not path.exists():
         name, equals, file = text.partition("=")

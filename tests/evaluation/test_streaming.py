@@ -1,0 +1,470 @@
+"""Any number of paths in, one row each out: evaluate's pixels, constant memory, nothing lost on the way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import vit_cls
+from vit_cls.data.dataset import FolderSource, ImageDataset
+from vit_cls.data.decode import read_image
+from vit_cls.errors import ConfigError, DataError, ImageError, ModelFileError
+from vit_cls.evaluation.features import FeatureFile, feature_function
+from vit_cls.evaluation.path_stream import iter_paths
+from vit_cls.evaluation.predictions import index_for_model, predict_index
+from vit_cls.evaluation.row_files import FORMATS, RowFile, as_record, columns_of
+from vit_cls.evaluation.saving import Stopped, save_rows
+from vit_cls.evaluation.streaming import Row, Runtime, predict_files, run_batches
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
+from vit_cls.weights.bundle import save_classifier
+from vit_cls.weights.file_classifier import transform_of
+
+ON_CPU = {"device": "cpu", "num_workers": 0}
+
+
+def _classifier(tiny, names=("blue", "green", "red"), **settings) -> ImageClassifier:
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": len(names), **settings}))
+    return ImageClassifier(model, Preprocess((16, 16), crop_pct=0.8, background=(9, 200, 30)), list(names))
+
+
+def _paths(image_root) -> list[str]:
+    return list(iter_paths([str(image_root / "train")], io.BytesIO()))
+
+
+@pytest.fixture
+def photos(image_root, tmp_path):
+    """val/ with a transparent and a damaged image."""
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    Image.new("RGBA", (30, 20), (255, 0, 0, 90)).save(tmp_path / "val/red/clear.png")
+    (tmp_path / "val/blue/1.png").write_bytes(b"")
+    return tmp_path / "val"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
+    classifier = _classifier(tiny)
+    classifier.temperature = 1.7
+    index = index_for_model(photos, classifier)
+    paths = [str(index.path(i)) for i in range(len(index))]
+    runtime = Runtime(**ON_CPU, batch_size=4, exact=exact)
+    expected = predict_index(classifier, index, **ON_CPU, batch_size=4, exact=exact)
+    rows = list(predict_files(classifier, paths, top_k=3, runtime=runtime))
+    assert [row.path for row in rows] == paths
+    assert (
+        {i: row.error for i, row in enumerate(rows) if row.error}
+        == expected.errors
+        == {1: "the file is empty"}
+    )
+    for i in expected.scored:
+        assert [name for name, _ in rows[i].best] == [
+            classifier.class_names[k] for k in np.argsort(-expected.probs[i])
+        ]
+        np.testing.assert_allclose([p for _, p in rows[i].best], -np.sort(-expected.probs[i]), atol=1e-7)
+
+    pixels = []
+    for outputs in run_batches(
+        classifier,
+        paths,
+        lambda images: pixels.append(images) or images[:, 0, 0, :1],
+        shape=(1,),
+        runtime=runtime,
+    ):
+        assert len(outputs.paths) == len(outputs.values)
+    source = FolderSource(index, classifier.preprocess.background)
+    dataset = ImageDataset(source, transform_of(classifier.preprocess, exact=exact))
+    evaluated = torch.stack([dataset[0, int(i)].image for i in expected.scored])
+    assert torch.equal(torch.cat(pixels), evaluated)
+
+
+def test_the_temperature_sharpens_or_blurs(tiny, image_root):
+    classifier, paths = _classifier(tiny), _paths(image_root)[:2]
+    plain = [row.best[0] for row in predict_files(classifier, paths, runtime=Runtime(**ON_CPU))]
+    classifier.temperature = 4.0
+    blurred = [row.best[0] for row in predict_files(classifier, paths, runtime=Runtime(**ON_CPU))]
+    assert [name for name, _ in plain] == [name for name, _ in blurred]
+    assert all(b < a for (_, a), (_, b) in zip(plain, blurred, strict=True))
+
+
+def test_the_order_of_rows_is_that_of_paths_for_any_number_of_workers(tiny, image_root):
+    paths = _paths(image_root) * 2 + ["nowhere.jpg"]
+    random.Random(0).shuffle(paths)
+    classifier, reference = _classifier(tiny), None
+    for batch_size, num_workers in ((49, 0), (5, 0), (4, 2), (50, 1), (7, None)):
+        runtime = Runtime("cpu", batch_size=batch_size, num_workers=num_workers)
+        rows = list(predict_files(classifier, paths, runtime=runtime))
+        assert [row.path for row in rows] == paths
+        assert [row.path for row in rows if row.error] == ["nowhere.jpg"]
+        probs = [row.best[0][1] for row in rows if row.best]
+        reference = probs if reference is None else reference
+        np.testing.assert_allclose(probs, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_workers", "ahead"), [(0, 1), (2, 5)])
+def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, tiny, image_root):
+    taken, paths = itertools.count(), itertools.cycle(_paths(image_root))
+    last = 0
+
+    def source():
+        nonlocal last
+        for path in paths:
+            last = next(taken)
+            yield path
+
+    rows = predict_files(
+        _classifier(tiny), source(), runtime=Runtime("cpu", batch_size=8, num_workers=num_workers)
+    )
+    for done, _ in enumerate(itertools.islice(rows, 400)):
+        assert last - done <= 8 * (ahead + 1)
+    rows.close() if hasattr(rows, "close") else None
+
+
+def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypatch):
+    """30,000 rows through the whole chain, from stdin to a file; a list of them would be many megabytes."""
+    total = 30_000
+    classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["a", "b", "c"])
+    black = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    monkeypatch.setattr("vit_cls.evaluation.streaming.read_image", lambda path, background: black)
+    name = f"{tmp_path}/./x.ppm"
+    peaks = {}
+
+    class Stdin(io.RawIOBase):
+        left = total
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            lines = min(self.left, 200)
+            data = (name + "\n").encode() * lines
+            self.left -= lines
+            buffer[: len(data)] = data
+            return len(data)
+
+    def work(paths):
+        batches = run_batches(
+            classifier,
+            paths,
+            lambda images: images[:, 0, 0, :1].float(),
+            shape=(1,),
+            runtime=Runtime(**ON_CPU, batch_size=100),
+        )
+        for number, outputs in enumerate(batches):
+            if number in (20, total // 100 - 1):
+                peaks[number] = tracemalloc.get_traced_memory()[1]
+                tracemalloc.reset_peak()
+            yield [as_record(Row(path, (("red", 0.5),)), 1) for path in outputs.paths], None
+
+    table = RowFile(tmp_path / "out", "predictions", "csv", columns_of(1))
+    tracemalloc.start()
+    try:
+        paths = iter_paths(["-"], io.BufferedReader(Stdin(), 16384))
+        saved = save_rows(table, paths, work, facts={}, batch_size=100)
+    finally:
+        tracemalloc.stop()
+    early, late = peaks.values()
+    assert saved.images == total
+    assert (tmp_path / "out/predictions.csv").read_bytes().count(b"\n") == total + 1
+    assert late < early + 300_000
+
+
+def _predict_into(
+    folder, classifier, paths, *, fmt="csv", resume=False, stop_after=None, facts=None, top_k=2
+):
+    """What predict --output does; a stop is a signal that comes after some batches."""
+
+    def work(some):
+        rows = predict_files(classifier, some, top_k=top_k, runtime=Runtime(**ON_CPU, batch_size=4))
+        for number in itertools.count():
+            if number == stop_after:
+                os.kill(os.getpid(), 15)
+            part = list(itertools.islice(rows, 4))
+            if not part:
+                return
+            yield [as_record(row, top_k) for row in part], None
+
+    table = RowFile(folder, "predictions", fmt, columns_of(top_k))
+    return save_rows(table, iter(paths), work, facts=facts or {"--model": 1}, batch_size=4, resume=resume)
+
+
+def _odd_paths(image_root, tmp_path) -> list[str]:
+    """With names that CSV must quote, one that is not UTF-8, and failures in between."""
+    paths = _paths(image_root)[:18]
+    for number, name in enumerate(
+        ['a,"b".png', "line\nend.png", "return\rx.png", os.fsdecode(b"\xff\xfe.png")]
+    ):
+        shutil.copy(paths[0], tmp_path / name)
+        paths.insert(4 * number + 1, str(tmp_path / name))
+    return [*paths[:9], "gone\n.png", *paths[9:]]
+
+
+@pytest.mark.parametrize("fmt", ["csv", "jsonl"])
+@pytest.mark.parametrize("torn", [0, 5, 130])
+def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(fmt, torn, tiny, image_root, tmp_path):
+    classifier, paths = _classifier(tiny), _odd_paths(image_root, tmp_path)
+    whole = _predict_into(tmp_path / "whole", classifier, paths, fmt=fmt)
+    folder = tmp_path / "parts"
+    for resume in (False, True):
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM; \d+ rows are kept .*--resume") as stopped:
+            _predict_into(folder, classifier, paths, fmt=fmt, stop_after=2, resume=resume)
+        assert stopped.value.signum == 15
+        assert not (folder / f"predictions.{fmt}").exists()
+    part = folder / f"predictions.{fmt}.part"
+    if torn:
+        os.truncate(part, part.stat().st_size - torn)
+    saved = _predict_into(folder, classifier, paths, fmt=fmt, resume=True)
+    assert (saved.images, saved.failed) == (whole.images, whole.failed) == (23, 1)
+    assert 0 < saved.resumed <= 16
+    assert saved.resumed == 16 or torn
+    assert os.listdir(folder) == [f"predictions.{fmt}"]
+    text = (folder / f"predictions.{fmt}").read_bytes()
+    assert text == (tmp_path / f"whole/predictions.{fmt}").read_bytes()
+    decoded = text.decode("utf-8", "surrogateescape")
+    rows = (
+        list(csv.DictReader(io.StringIO(decoded, newline="")))
+        if fmt == "csv"
+        else [json.loads(line) for line in decoded.splitlines()]
+    )
+    assert [row["path"] for row in rows] == paths
+
+
+def test_a_signal_while_an_image_is_decoded_makes_no_row_of_it(tiny, image_root, tmp_path, monkeypatch):
+    classifier, paths = _classifier(tiny), _paths(image_root)
+    done = itertools.count()
+    original = Image.open
+
+    def open_and_be_stopped(*args, **kwargs):
+        if next(done) == 6:
+            os.kill(os.getpid(), 2)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", open_and_be_stopped)
+    with pytest.raises(Stopped, match="stopped by SIGINT; 4 rows are kept"):
+        _predict_into(tmp_path, classifier, paths)
+    assert _predict_into(tmp_path, classifier, paths, resume=True).failed == 0
+
+
+def test_resume_without_a_part_begins_at_the_first_path(tiny, image_root, tmp_path):
+    saved = _predict_into(tmp_path / "new", _classifier(tiny), _paths(image_root), resume=True)
+    assert (saved.images, saved.resumed) == (24, 0)
+
+
+def test_a_part_is_not_continued_with_what_does_not_fit(tiny, image_root, tmp_path):
+    classifier, paths = _classifier(tiny), _paths(image_root)
+    with pytest.raises(Stopped):
+        _predict_into(tmp_path, classifier, paths, stop_after=3)
+    part = tmp_path / "predictions.csv.part"
+    before = part.read_bytes()
+    cases = [
+        (
+            {"paths": [*paths[:5], "other.png", *paths[6:]]},
+            r"row 6 of .* is .*, but now path 6 is other.png",
+        ),
+        ({"paths": paths[:5]}, r"row 6 of .* but there is no such path now"),
+        ({"paths": paths, "facts": {"--model": 2}}, r"was made with another --model"),
+        ({"paths": paths, "top_k": 3}, r"does not begin as it should"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(DataError, match=message):
+            _predict_into(tmp_path, classifier, resume=True, **changes)
+        assert part.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"holds the rows of an interrupted run. Continue it with --resume"):
+        _predict_into(tmp_path, classifier, paths)
+    assert part.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_rows_and_says_so(tiny, image_root, tmp_path, monkeypatch):
+    classifier, paths, append = _classifier(tiny), _paths(image_root), RowFile.append
+
+    def append_until_full(self, records):
+        if self.rows >= 8:
+            raise OSError(28, "No space left on device")
+        append(self, records)
+
+    monkeypatch.setattr(RowFile, "append", append_until_full)
+    with pytest.raises(ConfigError, match=r"No space left on device; 8 rows are kept .*--resume"):
+        _predict_into(tmp_path, classifier, paths)
+    monkeypatch.undo()
+    assert _predict_into(tmp_path, classifier, paths, resume=True).resumed == 8
+
+
+def test_a_model_that_diverged_is_refused_and_leaves_nothing(tiny, image_root, tmp_path):
+    classifier = _classifier(tiny)
+    torch.nn.init.constant_(classifier.model.head.bias, float("nan"))
+    with pytest.raises(ModelFileError, match=r"not finite for .*blue/0.png"):
+        _predict_into(tmp_path / "a/b", classifier, _paths(image_root))
+    assert os.listdir(tmp_path) == []
+
+
+def test_parquet_holds_what_jsonl_holds(tiny, image_root, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    classifier, paths = _classifier(tiny), [*_paths(image_root), "gone.png"]
+    with pytest.raises(Stopped):
+        _predict_into(tmp_path / "p", classifier, paths, fmt="parquet", stop_after=2)
+    _predict_into(tmp_path / "p", classifier, paths, fmt="parquet", resume=True)
+    _predict_into(tmp_path / "j", classifier, paths, fmt="jsonl")
+    assert os.listdir(tmp_path / "p") == ["predictions.parquet"]
+    lines = (tmp_path / "j/predictions.jsonl").read_text().splitlines()
+    assert parquet.read_table(tmp_path / "p/predictions.parquet").to_pylist() == [
+        json.loads(x) for x in lines
+    ]
+
+
+def _features_into(folder, classifier, what, paths, *, resume=False, stop_after=None):
+    compute, shape = feature_function(classifier, what)
+
+    def work(some):
+        batches = run_batches(classifier, some, compute, shape=shape, runtime=Runtime(**ON_CPU, batch_size=4))
+        for number, out in enumerate(batches):
+            yield [{"path": p, "error": out.errors.get(i)} for i, p in enumerate(out.paths)], out.values
+            if number + 1 == stop_after:
+                os.kill(os.getpid(), 2)
+
+    table = RowFile(folder, "features", "csv", ("path", "error"))
+    file = FeatureFile(folder / "features.safetensors", shape)
+    save_rows(
+        table,
+        iter(paths),
+        work,
+        facts={},
+        batch_size=4,
+        resume=resume,
+        features=file,
+        metadata={"features": what},
+    )
+
+
+@pytest.mark.parametrize("what", ["cls", "gap", "tokens"])
+def test_features_are_the_encoders_tokens_and_nan_where_an_image_failed(what, tiny, image_root, tmp_path):
+    classifier = _classifier(tiny, reg_tokens=2)
+    paths = _paths(image_root)[:9]
+    paths.insert(2, "gone.png")
+    _features_into(tmp_path / "whole", classifier, what, paths)
+    with pytest.raises(Stopped):
+        _features_into(tmp_path / "parts", classifier, what, paths, stop_after=1)
+    _features_into(tmp_path / "parts", classifier, what, paths, resume=True)
+    assert sorted(os.listdir(tmp_path / "parts")) == ["features.csv", "features.safetensors"]
+    for name in ("features.csv", "features.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    with safe_open(tmp_path / "whole/features.safetensors", framework="pt") as file:
+        features = file.get_tensor("features")
+        assert file.metadata()["features"] == what
+    assert features.dtype == torch.float32
+    assert features[2].isnan().all()
+    transform, good = transform_of(classifier.preprocess), [i for i in range(10) if i != 2]
+    images = torch.stack(
+        [transform(read_image(Path(paths[i]), classifier.preprocess.background)) for i in good]
+    )
+    with torch.inference_mode():
+        tokens = classifier.model.encode(classifier.normalise(images))
+    expected = {"cls": tokens[:, 0], "gap": tokens[:, 3:].mean(1), "tokens": tokens}[what]
+    torch.testing.assert_close(features[good], expected, atol=1e-5, rtol=0)
+
+
+def test_a_class_token_is_not_invented(tiny):
+    with pytest.raises(
+        ConfigError, match=r"--features cls: the model has no class token. Use --features gap"
+    ):
+        feature_function(_classifier(tiny, class_token=False, pool="gap"), "cls")
+
+
+def test_a_folder_gives_visible_images_sorted_at_any_depth(tmp_path):
+    for name in ("b/2.png", "b/.x.png", ".h/1.png", "b-c/1.JPG", "a.webp", "notes.txt", "b/deep/er/0.tif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b/deep/loop").symlink_to(tmp_path)
+    names = [os.path.relpath(path, tmp_path) for path in iter_paths([str(tmp_path)], io.BytesIO())]
+    assert names == ["a.webp", "b-c/1.JPG", "b/2.png", "b/deep/er/0.tif"]
+    (tmp_path / "b/deep/loop").unlink()
+    globbed = iter_paths([f"{tmp_path}/**/*.png", f"{tmp_path}/nope.jpg"], io.BytesIO())
+    assert [os.path.relpath(path, tmp_path) for path in globbed] == ["b/2.png", "nope.jpg"]
+
+
+def test_a_path_with_glob_characters_that_exists_is_itself(tmp_path):
+    (tmp_path / "x[1].png").touch()
+    assert list(iter_paths([f"{tmp_path}/x[1].png"], io.BytesIO())) == [f"{tmp_path}/x[1].png"]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"a.jpg\nb c.png\n", ["a.jpg", "b c.png"]),
+        (b"a.jpg\r\n\r\nb.png", ["a.jpg", "b.png"]),
+        (b"a\nb.jpg\0c.png\0", ["a\nb.jpg", "c.png"]),
+        (b"caf\xe9.png\n", [os.fsdecode(b"caf\xe9.png")]),
+    ],
+)
+def test_stdin_holds_a_path_a_line_or_a_path_a_nul(data, expected):
+    assert list(iter_paths(["-"], io.BytesIO(data))) == expected
+
+
+def test_what_holds_no_image_is_refused(tmp_path):
+    for words, message in (
+        ([], r"PATH is missing. Give image files"),
+        (["-"], r"stdin holds no path"),
+        (["-", "a.jpg"], r"cannot be combined"),
+        ([str(tmp_path)], r"folder .* holds no image file"),
+        ([f"{tmp_path}/*.jpg"], r"glob .* matches no file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            iter_paths(words, io.BytesIO())
+
+
+def test_settings_are_checked(tiny, image_root):
+    with pytest.raises(ConfigError, match="--batch_size must be at least 1; got 0"):
+        Runtime(batch_size=0)
+    with pytest.raises(ConfigError, match="--num_workers must not be negative"):
+        Runtime(num_workers=-1)
+    with pytest.raises(ConfigError, match="--device must be one of"):
+        Runtime(device="tpu")
+    with pytest.raises(ConfigError, match="--top_k must be from 1 to the model's 3 classes; got 4"):
+        predict_files(_classifier(tiny), _paths(image_root), top_k=4)
+    with pytest.raises(ModelFileError, match=r"no head.*linear_probe"):
+        predict_files(_classifier(tiny, ()), _paths(image_root))
+
+
+def test_a_loaded_classifier_labels_files(tiny, image_root, tmp_path):
+    plain = _classifier(tiny)
+    plain.temperature = 2.0
+    classifier = vit_cls.load(save_classifier(plain, tmp_path / "model.safetensors"))
+    paths = _paths(image_root)
+    labels, probs = classifier.predict(paths, batch_size=5)
+    rows = list(predict_files(plain, paths, runtime=Runtime(**ON_CPU, batch_size=5)))
+    assert labels == [row.best[0][0] for row in rows]
+    np.testing.assert_allclose(probs.max(dim=1).values, [row.best[0][1] for row in rows], atol=1e-6)
+    assert classifier.predict([]).labels == []
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ImageError, match=r"empty.png cannot be read: the file is empty."):
+        classifier.predict([*paths[:1], tmp_path / "empty.png"])
+    with pytest.raises(ConfigError, match="must be a list"):
+        classifier.predict(paths[0])
+
+
+def test_every_format_reads_back_what_it_wrote():
+    columns = columns_of(2)
+    rows = [Row('a,"\r\n.jpg', (("x, y", 0.75), ('"z"', 0.25))), Row("b", (), "it is, not\nan image")]
+    assert len(FORMATS) == 3
+    for row_format in FORMATS.values():
+        for row in rows:
+            record = as_record(row, 2)
+            read = row_format.read(row_format.line(record).encode(), columns)
+            as_text = {
+                k: "" if v is None else f"{v:.6f}" if isinstance(v, float) else v for k, v in record.items()
+            }
+            assert read == (as_text if row_format.ending == "csv" else record)

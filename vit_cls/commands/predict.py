@@ -1,0 +1,98 @@
+"""``vit-cls predict``: label image files, one row a path."""
+
+from __future__ import annotations
+
+import sys
+
+from jsonargparse import Namespace
+
+from vit_cls.commands.outcome import CALLER, Outcome
+from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, make_parser, parse
+from vit_cls.errors import ConfigError
+from vit_cls.evaluation.features import FEATURES
+from vit_cls.evaluation.labelling import Request, label
+from vit_cls.evaluation.output import check_output
+from vit_cls.evaluation.path_stream import iter_paths
+from vit_cls.evaluation.row_files import FORMATS, RowFile, check_parquet, columns_of
+from vit_cls.evaluation.streaming import Runtime
+from vit_cls.weights.factory import load
+
+TABLE = "table"
+PATH_HELP = "image files, folders, quoted globs, or - for paths on stdin, one a line or NUL-separated"
+
+
+def run(words: list[str]) -> Outcome:
+    """Predict.
+
+    Args:
+        words: The words after ``predict``.
+
+    Returns:
+        Counts; the rows go to ``--output``, or to stdout as they come.
+
+    Raises:
+        VitClsError: If the request cannot be carried out.
+    """
+    parser = make_parser(
+        "predict", "Label image files; an image that cannot be read is a row with its error."
+    )
+    parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
+    parser.add_argument("paths", metavar="PATH", nargs="*", type=str, help=PATH_HELP)
+    parser.add_argument("--format", type=str | None, default=None, help="csv, jsonl, parquet or table")
+    parser.add_argument("--top_k", type=int, default=1, help="classes a row")
+    parser.add_argument(
+        "--features", type=str | None, default=None, help=f"embeddings: {', '.join(FEATURES)}"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--exact", action="store_true", help="Pillow's resize, timm's pixels")
+    add_runtime_arguments(parser)
+    args = parse(parser, words)
+    caller = CALLER.get()
+    row_format = args.format or (TABLE if args.output is None and caller.stdout.isatty() else "csv")
+    output = check_output(args.output)
+    _check(row_format, args)
+    runtime = Runtime(
+        args.device, args.precision, args.batch_size, args.num_workers, args.compile, args.exact
+    )
+    table = None
+    if output is not None:
+        stem, columns = ("features", ("path", "error")) if args.features else ("predictions", None)
+        table = RowFile(output, stem, row_format, columns or columns_of(args.top_k))
+        table.check_part(args.resume)
+    paths = iter_paths(args.paths or [], sys.stdin.buffer)
+    request = Request(args.model, row_format, args.top_k, args.features, args.resume, runtime)
+    data = label(load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json)
+    text = (
+        f"{data['images']} images, {data['failed']} of them could not be read; "
+        + (f"features in {output}" if args.features else _calibration(data["temperature"]))
+        + f"\n{data['images_per_second']:.0f} images/s"
+        + ("" if output is None else f"\nfiles in {output}")
+    )
+    if output is None and not caller.as_json:
+        print(text, file=sys.stderr)
+        return Outcome(data, "", silent=True)
+    return Outcome(data, text)
+
+
+def _calibration(temperature: float) -> str:
+    how = "not calibrated" if temperature == 1.0 else f"calibrated (temperature {temperature:.4g})"
+    return f"probabilities are {how}"
+
+
+def _check(row_format: str, args: Namespace) -> None:
+    if row_format not in (*FORMATS, TABLE):
+        raise ConfigError(f"--format must be one of {', '.join((*FORMATS, TABLE))}; got {row_format!r}.")
+    if args.features is not None and args.features not in FEATURES:
+        raise ConfigError(f"--features must be one of {', '.join(FEATURES)}; got {args.features!r}.")
+    if args.output is None:
+        for name in ("features", "resume"):
+            if getattr(args, name):
+                raise ConfigError(f"--{name} needs --output DIR: the folder of its files.")
+        if row_format == "parquet":
+            raise ConfigError("--format parquet needs --output DIR; stdout takes csv, jsonl or table.")
+    elif row_format == TABLE:
+        raise ConfigError("--format table is for the terminal; with --output use csv, jsonl or parquet.")
+    if args.features and (row_format != "csv" or args.top_k != 1):
+        raise ConfigError("--features writes features.safetensors and .csv; leave --format and --top_k out.")
+    if row_format == "parquet":
+        check_parquet()

@@ -1,0 +1,254 @@
+"""Two or more models on the same images: counts, the paired difference, and what may be said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vit_cls.errors import DataError
+from vit_cls.evaluation.answers import Answers
+from vit_cls.evaluation.intervals import wilson_interval
+from vit_cls.evaluation.paired import (
+    ALPHA,
+    FEW_DISCORDANT,
+    RESAMPLES,
+    difference_interval,
+    equivalence_p,
+    holm,
+    images_needed,
+    mcnemar_mid_p,
+    smallest_detectable,
+)
+
+MARGIN = 0.01
+EQUIVALENT = "equivalent within the margin"
+CANNOT_TELL = "cannot tell"
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """How one model fared, on all the images that it scored.
+
+    Args:
+        name: The model.
+        correct: Scored images whose class was the first prediction.
+        scored: Images that have a prediction.
+        top1: Correct over scored.
+        top1_ci95: Wilson's 95 % interval of ``top1``.
+    """
+
+    name: str
+    correct: int
+    scored: int
+    top1: float
+    top1_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models on the images that both scored.
+
+    Args:
+        a: The one model.
+        b: The other.
+        images: Images that both scored.
+        failed: Images left out, because one or both could not read them.
+        both_right: Images that both classified right.
+        only_a: Images that ``a`` alone classified right.
+        only_b: Images that ``b`` alone classified right.
+        both_wrong: Images that neither classified right.
+        difference: Accuracy of ``b`` minus that of ``a``.
+        difference_ci95: Its 95 % interval, from `difference_interval`.
+        p_mcnemar_mid: Of equal accuracy, two-sided, from `mcnemar_mid_p`.
+        p_holm: The same, adjusted over all pairs.
+        p_equivalence: Of a difference as large as the margin, from `equivalence_p`, adjusted over all pairs.
+        margin: The largest difference that does not matter, stated before the comparison.
+        smallest_detectable: What this many images could have shown, from `smallest_detectable`.
+        verdict: ``NAME is better``, `EQUIVALENT` or `CANNOT_TELL`.
+        images_needed: How many images would probably settle it, where the verdict is `CANNOT_TELL`.
+    """
+
+    a: str
+    b: str
+    images: int
+    failed: int
+    both_right: int
+    only_a: int
+    only_b: int
+    both_wrong: int
+    difference: float
+    difference_ci95: tuple[float, float]
+    p_mcnemar_mid: float
+    p_holm: float
+    p_equivalence: float
+    margin: float
+    smallest_detectable: float
+    verdict: str
+    images_needed: int | None
+
+    @property
+    def discordant(self) -> int:
+        """Images that one of the two alone classified right."""
+        return self.only_a + self.only_b
+
+    @property
+    def interval(self) -> str:
+        """Which method gave the interval: ``bootstrap`` or ``score``."""
+        return "score" if self.discordant < FEW_DISCORDANT else "bootstrap"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with the number that it rests on, as one sentence."""
+        points = f"{100 * abs(self.difference):.2f} points"
+        margin = f"{100 * self.margin:g} point{'' if self.margin == 0.01 else 's'}"
+        if self.verdict == EQUIVALENT:
+            return f"{self.a} and {self.b} are equivalent within the margin of {margin}."
+        if self.verdict == CANNOT_TELL:
+            needed = "" if self.images_needed is None else f"; about {self.images_needed:,} would be needed"
+            return f"Cannot tell {self.a} and {self.b} apart on {self.images:,} images{needed}."
+        other = self.a if self.difference > 0 else self.b
+        small = f", less than the margin of {margin}" if abs(self.difference) < self.margin else ""
+        return f"{self.verdict} than {other}, by {points}{small}."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every model, and every pair of them.
+
+    Args:
+        models: In the order given.
+        pairs: All pairs, in that order.
+        seed: Of the resampling.
+    """
+
+    models: list[ModelScore]
+    pairs: list[Pair]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def compare_answers(
+    answers: Sequence[Answers], *, margin: float = MARGIN, seed: int = 0, resamples: int = RESAMPLES
+) -> Comparison:
+    """Compare every pair.
+
+    Args:
+        answers: Two or more, about the same images in the same order, names distinct.
+        margin: The largest difference of accuracies that does not matter, in (0, 1).
+        seed: Of the resampling.
+        resamples: How many.
+
+    Raises:
+        DataError: If a pair has no image that both scored.
+    """
+    pairs = [_pair(a, b, margin, seed, resamples) for a, b in itertools.combinations(answers, 2)]
+    p_holm = holm([pair.p_mcnemar_mid for pair in pairs])
+    p_equivalence = holm([pair.p_equivalence for pair in pairs])
+    judged = [
+        _judge(dataclasses.replace(pair, p_holm=p, p_equivalence=q), len(pairs))
+        for pair, p, q in zip(pairs, p_holm, p_equivalence, strict=True)
+    ]
+    return Comparison([_score(one) for one in answers], judged, seed)
+
+
+def _score(answers: Answers) -> ModelScore:
+    correct, scored = int(answers.correct.sum()), int((~answers.failed).sum())
+    return ModelScore(answers.name, correct, scored, correct / scored, wilson_interval(correct, scored))
+
+
+def _pair(a: Answers, b: Answers, margin: float, seed: int, resamples: int) -> Pair:
+    """Everything but what depends on the other pairs."""
+    kept = ~(a.failed | b.failed)
+    images = int(kept.sum())
+    if not images:
+        raise DataError(
+            f"no image has a prediction of both {a.name} and {b.name}; there is nothing to compare."
+        )
+    right_a, right_b = a.correct[kept], b.correct[kept]
+    classes, codes = np.unique(a.labels[kept].astype(str), return_inverse=True)
+    only_a = np.bincount(codes[right_a & ~right_b], minlength=len(classes))
+    only_b = np.bincount(codes[right_b & ~right_a], minlength=len(classes))
+    counts = int(only_a.sum()), int(only_b.sum())
+    difference = (counts[1] - counts[0]) / images
+    return Pair(
+        a=a.name,
+        b=b.name,
+        images=images,
+        failed=len(kept) - images,
+        both_right=int((right_a & right_b).sum()),
+        only_a=counts[0],
+        only_b=counts[1],
+        both_wrong=int((~right_a & ~right_b).sum()),
+        difference=difference,
+        difference_ci95=difference_interval(
+            only_a, only_b, np.bincount(codes), seed=seed, resamples=resamples
+        ),
+        p_mcnemar_mid=mcnemar_mid_p(*counts),
+        p_holm=math.nan,
+        p_equivalence=equivalence_p(*counts, images, margin),
+        margin=margin,
+        smallest_detectable=smallest_detectable(images, sum(counts) / images),
+        verdict=CANNOT_TELL,
+        images_needed=None,
+    )
+
+
+def _judge(pair: Pair, num_pairs: int) -> Pair:
+    """A difference that is there is named first, even a small one: its size is beside it."""
+    if pair.p_holm <= ALPHA:
+        return dataclasses.replace(pair, verdict=f"{pair.b if pair.difference > 0 else pair.a} is better")
+    if pair.p_equivalence <= ALPHA:
+        return dataclasses.replace(pair, verdict=EQUIVALENT)
+    needed = images_needed(pair.only_a, pair.only_b, pair.images, pair.margin, alpha=ALPHA / num_pairs)
+    return dataclasses.replace(pair, images_needed=max(needed, pair.images + 1))
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image that not all models put in the same class.
+
+    Args:
+        path: Relative path.
+        label: The true class.
+        predictions: Each model's class, in the order of the models; empty where it could not read the image.
+        probabilities: Of these classes; NaN where there is none.
+    """
+
+    path: str
+    label: str
+    predictions: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Which models are right."""
+        return tuple(prediction == self.label for prediction in self.predictions)
+
+
+def disagreements(answers: Sequence[Answers]) -> list[Disagreement]:
+    """The images that models put in different classes, in the order of the images.
+
+    Args:
+        answers: Two or more, about the same images in the same order.
+    """
+    differ = np.zeros(len(answers[0].labels), dtype=bool)
+    for a, b in itertools.combinations(answers, 2):
+        differ |= (a.predictions != b.predictions) & ~a.failed & ~b.failed
+    return [
+        Disagreement(
+            answers[0].paths[i],
+            str(answers[0].labels[i]),
+            tuple(str(one.predictions[i]) for one in answers),
+            tuple(float(one.probabilities[i]) for one in answers),
+        )
+        for i in np.flatnonzero(differ).tolist()
+    ]
