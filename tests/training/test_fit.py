@@ -172,7 +172,7 @@ def test_of_two_runs_that_chose_the_same_new_folder_the_second_is_refused(image_
         (tmp_path / "run").mkdir()
         (tmp_path / "run/run.json").write_text("{}")
 
-    monkeypatch.setattr("vit_cls.training.fit._announce", another_run_is_faster)
+    monkeypatch.setattr("vit_cls.training.fit.announce_run", another_run_is_faster)
     with pytest.raises(RunError, match="another run has just taken"):
         _fit(image_root, tmp_path / "run")
     assert os.listdir(tmp_path / "run") == ["run.json"]

@@ -103,7 +103,7 @@ def line_chart(
         f"{line.label} from {_number(line.points[0][1], percent)} to {_number(line.points[-1][1], percent)}"
         for line in series
     )
-    return _inline(text.getvalue(), name, f"{title}: {spoken}")
+    return inline_svg(text.getvalue(), name, f"{title}: {spoken}")
 
 
 def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
@@ -155,7 +155,7 @@ def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
         f"of {b.images} are right"
         for b in full
     )
-    return _inline(text.getvalue(), name, f"Reliability: {spoken}")
+    return inline_svg(text.getvalue(), name, f"Reliability: {spoken}")
 
 
 def coverage_chart(name: str, curve: Sequence[float]) -> str:
@@ -181,7 +181,9 @@ def coverage_chart(name: str, curve: Sequence[float]) -> str:
         axes.set(xlim=(0, 1), xlabel="share of images answered", ylabel="accuracy")
         _percent_axes(axes)
     half, whole = (_number(curve[k - 1], True) for k in (math.ceil(n / 2), n))
-    return _inline(text.getvalue(), name, f"Accuracy at coverage: {half} of the surest half, {whole} of all")
+    return inline_svg(
+        text.getvalue(), name, f"Accuracy at coverage: {half} of the surest half, {whole} of all"
+    )
 
 
 @contextlib.contextmanager
@@ -200,8 +202,14 @@ def _percent_axes(axes: Axes) -> None:
         axis.set_major_formatter(FuncFormatter(lambda v, _: _number(v, True, digits=6)))
 
 
-def _inline(svg: str, name: str, label: str) -> str:
-    """What matplotlib writes for a file of its own, made fit for a page that holds several."""
+def inline_svg(svg: str, name: str, label: str) -> str:
+    """What matplotlib writes for a file of its own, made fit for a page that holds several.
+
+    Args:
+        svg: From matplotlib, drawn in `PAGE_COLOURS`.
+        name: Unique in the page.
+        label: The chart in words.
+    """
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None
     body = svg[svg.index("</defs>") + len("</defs>") :]  # the first defs is a style sheet for all elements

@@ -10,7 +10,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vit_cls.reports.figures import LINE, NO_METADATA, SERIES, STYLE, TEXT, _inline
+from vit_cls.reports.figures import LINE, NO_METADATA, SERIES, STYLE, TEXT, inline_svg
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,4 @@ def forest_chart(name: str, title: str, rows: Sequence[Row], margin: float) -> s
         f"{100 * row.bounds[1]:+.2f}"
         for row in rows
     )
-    return _inline(text.getvalue(), name, f"{title}: {spoken}")
+    return inline_svg(text.getvalue(), name, f"{title}: {spoken}")

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.data.datamodule import ImageDataModule
-from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training.callbacks import EpochLog, Interrupted, RunCheckpoint, StopOnSignal
-from vit_cls.training.optim import lr_table, optimizer_groups, peak_lr
+from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import AUTO, FitOptions
+from vit_cls.training.record import announce_run, announce_weights, now, run_identity, run_record
 from vit_cls.training.runs import RunFolder, check_same_run, is_first_process, open_run
 from vit_cls.training.task import ClassificationTask, Schedule
 
@@ -103,7 +102,7 @@ def fit(
     existed = folder.path.exists()
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
-    identity = _identity(options, data, classifier)
+    identity = run_identity(options, data, classifier)
     epoch_log, stop = EpochLog(folder), StopOnSignal()
     callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), stop]
     trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
@@ -127,11 +126,11 @@ def fit(
     }
     if resuming:
         check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
-    record = _record(options, data, classifier, trainer, schedule, identity, command)
+    record = run_record(options, data, classifier, trainer, schedule, identity, command)
     if resuming:
         record["model"]["load_report"] = folder.read_record().get("model", {}).get("load_report")
-    _announce(record, data, schedule)
-    _announce_weights(options, classifier, schedule)
+    announce_run(record, data, schedule)
+    announce_weights(options, classifier, schedule)
     with stop.watching(), _run_folder(folder, record, trainer, existed=existed):
         if trainer.is_global_zero:
             write_text(folder.config_file, config_yaml)
@@ -141,7 +140,7 @@ def fit(
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
     if trainer.is_global_zero:
         record["data"]["bad_images"] = data.bad_images
-        folder.write_record({**record, "status": "finished", "finished": _now(), "result": summary})
+        folder.write_record({**record, "status": "finished", "finished": now(), "result": summary})
     return result
 
 
@@ -299,124 +298,12 @@ def _run_folder(
             error.args = (f"{error}; {hint}.",)
         if kept or not new:
             status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            folder.write_record({**record, "status": status, "finished": _now()})
+            folder.write_record({**record, "status": status, "finished": now()})
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
             if existed:
                 folder.path.mkdir()
         raise
-
-
-def _identity(options: FitOptions, data: ImageDataModule, classifier: ImageClassifier) -> dict[str, Any]:
-    """What must not change between the parts of a resumed run."""
-    return {
-        "architecture": _plain(classifier.model.config.to_dict()),
-        "class_names": data.class_names,
-        "train_fingerprint": data.train_source.index.fingerprint(),
-        "val_fingerprint": data.val_source.index.fingerprint(),
-        "seed": options.seed,
-        "batch_size": data.batch_size,
-        "augment": data.augment,
-    }
-
-
-def _record(
-    options: FitOptions,
-    data: ImageDataModule,
-    classifier: ImageClassifier,
-    trainer: Trainer,
-    schedule: Schedule,
-    identity: dict[str, Any],
-    command: list[str] | None,
-) -> dict[str, Any]:
-    """What ``run.json`` says from the start."""
-    model = classifier.model
-    return {
-        "format_version": 1,
-        "command": command,
-        "started": _now(),
-        **environment(),
-        "seed": options.seed,
-        "identity": identity,
-        "data": {
-            "name": data.name,
-            "root": data.root,
-            "split": data.origin,
-            "allowed": data.allow,
-            "problems": {problem.kind: problem.count for problem in data.problems},
-            "train_images": len(data.train_set),
-            "val_images": len(data.val_set),
-            "train_counts": dict(
-                zip(data.class_names, data.train_source.index.counts().tolist(), strict=True)
-            ),
-        },
-        "model": {
-            "name": classifier.weights_source if options.model.name == AUTO else options.model.name,
-            "pool": model.config.pool,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens": model.layout.num_tokens,
-            "preprocess": _plain(dataclasses.asdict(classifier.preprocess)),
-            "weights_licence": classifier.weights_licence,
-            "weights_source": classifier.weights_source,
-            "load_report": None if model.load_report is None else model.load_report.to_dict(),
-        },
-        "optim": {
-            **dataclasses.asdict(options.optim),
-            "peak_lr": schedule.lr,
-            "total_steps": schedule.total_steps,
-            "recipe": options.model.recipe.family,
-        },
-        "device": str(trainer.strategy.root_device),
-        "device_name": torch.cuda.get_device_name(trainer.strategy.root_device)
-        if trainer.strategy.root_device.type == "cuda"
-        else None,
-        "precision": str(trainer.precision),
-        "processes": trainer.world_size,
-    }
-
-
-def _announce(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedule) -> None:
-    """Say before the first step what is about to be trained, on what."""
-    if not is_first_process():
-        return
-    model = record["model"]
-    pre = model["preprocess"]
-    log.info(
-        f"{model['name']}, pool {model['pool']}: {model['parameters']:,} parameters, {model['tokens']} "
-        f"tokens, {len(data.class_names)} classes"
-    )
-    log.info(
-        f"input {' x '.join(map(str, pre['img_size']))} pixels, mean {pre['mean']}, std {pre['std']}, crop "
-        f"{pre['crop_pct']:g} {pre['crop_mode']}, {pre['interpolation']}"
-    )
-    log.info(
-        f"{len(data.train_set):,} images to train on, {len(data.val_set):,} to validate on: {data.origin}"
-    )
-    log.info(
-        f"{record['processes']} process(es) on {record['device_name'] or record['device']}, "
-        f"{record['precision']}, {schedule.total_steps:,} steps, peak learning rate {schedule.lr:.3g}, "
-        f"seed {record['seed']}"
-    )
-
-
-def _announce_weights(options: FitOptions, classifier: ImageClassifier, schedule: Schedule) -> None:
-    """Say what became of the weights, and at which rate each layer learns."""
-    if not is_first_process():
-        return
-    if classifier.model.load_report is not None:
-        log.info(classifier.model.load_report.table())
-    optim = options.optim
-    if optim.freeze is not None:
-        counts = [p.numel() for p in classifier.model.parameters() if not p.requires_grad]
-        log.info(f"{sum(counts):,} parameters are frozen (optim.freeze {optim.freeze})")
-    if optim.head_first_epochs:
-        log.info(
-            f"epochs 0 to {optim.head_first_epochs - 1}: the head alone, learning rate "
-            f"{optim.head_first_lr:g}; then all"
-        )
-    groups = optimizer_groups(classifier.model, optim, lr=schedule.lr)
-    if len({group["lr"] for group in groups}) > 1:
-        log.info(lr_table(groups))
 
 
 def _result(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:
@@ -457,12 +344,3 @@ def _quiet_lightning() -> None:
     )
     for message in messages:
         warnings.filterwarnings("ignore", message=message)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: tuples are lists."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
