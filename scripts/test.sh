@@ -11,6 +11,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
-# 2: mypy itself crashed, as it was seen to do now and then; a second run tells.
-.venv/bin/mypy || { [ $? -eq 2 ] && .venv/bin/mypy; }
+.venv/bin/mypy
 .venv/bin/python -m pytest "$@"
