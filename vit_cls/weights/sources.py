@@ -22,7 +22,7 @@ from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig
 from vit_cls.weights.adapter import AdapterConfig, adapter_config
-from vit_cls.weights.bundle import architecture_config, is_own_file, read_own_file
+from vit_cls.weights.bundle import MODEL_FILE, architecture_config, is_own_file, read_own_file
 from vit_cls.weights.class_names import class_names_of
 from vit_cls.weights.hf_folder import is_hf_folder, read_hf_folder
 from vit_cls.weights.hub import weights_file
@@ -38,8 +38,6 @@ from vit_cls.weights.timm_models import (
     timm_arguments,
 )
 from vit_cls.weights.tracing import Weights
-
-MODEL_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
