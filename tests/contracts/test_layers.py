@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": BASE | {"data", "model"},
     "training": BASE | {"data", "model", "weights"},
     "evaluation": BASE | {"data", "model", "weights"},
-    "reports": BASE | {"evaluation", "data.diagnosis"},  # result dataclasses
-    "commands": BASE | {"data", "model", "weights", "training", "evaluation", "reports"},
+    "lab": BASE | {"data", "model", "weights", "evaluation"},  # not training: a study is given it
+    "reports": BASE | {"evaluation", "data.diagnosis", "lab.results"},  # result dataclasses
+    "commands": BASE | {"data", "model", "weights", "training", "evaluation", "lab", "reports"},
     "cli": BASE | {"commands"},
     "__main__": {"cli"},
     "__init__": {"model", "weights"},
@@ -35,7 +36,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "matplotlib": ("reports/",),
     "jinja2": ("reports/",),
     "jsonargparse": ("commands/", "cli.py"),
-    "sklearn": ("data/digits.py", "evaluation/"),
+    "sklearn": ("data/digits.py", "evaluation/", "lab/"),
 }
 
 MODEL_LIBRARIES = {"torch", "einops"}

@@ -30,11 +30,21 @@ PAGE_COLOURS = {
     "#010205": "var(--series-1, #0b5cad)",
     "#010206": "var(--series-2, #b3400b)",
 }
+# Only charts of the lab have more than two lines.
+MORE_COLOURS = {
+    "#010207": "var(--series-3, #1a7f37)",
+    "#010208": "var(--series-4, #7a3fd1)",
+    "#010209": "var(--series-5, #a3246b)",
+    "#01020a": "var(--series-6, #0a7580)",
+    "#01020b": "var(--series-7, #765800)",
+    "#01020c": "var(--series-8, #57606a)",
+}
 TEXT, LINE, *SERIES = PAGE_COLOURS
 DASHES = ("-", (0, (4, 2)))  # series differ without colour too: in print, and for the colour-blind
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vit_cls",
+    "text.parse_math": False,  # a name with two dollar signs stays a name
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -206,7 +216,7 @@ def inline_svg(svg: str, name: str, label: str) -> str:
     """What matplotlib writes for a file of its own, made fit for a page that holds several.
 
     Args:
-        svg: From matplotlib, drawn in `PAGE_COLOURS`.
+        svg: From matplotlib, drawn in `PAGE_COLOURS` and `MORE_COLOURS`.
         name: Unique in the page.
         label: The chart in words.
     """
@@ -215,7 +225,7 @@ def inline_svg(svg: str, name: str, label: str) -> str:
     body = svg[svg.index("</defs>") + len("</defs>") :]  # the first defs is a style sheet for all elements
     body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", body)
     body = re.sub(r" font-family: [^;]*;", "", body)
-    for drawn, shown in PAGE_COLOURS.items():
+    for drawn, shown in (PAGE_COLOURS | MORE_COLOURS).items():
         body = body.replace(drawn, shown)
     label = html.escape(label)
     return f'<svg class="chart" {view_box[0]} role="img" aria-label="{label}">{body.strip()}'
@@ -237,7 +247,7 @@ def write_figures(folder: Path, charts: Iterable[tuple[str, str]]) -> list[Path]
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for title, svg in charts:
-        for shown in PAGE_COLOURS.values():
+        for shown in (PAGE_COLOURS | MORE_COLOURS).values():
             alone = re.search(r"#[0-9a-f]{6}", shown)
             svg = svg.replace(shown, alone[0] if alone else "#1f2328")
         head = 'svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'

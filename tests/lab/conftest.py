@@ -1,0 +1,111 @@
+"""Frozen tokens without a model, and trials that have ended without training, for the tests of the lab."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from vit_cls.lab.extraction import Rows
+from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.reads import Reader
+from vit_cls.lab.studies.runner import trial_folder
+from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial
+from vit_cls.model.tokens import TokenLayout
+
+
+class _Readable(nn.Module):
+    """As much of a model as a reader looks at; it has no norms, so reads are the tokens themselves."""
+
+    def __init__(self, layout: TokenLayout, depth: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(depth))
+        self.norm = nn.Identity()
+        self.fc_norm = nn.Identity()
+        self.config = type("Config", (), {"pool": "cls"})
+
+
+@pytest.fixture
+def frozen_part(tmp_path: Path):
+    """A function from tokens by layer and labels to frozen tokens of 4 blocks and a 2x2 grid."""
+
+    def make(
+        tokens: dict[int, np.ndarray], labels: np.ndarray, *, classes: int, class_token: bool = True
+    ) -> FrozenTokens:
+        layout = TokenLayout(class_token, 0, (2, 2))
+        folder = tmp_path / f"part{len(list(tmp_path.glob('part*')))}"
+        folder.mkdir()
+        for layer, values in tokens.items():
+            assert values.shape[1] == layout.num_tokens
+            (folder / f"layer{layer:03d}.f32").write_bytes(values.astype("<f4").tobytes())
+        names, paths = [f"class {i}" for i in range(classes)], [f"{i}.png" for i in range(len(labels))]
+        rows = Rows(np.asarray(labels, dtype=np.int64), names, paths, np.arange(len(labels)), {})
+        dim = next(iter(tokens.values())).shape[2]
+        return FrozenTokens(folder, Reader(_Readable(layout, 4)), sorted(tokens), rows, dim)
+
+    return make
+
+
+@pytest.fixture
+def noisy_parts(frozen_part):
+    """A function to train, val and test: class token and patch 1 carry the class, the rest is noise."""
+
+    def make(
+        *, counts: tuple[int, int, int] = (90, 60, 80), classes: int = 3, dim: int = 6, seed: int = 0
+    ) -> list[FrozenTokens]:
+        rng = np.random.default_rng(seed)
+        centres = 1.5 * rng.standard_normal((classes, dim))
+        parts = []
+        for count in counts:
+            labels, by_layer = np.arange(count) % classes, {}
+            for layer in (1, 2, 3, 4):
+                tokens = rng.standard_normal((count, 5, dim))
+                for place in (0, 2):
+                    tokens[:, place] += centres[labels] * layer / 4
+                by_layer[layer] = tokens
+            parts.append(frozen_part(by_layer, labels, classes=classes))
+        return parts
+
+    return make
+
+
+@pytest.fixture
+def relabelled():
+    """A function to the same images with shuffled labels."""
+
+    def shuffle(part: FrozenTokens, seed: int = 0) -> FrozenTokens:
+        labels = np.random.default_rng(seed).permutation(part.labels)
+        rows = Rows(labels, part.class_names, part.paths, part.positions, part.failures)
+        return FrozenTokens(part.folder, part.reader, part.layers, rows, part.embed_dim)
+
+    return shuffle
+
+
+@pytest.fixture
+def told():
+    """A function that ends trials: right are the test images given, and as many of the validation images."""
+
+    def tell(folder: Path, trials: Sequence[Trial], right: Sequence[np.ndarray], **note: object) -> None:
+        for trial, row in zip(trials, right, strict=True):
+            parts = trial.data.parts(trial.seed)
+            place = trial_folder(folder, trial)
+            place.mkdir(parents=True)
+            arrays = {}
+            for part, source in (("val", parts.val), ("test", parts.test)):
+                targets = source.index.labels
+                share = np.arange(len(targets)) < round(row.mean() * len(targets))
+                rows = row if part == "test" else share
+                answers = np.where(rows, targets, (targets + 1) % len(parts.class_names))
+                probs = np.eye(len(parts.class_names), dtype=np.float32)[answers]
+                arrays |= {f"{part}_probs": probs, f"{part}_targets": targets}
+                arrays[f"{part}_positions"] = np.arange(len(targets))
+            np.savez(place / ANSWERS, **arrays)
+            record = {"data": parts.counts(), "origin": parts.origin, "seconds": 1.0, "parameters": 9}
+            (place / DONE).write_text(json.dumps({**record, "head_parameters": 1, "head_macs": 1, **note}))
+
+    return tell

@@ -1,0 +1,288 @@
+"""Pixels from tokens: exact where they must be, bounded where they cannot be, and honest metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+
+from vit_cls.data.dataset import ArraySource
+from vit_cls.data.partition import Partition, partition_data
+from vit_cls.errors import ConfigError
+from vit_cls.evaluation.intervals import bootstrap_means, percentile_interval
+from vit_cls.lab.explained import r2, r2_scores
+from vit_cls.lab.frozen import Running, freeze
+from vit_cls.lab.inversion import invert
+from vit_cls.lab.least_squares import fits_of_moments, moments_of, ridge_fits
+from vit_cls.lab.picture_metrics import band_energy, identified, psnr, ssim
+from vit_cls.lab.pixel_decoders import (
+    conv_decoded,
+    pixels_of,
+    ridge_decoded,
+    ridge_decoded_by_patch,
+    working_size,
+)
+from vit_cls.lab.seeding import seeded
+from vit_cls.lab.statistics import mean_interval
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.tokens import TokenLayout
+from vit_cls.model.vit import VisionTransformer
+
+RUNNING = Running(device="cpu", precision="32")
+
+
+def _part(source: ArraySource, count: int) -> ArraySource:
+    rows = np.arange(len(source.index))[:: len(source.index) // count][:count]
+    return ArraySource(source.index.subset(rows), source.images[rows])
+
+
+def _digits(train: int = 90, val: int = 30, test: int = 40) -> Partition:
+    parts = partition_data("digits")
+    assert isinstance(parts.train, ArraySource)
+    assert isinstance(parts.val, ArraySource)
+    assert isinstance(parts.test, ArraySource)
+    return Partition(
+        _part(parts.train, train), _part(parts.val, val), _part(parts.test, test), "a few digits"
+    )
+
+
+def _classifier(class_token: bool = True, seed: int = 0) -> ImageClassifier:
+    config = ViTConfig(
+        img_size=8,
+        patch_size=2,
+        num_classes=10,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        class_token=class_token,
+        pool="cls" if class_token else "gap",
+    )
+    with seeded(seed):
+        model = VisionTransformer(config)
+    return ImageClassifier(model, Preprocess.for_size((8, 8)), [str(i) for i in range(10)]).eval()
+
+
+def _noise(parts: Partition) -> list[ArraySource]:
+    """Grey noise in the places of the digits: 64 numbers an image, which 90 images span."""
+    rng = np.random.default_rng(0)
+    sources = (parts.train, parts.val, parts.test)
+    grey = [rng.integers(0, 256, (len(one.index), 1, 8, 8), dtype=np.uint8) for one in sources]
+    return [
+        ArraySource(one.index, torch.from_numpy(pixels).expand(-1, 3, -1, -1).contiguous())
+        for one, pixels in zip(sources, grey, strict=True)
+    ]
+
+
+def _frozen_and_pixels(layer: int, noise: bool = False):
+    classifier, parts = _classifier(), _digits()
+    sources = _noise(parts) if noise else (parts.train, parts.val, parts.test)
+    frozen = [freeze(classifier, s, layers=[layer], device="cpu", precision="32") for s in sources]
+    pixels = [
+        pixels_of(s, f.positions, classifier.preprocess, (8, 8)) for s, f in zip(sources, frozen, strict=True)
+    ]
+    return frozen, tuple(pixels)
+
+
+def _r2_of(images: np.ndarray, test: np.ndarray, mean: np.ndarray) -> float:
+    errors = np.square(images - test).sum(axis=(1, 2, 3))
+    return r2(errors, np.square(test - mean).sum(axis=(1, 2, 3)))
+
+
+def test_patch_tokens_before_the_first_block_give_the_pixels_back_exactly():
+    frozen, pixels = _frozen_and_pixels(0, noise=True)  # patches of 12 numbers, tokens of 16
+    flat = tuple(one.tokens(0).reshape(len(one), -1) for one in frozen)
+    [plain] = ridge_fits(flat[0], pixels[0].reshape(len(pixels[0]), -1), [0.0])
+    found = plain(flat[2]).reshape(pixels[2].shape)
+    by_patch = ridge_decoded_by_patch(lambda part, i: frozen[part].tokens(0)[:, i], frozen[0].layout, pixels)
+    assert _r2_of(found, pixels[2], pixels[0].mean(axis=0)) == pytest.approx(1, abs=1e-6)
+    assert _r2_of(by_patch.images, pixels[2], pixels[0].mean(axis=0)) == pytest.approx(1, abs=1e-6)
+    assert by_patch.in_sample == pytest.approx(1, abs=1e-6)
+
+
+def test_the_class_token_before_the_first_block_gives_nothing_back():
+    frozen, pixels = _frozen_and_pixels(0)
+    found = ridge_decoded(tuple(one.tokens(0)[:, 0] for one in frozen), pixels)
+    assert found.in_sample == pytest.approx(0, abs=1e-9)
+    assert _r2_of(found.images, pixels[2], pixels[0].mean(axis=0)) <= 1e-9
+
+
+def test_all_tokens_explain_at_least_what_the_class_token_explains_and_it_at_most_what_components_do():
+    frozen, pixels = _frozen_and_pixels(2)
+    tokens = tuple(one.tokens(2) for one in frozen)
+    of_cls = ridge_decoded(tuple(one[:, 0] for one in tokens), pixels).in_sample
+    of_all = ridge_decoded(tuple(one.reshape(len(one), -1) for one in tokens), pixels).in_sample
+    flat = pixels[0].reshape(len(pixels[0]), -1)
+    ceiling = PCA(16, svd_solver="full").fit(flat).explained_variance_ratio_.sum()
+    assert 0.05 < of_cls < ceiling < 1
+    assert of_all >= of_cls
+
+
+def test_ridge_is_that_of_scikit_learn_for_more_rows_and_for_more_features(generator):
+    for rows, features in ((40, 7), (9, 20)):
+        x = torch.randn(rows, features, generator=generator).double().numpy() * 3 + 1
+        y = torch.randn(rows, 2, generator=generator).double().numpy()
+        z = (x - x.mean(0)) / x.std(0)
+        alpha = 0.1 * rows  # the mean eigenvalue of z'z is the number of rows
+        expected = Ridge(alpha=alpha).fit(z, y).predict(z)
+        [fit] = ridge_fits(x, y, [0.1])
+        np.testing.assert_allclose(fit(x), expected, atol=1e-9)
+        halves = [(x[: rows // 2], y[: rows // 2]), (x[rows // 2 :], y[rows // 2 :])]
+        [merged] = fits_of_moments(moments_of(halves), [0.1])
+        np.testing.assert_allclose(merged(x), expected, atol=1e-9)
+
+
+def test_shared_weights_are_least_squares_with_an_intercept_for_each_place(generator):
+    layout = TokenLayout(True, 0, (1, 2))
+    tokens = torch.randn(30, 3, 2, generator=generator).double().numpy()
+    y = torch.randn(30, 1, 1, 2, generator=generator).double().numpy()
+    found = ridge_decoded_by_patch(lambda part, i: tokens[:, i], layout, (y, y, y))
+    place = np.repeat(np.eye(2), 30, axis=0)
+    x = np.concatenate(
+        [np.concatenate([tokens[:, i], tokens[:, 0]], axis=1) for i in (1, 2)]
+    )  # patch 0 of all images, then patch 1
+    x, target = np.concatenate([x, place], axis=1), np.concatenate([y[:, 0, 0, 0], y[:, 0, 0, 1]])
+    expected = x @ np.linalg.lstsq(x, target, rcond=None)[0]
+    assert found.settings["penalty"] == 0.0  # validated on what it was fitted on
+    np.testing.assert_allclose(np.concatenate([found.images[:, 0, 0, 0], found.images[:, 0, 0, 1]]), expected)
+
+
+def test_psnr_is_the_hand_worked_one_and_has_a_ceiling():
+    original = np.zeros((2, 3, 4, 4))
+    image = original.copy()
+    image[0, :, :2] = 0.5  # half of the pixels: mean squared error 0.125
+    np.testing.assert_allclose(psnr(image, original), [9.0309, 100.0], atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [3, 5, 8, 12, 28])
+def test_structural_similarity_is_one_for_equal_images_only(side, generator):
+    images = torch.rand(3, 3, side, side, generator=generator).double().numpy()
+    np.testing.assert_allclose(ssim(images, images), 1, atol=1e-6)
+    assert (ssim(1 - images, images) < 0.7).all()
+
+
+def test_structural_similarity_of_constant_images_is_the_hand_worked_one():
+    one, other = np.full((1, 3, 12, 12), 0.2), np.full((1, 3, 12, 12), 0.8)
+    c1 = 0.01**2
+    expected = (2 * 0.2 * 0.8 + c1) / (0.2**2 + 0.8**2 + c1)
+    np.testing.assert_allclose(ssim(one, other), expected, atol=1e-4)
+
+
+def test_images_are_identified_by_exact_reconstructions_and_by_others_as_often_as_by_chance():
+    rng = np.random.default_rng(0)
+    originals = rng.random((400, 3, 4, 4))
+    assert identified(originals, originals).tolist() == [1.0] * 400
+    assert identified(originals + 1e-3 * rng.normal(size=originals.shape), originals).mean() == 1.0
+    hits = np.mean([identified(rng.random(originals.shape), originals).mean() for _ in range(25)])
+    assert hits == pytest.approx(1 / 400, abs=4 * np.sqrt(1 / 400 / 10_000))
+    assert identified(np.broadcast_to(originals.mean(0), originals.shape), originals).sum() == 1.0
+
+
+def test_energies_of_the_rings_add_up_and_a_wave_is_in_its_ring():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 3, 12, 10))
+    np.testing.assert_allclose(band_energy(images, 4).sum(axis=1), np.square(images).sum(axis=(1, 2, 3)))
+    wave = np.cos(2 * np.pi * 0.3125 * np.arange(16))[None, None, None].repeat(16, axis=2)
+    shares = band_energy(wave, 4)[0] / np.square(wave).sum()
+    np.testing.assert_allclose(shares, [0, 0, 1, 0], atol=1e-12)  # 0.25 to 0.375 cycles a pixel
+
+
+def test_scores_have_the_mean_and_the_interval_of_a_ratio():
+    rng = np.random.default_rng(0)
+    totals = rng.gamma(2.0, size=400)
+    errors = totals * rng.uniform(0.1, 0.6, size=400)
+    scores = r2_scores(errors, totals)
+    assert scores.mean() == pytest.approx(r2(errors, totals))
+    sums = bootstrap_means(np.stack([errors, totals], axis=1), resamples=2000)
+    low, high = percentile_interval(1 - sums[:, 0] / sums[:, 1])
+    np.testing.assert_allclose(mean_interval(scores).ci95, (low, high), atol=0.004)
+    naive = mean_interval(1 - errors / totals.mean()).ci95
+    assert naive[1] - naive[0] > 1.5 * (high - low)  # what the linearisation is for
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "grid_size", "expected"),
+    [
+        ((28, 28), (4, 4), (28, 28)),
+        ((224, 224), (14, 14), (28, 28)),
+        ((518, 518), (37, 37), (37, 37)),
+        ((32, 32), (8, 8), (32, 32)),
+        ((384, 192), (24, 12), (24, 24)),
+    ],
+)
+def test_every_patch_has_whole_pixels(image_hw, grid_size, expected):
+    assert working_size(image_hw, grid_size) == expected
+
+
+def test_a_network_learns_a_linear_map_and_repeats_itself_under_a_seed(monkeypatch):
+    monkeypatch.setattr("vit_cls.lab.pixel_decoders.CONV_STEPS", 100)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(160, 4)).astype(np.float32)
+    y = np.clip(0.5 + 0.2 * (x @ rng.normal(size=(4, 48))), 0, 1).reshape(160, 3, 4, 4)
+    parts = ((x[:100], x[100:130], x[130:]), (y[:100], y[100:130], y[130:]))
+    before = torch.get_rng_state()
+    found = conv_decoded(*parts, (2, 2), seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert _r2_of(found.images, y[130:], y[:100].mean(axis=0)) > 0.5
+    np.testing.assert_array_equal(conv_decoded(*parts, (2, 2), seed=3).images, found.images)
+    assert (conv_decoded(*parts, (2, 2), seed=4).images != found.images).any()
+
+
+def test_the_result_says_what_the_reads_explain_and_repeats_itself():
+    classifier, parts = _classifier(), _digits()
+    found = invert(classifier, parts, seed=1, running=RUNNING)
+    assert found.headline.startswith("The class token keeps more of the pixels than the label alone tells: ")
+    assert len(found.findings) == 4
+    assert found.findings[1].estimate == pytest.approx(
+        found.values["tokens"]["r2"] - found.values["cls"]["r2"]
+    )
+    assert found.values["mean"]["r2"] == pytest.approx(0, abs=1e-12)
+    assert found.values["mean"]["identified"] == pytest.approx(1 / 40)
+    assert found.values["label"]["r2"] > 0.2
+    assert found.values["cls"]["r2_in_sample"] <= found.values["pca"]["r2_in_sample"]
+    assert found.values["by_layer"]["cls"][0] == pytest.approx(0, abs=1e-9)
+    assert found.values["by_layer"]["cls"][2] == pytest.approx(found.values["cls"]["r2"])
+    # The random encoder has the seed of the probe; that of the model has another.
+    assert found.values["random"]["r2"] != found.values["cls"]["r2"]
+    assert invert(_classifier(seed=1), parts, seed=1, running=RUNNING).values["cls"] == found.values["random"]
+    assert (found.data["train"], found.data["val"], found.data["test"]) == (90, 30, 40)
+    again = invert(classifier, parts, seed=1, running=RUNNING)
+    assert dataclasses.replace(again, seconds=0).to_dict() == dataclasses.replace(found, seconds=0).to_dict()
+
+
+def test_pictures_show_the_original_beside_its_reconstructions():
+    found = invert(_classifier(), _digits(), layers=[2], running=RUNNING)
+    pictures = found.figures[-1]
+    assert pictures.columns[0] == "original"
+    assert len(pictures.rows) == 8
+    assert len(set(pictures.row_labels)) == 8
+    assert all(
+        image.shape == (96, 96, 3) and image.dtype == np.uint8 for row in pictures.rows for image in row
+    )
+    originals = _digits().test.images.permute(0, 2, 3, 1).numpy()
+    assert any(np.array_equal(pictures.rows[0][0][::12, ::12], one) for one in originals)
+
+
+def test_a_model_without_a_class_token_is_read_by_the_mean_of_its_patches():
+    found = invert(_classifier(class_token=False), _digits(), layers=[2], running=RUNNING)
+    assert "cls" not in found.values
+    assert len(found.findings) == 2
+    assert found.findings[0].claim.startswith("The mean of the patches keeps more")
+    assert "no class token" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": "gan"}, r"--decoder must be one of ridge, conv; got 'gan'"),
+        ({"margin": 0.0}, r"--margin must be between 0 and 1 .* got 0\."),
+        ({"layers": [3]}, r"layers must be from 0 .* to 2 .* got 3"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        invert(_classifier(), _digits(), running=RUNNING, **options)

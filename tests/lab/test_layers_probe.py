@@ -1,0 +1,150 @@
+"""The probes ``layers`` and ``tokens``: what is read where, and against what it is compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vit_cls import create_model
+from vit_cls.data.dataset import ArraySource
+from vit_cls.data.index import ImageIndex
+from vit_cls.data.partition import Partition
+from vit_cls.errors import ConfigError
+from vit_cls.lab.extraction import Running
+from vit_cls.lab.frozen import freeze
+from vit_cls.lab.layers import LayerSettings, layers
+from vit_cls.lab.linear_fits import LinearSettings
+from vit_cls.lab.linear_probe import linear
+from vit_cls.lab.tokens import TokenSettings, tokens
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+
+RUNNING = Running("cpu", "32", num_workers=0)
+
+
+@pytest.fixture
+def classifier(tiny):
+    torch.manual_seed(0)
+    model = create_model("vit_pico_patch7_28", num_classes=2, **tiny)
+    return ImageClassifier(model, Preprocess((16, 16), crop_pct=1.0), ["dark", "light"]).eval()
+
+
+@pytest.fixture
+def partition():
+    """Images whose class is their brightness."""
+    rng = np.random.default_rng(0)
+
+    def part(images):
+        labels = np.arange(images) % 2
+        pixels = rng.integers(0, 200, (images, 3, 16, 16)) + 40 * labels[:, None, None, None]
+        index = ImageIndex(Path("arrays"), [f"{i}.png" for i in range(images)], labels, ["dark", "light"])
+        return ArraySource(index, torch.from_numpy(pixels.astype(np.uint8)))
+
+    return Partition(part(40), part(20), part(30), "made here")
+
+
+def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, partition):
+    result = layers(classifier, partition, running=RUNNING)
+    parts = [
+        freeze(classifier, getattr(partition, part), device="cpu", precision="32", num_workers=0)
+        for part in ("train", "val", "test")
+    ]
+    last = linear(*parts, settings=LinearSettings(ways=("cls", "gap", "max")))
+    for way in ("cls", "gap", "max"):
+        assert len(result.values["top1"][way]) == 3  # before the first of two blocks, and after each
+        assert result.values["top1"][way][2] == last.values["top1"][way]
+        assert result.predictions["preds"][f"{way} 2"].tolist() == last.predictions["preds"][way].tolist()
+
+
+def test_before_the_first_block_the_class_token_is_the_same_for_every_image(classifier, partition):
+    result = layers(classifier, partition, running=RUNNING)
+    assert len(set(result.predictions["preds"]["cls 0"].tolist())) == 1
+    assert result.values["top1"]["cls"][0] == 0.5
+    assert result.values["top1"]["gap"][0] > 0.9  # brightness is in the embedded patches already
+    first = result.findings[-1]  # the nearest to the last block comes first
+    assert first.claim.startswith("Reading cls before the first block and cls after the last block")
+    assert first.estimate == pytest.approx(0.5 - result.values["top1"]["cls"][2])
+    assert len(result.findings) == 2
+
+
+def test_the_chart_has_a_line_a_read_with_the_accuracies_and_intervals_of_the_table(classifier, partition):
+    result = layers(classifier, partition, settings=LayerSettings(ways=("gap", "cls")), running=RUNNING)
+    (chart,) = result.figures
+    assert [line.label for line in chart.lines] == ["gap", "cls"]
+    rows = {(row[0], row[1]): row for row in result.tables[0].rows}
+    for line in chart.lines:
+        for (x, y), band in zip(line.points, line.bands, strict=True):
+            row = rows[line.label, int(x)]
+            assert (y, *band) == tuple(row[2:5])
+            assert row[5] / row[6] == y
+    assert "gap after the last of 2 blocks" in result.headline
+    json.dumps(result.to_dict(predictions=True))
+
+
+def test_choices_of_layers_ignore_the_labels_of_the_test_part(classifier, partition):
+    index = partition.test.index
+    shuffled = np.random.default_rng(0).permutation(index.labels)
+    other = ImageIndex(index.root, index.paths, shuffled, index.class_names)
+    changed = Partition(partition.train, partition.val, ArraySource(other, partition.test.images), "")
+    one = layers(classifier, partition, running=RUNNING)
+    two = layers(classifier, changed, running=RUNNING)
+    assert one.values["strength"] == two.values["strength"]
+    assert one.values["top1"] != two.values["top1"]
+
+
+def test_the_class_tokens_of_several_blocks_cannot_be_read_before_the_first(classifier, partition):
+    with pytest.raises(ConfigError, match="last:2 needs 2 blocks, but layer 0 comes after 0"):
+        layers(classifier, partition, settings=LayerSettings(ways=("last:2",)), running=RUNNING)
+
+
+def test_the_patch_that_carries_the_class_stands_out_at_its_place_on_the_grid(noisy_parts):
+    result = tokens(*noisy_parts())  # patch 1 of the 2x2 grid
+    heat = np.array(result.figures[0].values)
+    assert heat.shape == (2, 2)
+    assert np.unravel_index(heat.argmax(), heat.shape) == (0, 1)
+    assert heat[0, 1] > 0.6 > np.delete(heat.ravel(), 1).max()
+    for patch in range(4):
+        assert heat.ravel()[patch] == result.values["top1"][f"token:{patch}"]
+    assert f"cls {100 * result.values['top1']['cls']:.1f} %" in result.figures[0].note
+
+
+def test_the_average_patch_is_compared_over_images_with_cls_and_with_gap(noisy_parts):
+    result = tokens(*noisy_parts())
+    preds, labels = result.predictions["preds"], result.predictions["labels"]
+    single = np.mean([preds[f"token:{patch}"] == labels for patch in range(4)])
+    assert result.values["mean_single_patch"] == pytest.approx(single)
+    by_cls, by_gap = result.findings
+    assert by_cls.estimate == pytest.approx(np.mean(preds["cls"] == labels) - single)
+    assert by_gap.estimate == pytest.approx(np.mean(preds["gap"] == labels) - single)
+    assert by_cls.verdict == "supported"
+    assert by_cls.counts["images"] == 80
+    assert f"{100 * single:.1f} % on average" in result.headline
+    assert result.headline.endswith(by_cls.sentence)
+    json.dumps(result.to_dict(predictions=True))
+
+
+def test_every_patch_gets_the_probe_that_linear_fits_on_it(noisy_parts, relabelled):
+    train, val, test = noisy_parts()
+    ways = ("token:0", "token:1", "token:2", "token:3")
+    expected = linear(train, val, test, settings=LinearSettings(ways=ways))
+    result = tokens(train, val, test)
+    for way in ways:
+        assert result.predictions["preds"][way].tolist() == expected.predictions["preds"][way].tolist()
+    assert tokens(train, val, relabelled(test)).values["strength"] == result.values["strength"]
+
+
+def test_without_a_class_token_patches_are_compared_with_the_mean_alone(frozen_part):
+    rng = np.random.default_rng(0)
+    parts = [
+        frozen_part({4: rng.standard_normal((12, 4, 3))}, np.arange(12) % 2, classes=2, class_token=False)
+        for _ in range(3)
+    ]
+    result = tokens(*parts, settings=TokenSettings(margin=0.05, seed=3))
+    assert len(result.findings) == 1
+    assert result.findings[0].margin == 0.05
+    assert "gap" in result.findings[0].claim
+    assert result.settings["seed"] == 3
+    assert any("no class token" in note for note in result.notes)

@@ -1,0 +1,289 @@
+"""``study refine`` on a model whose class token learns the class in its second block, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_cls import create_model
+from vit_cls.commands import study as command
+from vit_cls.data.dataset import ArraySource
+from vit_cls.data.index import ImageIndex, PathTable
+from vit_cls.data.partition import Partition
+from vit_cls.errors import ConfigError, DataError, ModelFileError
+from vit_cls.lab.extraction import Running
+from vit_cls.lab.refinement import refinement
+from vit_cls.lab.results import Finding
+from vit_cls.lab.studies.recipe import Recipe
+from vit_cls.lab.studies.refine import Curves, RefineStudy, headline
+from vit_cls.lab.studies.runner import Spread, run_trials
+from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
+from vit_cls.weights.bundle import save_classifier
+
+CLASSES = ["black", "white"]
+PER_CLASS = {"train": 8, "val": 4, "test": 40}
+TINY = {
+    "img_size": 8,
+    "patch_size": 4,
+    "embed_dim": 2,
+    "depth": 3,
+    "num_heads": 1,
+    "mlp_ratio": 1.0,
+    "norm_eps": 1.0,
+}
+
+
+def pixels(label: int) -> np.ndarray:
+    """An image of 8x8: the class is the colour of the right upper quarter, all else is grey."""
+    image = np.full((8, 8, 3), 128, dtype=np.uint8)
+    image[:4, 4:] = 255 * label
+    return image
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of such images, in three parts."""
+    root = tmp_path_factory.mktemp("images")
+    for part, count in PER_CLASS.items():
+        for label, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pixels(label)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def parts():
+    """The same images in memory."""
+
+    def source(count: int) -> ArraySource:
+        labels = np.repeat([0, 1], count)
+        names = PathTable([f"{CLASSES[label]}/{i}.png" for i, label in enumerate(labels)])
+        index = ImageIndex(Path("memory"), names, labels, CLASSES)
+        return ArraySource(
+            index, torch.stack([torch.from_numpy(pixels(one)).permute(2, 0, 1) for one in labels])
+        )
+
+    return Partition(*(source(PER_CLASS[part]) for part in ("train", "val", "test")), "memory")
+
+
+def gathering_classifier(**settings) -> ImageClassifier:
+    """Every token takes up the mean of all in block 2; blocks 1 and 3 do nothing; positions are zero.
+
+    Tokens are ``(x, -x)``, where ``x`` is the mean colour of a patch from -1 to 1, and 0 for the class token.
+    """
+    model = VisionTransformer(ViTConfig(**{**TINY, "num_classes": 2, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]:
+            norm.weight.fill_(1)
+        signs = torch.tensor([1.0, -1.0])
+        model.patch_embed.proj.weight.copy_(signs[:, None, None, None].expand(2, 3, 4, 4) / 48)
+        gather = model.blocks[1].attn
+        gather.qkv.weight[4:] = torch.eye(2)  # values; queries and keys of zero weigh all tokens alike
+        gather.proj.weight.copy_(torch.eye(2))
+        model.head.weight.copy_(torch.stack([-signs, signs]))
+    return ImageClassifier(model, Preprocess((8, 8), crop_pct=1.0), CLASSES).eval()
+
+
+def train_nothing(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
+    """Save the classifier above in the place of a trained one."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return save_classifier(gathering_classifier(), run_dir / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def result(images, tmp_path_factory):
+    """The answer of three seeds."""
+    study = RefineStudy(Setup(str(images), tmp_path_factory.mktemp("study"), seeds=3), permutations=5)
+    assert run_trials(study.trials(), study.setup.folder, train_nothing, Spread()) == 0
+    return study.analyse(Answers(study.setup.folder))
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    return str(save_classifier(gathering_classifier(), tmp_path / "model.safetensors"))
+
+
+def test_the_block_that_gathers_the_class_is_the_first_whose_class_token_is_used(result):
+    assert [one.verdict for one in result.findings] == ["equivalent", "supported", "supported"]
+    assert result.values["first_used_layer"] == 2
+    assert result.headline.startswith(
+        "Supported: the class token is used from block 2 of 3 on, and not before: a class token shuffled "
+    )
+    assert "A ridge probe reads 100.0 % off it there, and 50.0 % one block earlier." in result.headline
+    assert result.values["top1"].tolist() == [1.0, 1.0, 1.0]
+    assert result.findings[0].counts == {"seeds": 3, "images": 80}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (
+            ["supported", "supported"],
+            "Supported: what the class token holds after the first block of 2 is used: ",
+        ),
+        (
+            ["cannot tell", "supported"],
+            "block 2 of 2 on at the latest; whether it is before cannot be told: ",
+        ),
+        (["equivalent", "supported"], "block 2 of 2 on, and not before: "),
+        (["equivalent", "cannot tell"], "Cannot tell: sentence 1"),
+    ],
+)
+def test_the_headline_says_no_more_than_the_verdicts(verdicts, words):
+    scores = np.ones((1, 3, 4))
+    curves = Curves(scores[:, 0] > 0, scores, scores, scores > 0, None, scores > 0, scores > 0)
+    findings = [Finding("", verdict, f"sentence {i}") for i, verdict in enumerate(verdicts)]
+    used = [layer for layer, verdict in enumerate(verdicts, 1) if verdict == "supported"]
+    assert words in headline(curves, findings, used)
+
+
+def test_what_is_read_off_replaced_and_inserted_is_what_this_model_must_give(result):
+    values = result.values
+    for name in ("ridge_probe", "class_lens"):
+        assert values[name].tolist() == [0.5, 0.5, 1.0, 1.0], name
+    assert values["mean_class_token_instead"].tolist() == [1.0, 1.0, 0.5, 0.5]
+    # Before the second block the class token may be missing; after it, it comes too late to learn anything.
+    assert values["inserted_here_only"].tolist() == [1.0, 1.0, 0.5, 0.5]
+    assert values["kl"][:2].tolist() == [0.0, 0.0]
+    assert values["kl"][2] > 0.001
+
+
+def test_shuffling_changes_nothing_before_the_first_block_and_permutes_logits_after_the_last(result):
+    values = result.values
+    assert values["shuffle_layer0_max_change"] == 0.0
+    assert values["shuffled"][0] == np.mean(values["top1"])
+    assert values["shuffled"][3] == pytest.approx(values["permuted_logits_top1"], abs=1e-12)
+    assert values["shuffled"][3] < 0.75
+    assert values["shuffle_last_layer_max_distance_to_permuted_logits"] < 1e-6
+
+
+def test_shuffled_accuracy_is_the_share_of_images_that_got_a_token_of_their_own_class(parts):
+    found = refinement(gathering_classifier(), parts, seeds=[4], permutations=2)
+    rng = np.random.default_rng(4)
+    labels = parts.test.index.labels
+    same = np.mean([labels[rng.permutation(len(labels))] == labels for _ in range(2)], axis=0)
+    assert np.array_equal(found.shuffled[2], same)
+    assert np.array_equal(found.permuted, same)
+    assert found.shuffled[1].min() == 1.0
+
+
+def test_batches_of_any_size_see_the_permutation_of_the_whole_test_part(parts):
+    one, many = (
+        refinement(gathering_classifier(), parts, running=Running(precision="32", batch_size=size))
+        for size in (80, 7)
+    )
+    assert np.array_equal(one.shuffled, many.shuffled)
+    assert np.array_equal(one.replaced, many.replaced)
+    np.testing.assert_allclose(one.kl, many.kl, atol=1e-6)
+
+
+def test_divergence_is_that_of_the_answers_of_the_two_images(parts):
+    found = refinement(gathering_classifier(), parts, permutations=1)
+    classifier = gathering_classifier()
+    with torch.no_grad():
+        black, white = classifier.probs(classifier(parts.test.images[[0, 79]]))
+    from_black = float((black * (black / white).log()).sum())
+    moved = found.kl[3][:40][found.shuffled[3][:40] == 0]
+    assert len(moved) > 5
+    np.testing.assert_allclose(moved, from_black, rtol=1e-5)
+
+
+def test_a_model_of_the_user_is_not_trained_and_answers_for_itself(images, tmp_path, model_file):
+    study = RefineStudy(Setup(str(images), tmp_path / "none", seeds=3), model=model_file, permutations=2)
+    assert study.trials() == []
+    assert run_trials([], study.setup.folder, train_nothing, Spread()) == 0
+    result = study.analyse(Answers(study.setup.folder))
+    assert result.values["first_used_layer"] == 2
+    assert result.findings[1].counts == {"seeds": 1, "images": 80}
+    assert "this one training" in result.findings[1].sentence
+    assert any("6 permutations" in note for note in result.notes)
+    assert "recipe" not in result.settings
+    assert result.settings["model"] == model_file
+    assert (result.data["train"], result.data["val"], result.data["test"]) == (16, 8, 80)
+
+
+def test_predictions_suffice_to_compute_the_shuffled_accuracy_again(result):
+    kept = json.loads(json.dumps(result.to_dict(predictions=True)))["predictions"]
+    assert len(kept["paths"]) == len(kept["targets"]) == 80
+    share = np.array([kept["shuffled_right_share"][seed] for seed in ("0", "1", "2")])
+    np.testing.assert_allclose(share.mean(axis=(0, 2)), result.values["shuffled"])
+    ridge = np.array([kept["by_layer"]["ridge"][seed] for seed in ("0", "1", "2")])
+    assert ((ridge == kept["targets"]).mean(axis=(0, 2)) == result.values["ridge_probe"]).all()
+
+
+def test_seeds_draw_other_permutations(parts):
+    first, again, other = (
+        refinement(gathering_classifier(), parts, seeds=[seed]).shuffled for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_causal_model_is_shuffled_but_not_deprived_of_its_class_token(parts):
+    classifier = gathering_classifier(causal=True, class_position="last")
+    found = refinement(classifier, parts)
+    assert found.inserted is None
+    assert found.shuffled.mean(axis=1).round(1).tolist() == [1.0, 1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "late"), [("beit3_base_patch16_224", True), ("eva02_base_patch16_clip_224", False)]
+)
+def test_identities_hold_for_models_of_timm(name, late, parts):
+    torch.manual_seed(0)
+    small = {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 32, "pool": "cls"}
+    model = create_model(name, num_classes=2, **small)
+    found = refinement(ImageClassifier(model, Preprocess((32, 32)), CLASSES), parts, permutations=2)
+    assert found.layer0_change == 0.0
+    assert found.last_change < 1e-5
+    assert found.kl[2].max() > 0  # the class token of random weights differs from image to image
+    assert (found.inserted is not None) == late
+    if late:
+        assert np.array_equal(found.inserted[0], found.preds)
+        assert len(set(found.inserted[2].tolist())) == 1
+
+
+def test_a_head_that_reads_patches_is_refused(images, tmp_path):
+    model = VisionTransformer(ViTConfig(**{**TINY, "num_classes": 2, "pool": "gap"}))
+    file = save_classifier(ImageClassifier(model, Preprocess((8, 8)), CLASSES), tmp_path / "gap.safetensors")
+    study = RefineStudy(Setup(str(images), tmp_path / "none"), model=str(file))
+    for refused in (study.trials, lambda: study.analyse(Answers(tmp_path))):
+        with pytest.raises(ConfigError, match=r"\(pool cls\).*got a model with pool gap"):
+            refused()
+
+
+def test_classes_that_the_model_does_not_have_are_refused(tmp_path, model_file):
+    study = RefineStudy(Setup("digits", tmp_path / "none"), model=model_file)
+    with pytest.raises(DataError, match="not known"):
+        study.analyse(Answers(tmp_path))
+
+
+def test_options_that_make_no_study_are_refused(tmp_path):
+    setup = Setup("digits", tmp_path, recipe=Recipe(epochs=2))
+    with pytest.raises(ConfigError, match="--permutations must be at least 1; got 0"):
+        RefineStudy(setup, permutations=0)
+    with pytest.raises(ConfigError, match=r"--recipe says .* but --model m is given"):
+        RefineStudy(setup, model="m")
+    with pytest.raises(ModelFileError, match="there is no file or folder 'm'"):
+        RefineStudy(Setup("digits", tmp_path), model="m").trials()
+
+
+def test_the_command_writes_a_report_for_a_model_of_the_user(images, tmp_path, model_file):
+    folder = tmp_path / "report"
+    words = ["refine", "--data", str(images), "--model", model_file, "--output", str(folder), "--seeds", "1"]
+    outcome = command.run(words)
+    assert "Supported: the class token is used from block 2 of 3 on, and not before" in outcome.text
+    record = json.loads((folder / "results.json").read_text())
+    assert record["values"]["shuffle_layer0_max_change"] == 0.0
+    assert [one["kind"] for one in record["figures"]] == ["LineChart", "LineChart"]

@@ -1,0 +1,53 @@
+"""Words of the lab's reports: settings are exact, Markdown shows what was meant, columns are aligned."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vit_cls.lab.results import Table
+from vit_cls.reports.lab_words import MOST_LISTED, clean, escape_markdown, facts, number, table_cells
+
+
+def test_settings_are_flat_exact_and_not_endless():
+    found = dict(
+        facts(
+            {"a": {"b": {"c": 1e-3}, "d": {}}, "n": 100000, "l": list(range(100)), "t": True, "u": [[1, 2]]}
+        )
+    )
+    assert found["a.b.c"] == "0.001"
+    assert found["n"] == "100000"
+    assert found["l"].endswith(f"{MOST_LISTED - 1}, and {100 - MOST_LISTED} more in results.json")
+    assert (found["t"], found["u"], found["a.d"]) == ("True", "[1, 2]", "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cls is better by 0.5 points, p < 0.05", "cls is better by 0.5 points, p < 0.05"),
+        ("a [link](http://x) `code` ![i](x)", r"a \[link\](http://x) \`code\` !\[i\](x)"),
+        ("# no heading", r"\# no heading"),
+        ("1. no list", r"1\. no list"),
+        ("- no list", r"\- no list"),
+        ("&lt;", "&amp;lt;"),
+        ("two\nlines", "two lines"),
+        ("snake_case __init__", r"snake_case \_\_init\_\_"),
+    ],
+)
+def test_markdown_shows_a_text_as_it_is(text, shown):
+    assert escape_markdown(text) == shown
+
+
+def test_numbers_of_a_column_have_the_same_decimals_unless_their_sizes_differ_much():
+    cells, texts = table_cells(Table("t", ["a", "b", "c"], [[0.5, 1e-5, True], [0.125, 20_000.0, None]]))
+    assert cells == [["0.500", "1e-05", "yes"], ["0.125", "20,000", "-"]]
+    assert texts == [False, False, True]
+    assert number(math.nan) == number(None) == "-"
+
+
+def test_clean_leaves_what_any_file_can_hold():
+    for text in ("a\x00b", "\ud800", "\ufffe", "tab\tnew\nline"):
+        assert clean(text).isprintable()
+        clean(text).encode("utf-8")
+    assert clean("중文 é 🐱") == "중文 é 🐱"

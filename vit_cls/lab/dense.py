@@ -1,0 +1,382 @@
+"""What each patch token knows of its own place: where it is, its colour, what stands there."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
+from vit_cls.data.partition import Partition
+from vit_cls.errors import ConfigError
+from vit_cls.lab.explained import R2_UNIT, r2_scores
+from vit_cls.lab.frozen import FrozenTokens, Running, freeze
+from vit_cls.lab.least_squares import PENALTIES
+from vit_cls.lab.mosaics import Mosaics, make_mosaics, tile_of_patches
+from vit_cls.lab.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
+from vit_cls.lab.pixel_decoders import pixels_of
+from vit_cls.lab.results import Figure, HeatMap, LabResult, Line, LineChart, Table
+from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.verdicts import GREATER, POINTS, Claim, judge_all
+from vit_cls.model.classifier import ImageClassifier
+
+QUESTION = "Do patch tokens know more about their own place than one vector for the whole image does?"
+MARGIN = 0.01
+MAX_IMAGES = 1000
+"""Of each part; there are as many samples as patches."""
+ROUNDS = 4
+"""How often a training image is used in mosaics."""
+PATCHES = "patch tokens"
+TASKS = {
+    "position": "patch found (accuracy)",
+    "place": "row and column (R2)",
+    "colour": "mean colour (R2)",
+    "tile": "class of the tile (accuracy)",
+}
+
+
+def dense(
+    classifier: ImageClassifier,
+    parts: Partition,
+    *,
+    layers: Sequence[int] | None = None,
+    k: int = 2,
+    max_images: int = MAX_IMAGES,
+    margin: float = MARGIN,
+    seed: int = 0,
+    running: Running | None = None,
+) -> LabResult:
+    """Predict a patch's place, its mean colour and, in a mosaic, the class of the tile that it lies in.
+
+    From each patch token, and from one vector for the whole image, the same at every place: the class token,
+    or the mean of the patches where the model has none. Ridge regression, the same weights at every place.
+
+    Args:
+        classifier: Whose tokens are read, after its final norm.
+        parts: Images to fit on, to choose by and to report on.
+        layers: Where; 0 is before the first block. None means the last alone. The last one is judged.
+        k: Tiles a side of a mosaic, at least 2.
+        max_images: Of each part, at most; drawn at random.
+        margin: The largest difference that does not matter, in (0, 1).
+        seed: Of the draws and of the mosaics.
+        running: How the model is run.
+
+    Raises:
+        ConfigError: If a number or a layer is impossible, or no patch lies in one tile alone.
+        DataError: If no image of a part can be read, or there are too few for mosaics.
+
+    Source:
+        Linear probes of patch tokens: DINOv2, https://arxiv.org/abs/2304.07193, section 7.4.
+    """
+    start = time.perf_counter()
+    if not 0.0 < margin < 1.0:
+        raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
+    if k < 2 or max_images < 2 * k * k:
+        raise ConfigError(
+            f"--tiles must be at least 2, and --max_images enough for two mosaics; got {k} and {max_images}."
+        )
+    depth = len(classifier.model.blocks)
+    probe = _Dense(classifier, parts, [depth] if layers is None else sorted(set(layers)), k, max_images, seed)
+    probe.run(running or Running())
+    settings = {
+        "architecture": classifier.model.config.to_dict(),
+        "layers": probe.layers,
+        "tiles": f"{k}x{k}",
+        "max_images": max_images,
+        "penalties": list(PENALTIES),
+        "margin": margin,
+        "seed": seed,
+    }
+    findings = judge_all(probe.claims(margin), seed=seed)
+    last = probe.layers[-1]
+    tile, position = (
+        [1 - float(probe.errors[last, read][task].mean()) for read in (PATCHES, probe.whole)]
+        for task in ("tile", "position")
+    )
+    headline = (
+        f"{findings[0].claim[:-1]}: {findings[0].verdict}. After layer {last}, patch tokens name the class "
+        f"of their tile in {tile[0]:.1%} of places, the {probe.whole} in {tile[1]:.1%} "
+        f"({len(probe.constant)} mosaics); and their own place in {position[0]:.1%} (chance "
+        f"{1 / probe.num_patches:.1%})."
+    )
+    return LabResult(
+        "probe dense",
+        QUESTION,
+        headline,
+        findings,
+        [probe.table()],
+        probe.figures(),
+        settings,
+        {"origin": parts.origin, **probe.counts},
+        probe.values(),
+        {"paths": probe.paths, **{f"layer {n}, {read}": e for (n, read), e in probe.errors.items()}},
+        probe.notes(),
+        time.perf_counter() - start,
+    )
+
+
+class _Dense:
+    """Errors of every layer, read and task on the test images and mosaics."""
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        parts: Partition,
+        layers: list[int],
+        k: int,
+        max_images: int,
+        seed: int,
+    ) -> None:
+        model = classifier.model
+        self.classifier = classifier
+        self.layers = layers
+        self.k = k
+        self.max_images = max_images
+        self.seed = seed
+        self.way = "cls" if model.layout.class_token else "gap"
+        self.whole = "class token" if self.way == "cls" else "mean of the patches"
+        self.grid_size = model.layout.grid_size
+        self.num_patches = model.layout.num_patches
+        self.class_names = parts.class_names
+        rng = np.random.default_rng(seed)
+        self.sources = [subset(source, max_images, rng) for source in (parts.train, parts.val, parts.test)]
+        self.sizes = [len(source.index) for source in (parts.train, parts.val, parts.test)]
+        self.errors: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+        self.totals: dict[str, np.ndarray] = {}
+        self.missed: np.ndarray = np.zeros(0)
+        self.constant: np.ndarray = np.zeros(0)
+        self.counts: dict[str, Any] = {}
+        self.paths: list[str] = []
+
+    def run(self, running: Running) -> None:
+        """Freeze, fit, and keep the errors."""
+        options = dataclasses.asdict(running)
+        frozen = [freeze(self.classifier, one, layers=self.layers, **options) for one in self.sources]
+        self.paths = list(frozen[2].paths)
+        colours = [self._colours(one, source) for one, source in zip(frozen, self.sources, strict=True)]
+        places = place_targets(self.grid_size)
+        self._set_totals(places[:, -2:], colours)
+        mosaics = self._mosaics(frozen)
+        whole = ImageClassifier(
+            self.classifier.model,
+            dataclasses.replace(self.classifier.preprocess, crop_pct=1.0, crop_mode="squash"),
+            self.classifier.class_names,
+        )
+        of_mosaics = [freeze(whole, one.source, layers=self.layers, **options) for one in mosaics]
+        tiles = [self._tile_targets(one) for one in mosaics]
+        self.constant = _constant_answer(tiles[2])
+        for layer in self.layers:
+            for read in (PATCHES, self.whole):
+                plain = [
+                    self._part(one, layer, read, _with_places(places, c))
+                    for one, c in zip(frozen, colours, strict=True)
+                ]
+                tiled = [
+                    self._part(one, layer, read, t.__getitem__)
+                    for one, t in zip(of_mosaics, tiles, strict=True)
+                ]
+                found = fit_by_patch(plain[0], plain[1], plain[2], place_losses)
+                missed = [found.pop(f"missed {i}").mean() for i in range(self.num_patches)]
+                if layer == self.layers[-1] and read == PATCHES:
+                    self.missed = np.array(missed)
+                found |= fit_by_patch(tiled[0], tiled[1], tiled[2], tile_losses)
+                self.errors[layer, read] = found
+        for name, one, size, some in zip(("train", "val", "test"), frozen, self.sizes, mosaics, strict=True):
+            self.counts |= {
+                name: len(one),
+                f"{name} images there were": size,
+                f"{name} failures": one.failures,
+            }
+            self.counts |= {f"{name} mosaics": len(some.tiles), f"{name} images in no mosaic": some.unused}
+
+    def _part(
+        self, frozen: FrozenTokens, layer: int, read: str, targets: Callable[[slice], np.ndarray]
+    ) -> Part:
+        if read == PATCHES:
+            first = frozen.layout.num_prefix_tokens
+            return Part(len(frozen), lambda rows: frozen.normed(layer, rows)[:, first:], targets)
+        vectors = frozen.read(self.way, layer)[:, None]
+        return Part(len(frozen), vectors.__getitem__, targets)
+
+    def _colours(self, frozen: FrozenTokens, source: ImageSource) -> np.ndarray:
+        """Mean colour of each patch, shape ``(images, patches, 3)``."""
+        means = pixels_of(source, frozen.positions, self.classifier.preprocess, self.grid_size)
+        return means.reshape(*means.shape[:2], -1).transpose(0, 2, 1)
+
+    def _set_totals(self, places: np.ndarray, colours: list[np.ndarray]) -> None:
+        """What a constant answer, the mean over training images and places, leaves of each test image."""
+        place = np.square(places - places.mean(axis=0)).sum()
+        self.totals["place"] = np.full(len(colours[2]), float(place))
+        mean = colours[0].mean(axis=(0, 1))
+        self.totals["colour"] = np.square(colours[2] - mean).sum(axis=(1, 2))
+
+    def _mosaics(self, frozen: list[FrozenTokens]) -> list[Mosaics]:
+        return [
+            make_mosaics(
+                source,
+                one.positions,
+                self.classifier.preprocess,
+                k=self.k,
+                rounds=rounds,
+                seed=self.seed,
+                most=self.max_images,
+            )
+            for source, one, rounds in zip(self.sources, frozen, (ROUNDS, 1, 1), strict=True)
+        ]
+
+    def _tile_targets(self, mosaics: Mosaics) -> np.ndarray:
+        """One against all of each patch's tile; NaN where a patch lies in several tiles."""
+        config = self.classifier.model.config
+        tile = tile_of_patches(config.image_hw, self.grid_size, config.patch_size, self.k)
+        if (tile < 0).all():
+            raise ConfigError(
+                f"--tiles {self.k}: every patch of the {self.grid_size[0]}x{self.grid_size[1]} grid lies in "
+                "more than one tile. Use fewer tiles."
+            )
+        labels = mosaics.tiles.reshape(len(mosaics.tiles), -1)[:, tile]
+        targets = 2.0 * np.eye(len(self.class_names))[labels] - 1
+        targets[:, tile < 0] = np.nan
+        return targets
+
+    def scores(self, layer: int, read: str, task: str) -> np.ndarray:
+        """A score for each test image or mosaic: accuracy, or its share of R2."""
+        errors = self.errors[layer, read][task]
+        return r2_scores(errors, self.totals[task]) if task in self.totals else 1 - errors
+
+    def tasks(self) -> list[str]:
+        """Those that there is something to explain in: not the colour of images of one colour."""
+        return [task for task in TASKS if task not in self.totals or float(self.totals[task].sum()) > 0]
+
+    def claims(self, margin: float) -> list[Claim]:
+        """What is judged, on the last of the layers."""
+        texts = {
+            "tile": f"Patch tokens tell the class of the tile they lie in better than the {self.whole} does.",
+            "position": f"Patch tokens tell where they are better than the {self.whole} does.",
+            "colour": f"Patch tokens tell the colour of their patch better than the {self.whole} does.",
+        }
+        last = self.layers[-1]
+        return [
+            Claim(
+                text,
+                self.scores(last, self.whole, task),
+                self.scores(last, PATCHES, task),
+                GREATER,
+                margin,
+                (self.whole, PATCHES),
+                R2_UNIT if task in self.totals else POINTS,
+            )
+            for task, text in texts.items()
+            if task in self.tasks()
+        ]
+
+    def table(self) -> Table:
+        """A row a layer and read."""
+        rows: list[list[str | int | float | None]] = []
+        for layer, read in self.errors:
+            cells = [_cell(self.scores(layer, read, task), task in self.totals) for task in self.tasks()]
+            rows.append([layer, read, *cells])
+        note = (
+            f"{len(self.paths)} test images and {len(self.constant)} mosaics of {self.k}x{self.k} of them; "
+            f"95 % intervals over images and mosaics. One in {self.num_patches} patches is found by chance. "
+            f"The best answer that is the same in all places of a mosaic is right in "
+            f"{float(self.constant.mean()):.1%} of them."
+        )
+        return Table(
+            "What a patch knows of its place",
+            ["layer", "from", *(TASKS[t] for t in self.tasks())],
+            rows,
+            note,
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Numbers for scripts."""
+        found: dict[str, Any] = {}
+        for layer, read in self.errors:
+            means = {task: mean_interval(self.scores(layer, read, task)) for task in self.tasks()}
+            found.setdefault(f"layer {layer}", {})[read] = {
+                task: {"estimate": one.estimate, "ci95": one.ci95} for task, one in means.items()
+            }
+        chance = {"chance_position": 1 / self.num_patches, "constant_tile": float(self.constant.mean())}
+        return found | chance
+
+    def figures(self) -> list[Figure]:
+        """A curve a task where there are several layers, and where patches are found."""
+        figures: list[Figure] = []
+        for task in self.tasks() if len(self.layers) > 1 else ():
+            lines = []
+            for read in (PATCHES, self.whole):
+                means = [mean_interval(self.scores(layer, read, task)) for layer in self.layers]
+                points = [(float(n), one.estimate) for n, one in zip(self.layers, means, strict=True)]
+                lines.append(Line(read, points, [one.ci95 for one in means]))
+            marks = {"position": {"chance": 1 / self.num_patches}}
+            marks["tile"] = {"same answer everywhere": float(self.constant.mean())}
+            title = f"{TASKS[task]} by layer"
+            x_label = "layer (0: before the first block)"
+            figures.append(LineChart(title, x_label, TASKS[task], lines, marks=marks.get(task, {})))
+        found = (1 - self.missed).reshape(self.grid_size).tolist()
+        title = f"Patches that are found by their token after layer {self.layers[-1]}"
+        return [*figures, HeatMap(title, found, limits=(0.0, 1.0))]
+
+    def notes(self) -> list[str]:
+        """What to bear in mind."""
+        notes = [
+            "The same vector at every place cannot tell places apart: it finds one patch of each image, and "
+            "its R2 of row and column is 0. A class that stands in several tiles of a mosaic helps it.",
+            f"Tiles are images shrunk {self.k} times, which the model was not trained on.",
+        ]
+        if any(size > self.max_images for size in self.sizes):
+            notes.append(f"Of each part {self.max_images} images at most were used, drawn at random.")
+        config = self.classifier.model.config
+        tile = tile_of_patches(config.image_hw, self.grid_size, config.patch_size, self.k)
+        if (tile < 0).any():
+            notes.append(
+                f"{int((tile < 0).sum())} of {len(tile)} patches lie in several tiles and do not count."
+            )
+        return notes
+
+
+def subset(source: ImageSource, most: int, rng: np.random.Generator) -> ImageSource:
+    """The same images, or as many of them, drawn at random, in their order.
+
+    Args:
+        source: All images.
+        most: How many at most.
+        rng: Of the draw.
+
+    Raises:
+        ConfigError: If there are more images than that, and they are neither files nor in memory.
+    """
+    if len(source.index) <= most:
+        return source
+    chosen = np.sort(rng.permutation(len(source.index))[:most])
+    index = source.index.subset(chosen)
+    if isinstance(source, FolderSource):
+        return FolderSource(index, source.background)
+    if isinstance(source, ArraySource):
+        return ArraySource(index, source.images[chosen])
+    raise ConfigError(f"--max_images {most}: {type(source).__name__} cannot be reduced. Raise it.")
+
+
+def _with_places(places: np.ndarray, colours: np.ndarray) -> Callable[[slice], np.ndarray]:
+    def targets(rows: slice) -> np.ndarray:
+        some = colours[rows]
+        return np.concatenate([np.broadcast_to(places, (len(some), *places.shape)), some], axis=2)
+
+    return targets
+
+
+def _constant_answer(targets: np.ndarray) -> np.ndarray:
+    """Share of patches of each mosaic that have its commonest class; patches in several tiles left out."""
+    kept = ~np.isnan(targets[0]).any(axis=1)
+    return (targets[:, kept] > 0).mean(axis=1).max(axis=1)
+
+
+def _cell(scores: np.ndarray, is_r2: bool) -> str:
+    found = mean_interval(scores)
+    low, high = found.ci95
+    if is_r2:
+        return f"{found.estimate:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{found.estimate:.1%} [{low:.1%}, {high:.1%}]"

@@ -1,0 +1,304 @@
+"""How much of an image can be had back from its tokens: pixels predicted from the class token and others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_cls.data.partition import Partition
+from vit_cls.errors import ConfigError
+from vit_cls.evaluation.intervals import wilson_interval
+from vit_cls.lab.explained import R2_UNIT, r2, r2_scores
+from vit_cls.lab.frozen import Running
+from vit_cls.lab.least_squares import PENALTIES
+from vit_cls.lab.picture_metrics import frequency_bands
+from vit_cls.lab.pixel_decoders import MAX_FLAT, Decoded
+from vit_cls.lab.reconstructions import READS, Reconstructions, Scores
+from vit_cls.lab.results import Figure, LabResult, Line, LineChart, Pictures, Table
+from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.verdicts import GREATER, Claim, judge_all
+from vit_cls.model.classifier import ImageClassifier
+
+QUESTION = "How much of the image do its tokens keep, and how much of it is more than the class?"
+DECODERS = ("ridge", "conv")
+MARGIN = 0.02
+"""The largest difference of R2 that does not matter."""
+PICTURES = 8
+ENLARGED = 96
+"""Pixels a side of the pictures, at least."""
+
+
+def invert(
+    classifier: ImageClassifier,
+    parts: Partition,
+    *,
+    layers: Sequence[int] | None = None,
+    decoder: str = "ridge",
+    margin: float = MARGIN,
+    seed: int = 0,
+    running: Running | None = None,
+) -> LabResult:
+    """Predict an image's pixels from its frozen tokens.
+
+    Decoders are fitted on training images, their penalty is chosen on validation images, and test images are
+    decoded once. R2 is the share of the pixels' variance around the training mean, over all test images.
+
+    Args:
+        classifier: Whose tokens are read, after its final norm, as a head would read them.
+        parts: Images to fit on, to choose by and to report on.
+        layers: Where the class token and the mean of the patches are read for the curve; 0 is before the
+            first block. None means everywhere.
+        decoder: ``ridge``, linear and in closed form; or ``conv``, a small convolutional network, for the
+            last layer (the curve stays linear).
+        margin: The largest difference of R2 that does not matter, in (0, 1).
+        seed: Of the random encoder, the network's training, the bootstrap and the choice of pictures.
+        running: How the model is run.
+
+    Raises:
+        ConfigError: If the decoder, the margin or a layer is impossible.
+        DataError: If no image of a part can be read.
+
+    Source:
+        Linear inversion of features: Dosovitskiy and Brox 2016, https://arxiv.org/abs/1506.02753; the ceiling
+        of a linear read-out: Eckart and Young 1936, https://doi.org/10.1007/BF02288367.
+    """
+    start = time.perf_counter()
+    if decoder not in DECODERS:
+        raise ConfigError(f"--decoder must be one of {', '.join(DECODERS)}; got {decoder!r}.")
+    if not 0.0 < margin < 1.0:
+        raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
+    running = running or Running()
+    probe = Reconstructions(classifier, parts, decoder, seed, running)
+    decoded = probe.decode()
+    scores = {name: probe.score(one.images) for name, one in decoded.items()}
+    curves = probe.curves(range(probe.frozen[2].depth + 1) if layers is None else layers)
+    return _result(probe, decoded, scores, curves, margin, time.perf_counter() - start)
+
+
+def _result(
+    probe: Reconstructions,
+    decoded: dict[str, Decoded],
+    scores: dict[str, Scores],
+    curves: dict[str, dict[int, np.ndarray]],
+    margin: float,
+    seconds: float,
+) -> LabResult:
+    seed, totals, test = probe.seed, probe.totals, probe.frozen[2]
+    claims = _claims(scores, totals, margin)
+    findings = judge_all(claims, seed=seed)
+    shares = {name: r2(one.errors, totals) for name, one in scores.items()}
+    own = "cls" if "cls" in shares else "gap"
+    headline = (
+        f"{findings[0].claim[:-1]}: {findings[0].verdict}. Of the pixels' variance in {len(test)} test "
+        f"images, the {READS[own]} explains {shares[own]:.1%}, the label alone {shares['label']:.1%}, all "
+        f"tokens {shares['tokens']:.1%} ({probe.decoder} decoder)."
+    )
+    size = probe.size
+    settings: dict[str, Any] = {
+        "architecture": probe.classifier.model.config.to_dict(),
+        "decoder": probe.decoder,
+        "margin": margin,
+        "seed": seed,
+        "pixels": f"{size[0]}x{size[1]}, areas of the model's {'x'.join(map(str, _hw(probe)))} averaged",
+        "penalties": [0.0, *PENALTIES],
+        "chosen": {name: one.settings for name, one in decoded.items()},
+    }
+    failures = {p: f.failures for p, f in zip(("train", "val", "test"), probe.frozen, strict=True)}
+    data: dict[str, Any] = {"origin": probe.parts.origin, "failures": failures}
+    data |= {p: len(f) for p, f in zip(("train", "val", "test"), probe.frozen, strict=True)}
+    predictions = {"paths": test.paths, "targets": test.labels, "totals": totals} | {
+        name: {"errors": one.errors, "identified": one.identified, "agrees": one.agrees}
+        for name, one in scores.items()
+    }
+    return LabResult(
+        "probe invert",
+        QUESTION,
+        headline,
+        findings,
+        [_table(probe, decoded, scores)],
+        _figures(probe, decoded, scores, curves),
+        settings,
+        data,
+        _values(decoded, scores, totals, curves),
+        predictions,
+        _notes(probe),
+        seconds,
+    )
+
+
+def _hw(probe: Reconstructions) -> tuple[int, int]:
+    return probe.classifier.preprocess.img_size
+
+
+def _claims(scores: dict[str, Scores], totals: np.ndarray, margin: float) -> list[Claim]:
+    wanted = [
+        ("The class token keeps more of the pixels than the label alone tells.", "label", "cls"),
+        ("All tokens together keep more of the pixels than the class token.", "cls", "tokens"),
+        ("The class token keeps more than that of the same network with fresh weights.", "random", "cls"),
+        ("The class token keeps more of the pixels than the mean of the patches.", "gap", "cls"),
+    ]
+    if "cls" not in scores:
+        wanted = [
+            ("The mean of the patches keeps more of the pixels than the label alone tells.", "label", "gap"),
+            ("All tokens together keep more of the pixels than their mean.", "gap", "tokens"),
+        ]
+
+    def score(name: str) -> np.ndarray:
+        return r2_scores(scores[name].errors, totals)
+
+    return [
+        Claim(claim, score(a), score(b), GREATER, margin, (_short(a), _short(b)), R2_UNIT)
+        for claim, a, b in wanted
+    ]
+
+
+def _short(name: str) -> str:
+    return READS[name].partition(" (")[0]
+
+
+def _interval(errors: np.ndarray, totals: np.ndarray) -> tuple[float, float]:
+    return mean_interval(r2_scores(errors, totals)).ci95
+
+
+def _table(probe: Reconstructions, decoded: dict[str, Decoded], scores: dict[str, Scores]) -> Table:
+    rows: list[list[str | int | float | None]] = []
+    for name, one in scores.items():
+        low, high = _interval(one.errors, probe.totals)
+        hits = wilson_interval(round(float(one.identified.sum())), len(one.identified))
+        agrees = None if one.agrees is None else float(one.agrees.mean())
+        rows.append(
+            [
+                READS[name],
+                f"{r2(one.errors, probe.totals):.3f} [{low:.3f}, {high:.3f}]",
+                f"{decoded[name].in_sample:.3f}",
+                float(one.psnr.mean()),
+                float(one.ssim.mean()),
+                f"{float(one.identified.mean()):.1%} [{hits[0]:.1%}, {hits[1]:.1%}]",
+                agrees,
+            ]
+        )
+    columns = ["from", "R2 [95 %]", "R2 in sample", "PSNR, dB", "SSIM", "identified [95 %]", "same class (%)"]
+    note = (
+        f"{len(probe.totals)} test images. R2: share of the variance around the training mean. In sample: on "
+        f"the training images, least squares{' or the trained network' if probe.decoder == 'conv' else ''}. "
+        f"Identified: nearer to its own image than to any other; by chance 1 in {len(probe.totals)}. Same "
+        "class: the model gives the reconstruction the class that it gives the image."
+    )
+    return Table("Images from tokens", columns, rows, note)
+
+
+def _figures(
+    probe: Reconstructions,
+    decoded: dict[str, Decoded],
+    scores: dict[str, Scores],
+    curves: dict[str, dict[int, np.ndarray]],
+) -> list[Figure]:
+    totals = probe.totals
+    lines = [
+        Line(
+            READS[way],
+            [(layer, r2(errors, totals)) for layer, errors in sorted(by_layer.items())],
+            [_interval(errors, totals) for _, errors in sorted(by_layer.items())],
+        )
+        for way, by_layer in curves.items()
+    ]
+    marks = {name: r2(scores[name].errors, totals) for name in ("label", "pca")}
+    by_layer = LineChart(
+        "Pixels by layer",
+        "layer (0: before the first block)",
+        "R2 of the test pixels",
+        lines,
+        marks={"label alone": marks["label"], "principal components": marks["pca"]},
+        note="Ridge regression. Bands: 95 %, over images. No linear read-out of as many numbers as a token "
+        "is wide explains more than the principal components do, on the images that both were fitted on.",
+    )
+    _, ends = frequency_bands(*probe.size, probe.num_bands)
+    centres = ends - ends[0] / 2
+    names = [name for name in ("cls", "gap", "tokens", "random", "label") if name in scores]
+    shares = {
+        name: 1 - scores[name].bands.sum(0) / np.maximum(probe.total_bands.sum(0), 1e-300) for name in names
+    }
+    bands = LineChart(
+        "Pixels by frequency",
+        "cycles a pixel",
+        "R2 of the test pixels",
+        [
+            Line(READS[n], [(float(c), float(s)) for c, s in zip(centres, shares[n], strict=True)])
+            for n in names
+        ],
+        note=f"Rings of the Fourier plane, {probe.size[0]}x{probe.size[1]} pixels; the last has the corners.",
+    )
+    return [by_layer, bands, _pictures(probe, decoded)]
+
+
+def _pictures(probe: Reconstructions, decoded: dict[str, Decoded]) -> Pictures:
+    test, names = probe.frozen[2], [n for n in ("cls", "gap", "tokens", "label") if n in decoded]
+    order = np.random.default_rng(probe.seed).permutation(len(test)).tolist()
+    first = [i for n, i in enumerate(order) if test.labels[i] not in test.labels[order[:n]]]
+    chosen = [*first, *(i for i in order if i not in first)][:PICTURES]
+    rows = [
+        [enlarge(probe.pixels[2][i]), *(enlarge(decoded[name].images[i]) for name in names)] for i in chosen
+    ]
+    labels = [test.class_names[test.labels[i]] for i in chosen]
+    note = "Drawn at random, of different classes as far as there are any."
+    return Pictures("Images from tokens", ["original", *(READS[n] for n in names)], rows, labels, note)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Pixels as a picture that can be seen, each pixel a square.
+
+    Args:
+        image: Shape ``(channels, height, width)``, clipped to [0, 1] here.
+
+    Returns:
+        uint8, shape ``(height, width, 3)``, at least `ENLARGED` pixels on its longer side.
+
+    Example:
+        >>> enlarge(np.ones((3, 28, 28))).shape
+        (112, 112, 3)
+    """
+    times = -(-ENLARGED // max(image.shape[1:]))
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _values(
+    decoded: dict[str, Decoded],
+    scores: dict[str, Scores],
+    totals: np.ndarray,
+    curves: dict[str, dict[int, np.ndarray]],
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, one in scores.items():
+        values[name] = {
+            "r2": r2(one.errors, totals),
+            "r2_ci95": _interval(one.errors, totals),
+            "r2_in_sample": decoded[name].in_sample,
+            "psnr": float(one.psnr.mean()),
+            "ssim": float(one.ssim.mean()),
+            "identified": float(one.identified.mean()),
+            "same_class": None if one.agrees is None else float(one.agrees.mean()),
+        }
+    by_layer = {way: {k: r2(e, totals) for k, e in sorted(found.items())} for way, found in curves.items()}
+    return values | {"by_layer": by_layer, "chance_identified": 1 / len(totals)}
+
+
+def _notes(probe: Reconstructions) -> list[str]:
+    notes = [
+        "The label alone is the true label of each test image, which no read-out was given.",
+        "What a linear decoder does not find may still be there for another one.",
+    ]
+    flat = probe.layout.num_tokens * probe.frozen[0].embed_dim <= MAX_FLAT
+    if probe.decoder == "ridge" and not flat:
+        notes.append(
+            "All tokens are too many numbers for one regression: each patch was predicted from its own token "
+            "and the class token, with the same weights everywhere and an intercept for each place."
+        )
+    if not probe.layout.class_token:
+        notes.append("The model has no class token, so nothing was read from one.")
+    if probe.decoder == "conv":
+        notes.append("The network is not linear: the principal components are no ceiling for it.")
+    return notes

@@ -1,0 +1,131 @@
+"""How near a reconstruction is to its image: signal to noise, structure, frequencies, identification."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+MAX_PSNR = 100.0
+"""In dB; an exact reconstruction has no finite one."""
+_SIGMA = 1.5
+"""Of the Gaussian window of SSIM, in pixels, as in its paper."""
+_CHUNK = 512
+
+
+def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image, for a peak of 1.
+
+    Args:
+        images: Reconstructions, shape ``(images, ...)``.
+        originals: In [0, 1], of the same shape.
+
+    Returns:
+        Decibels, shape ``(images,)``, at most `MAX_PSNR`.
+
+    Example:
+        >>> psnr(np.full((1, 3, 2, 2), 0.6), np.full((1, 3, 2, 2), 0.5)).round(6)  # an error of 0.1
+        array([20.])
+    """
+    error = np.square(images - originals).reshape(len(images), -1).mean(axis=1)
+    return -10 * np.log10(np.maximum(error, 10 ** (-MAX_PSNR / 10)))
+
+
+def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """Structural similarity of each image, in a Gaussian window that is smaller where an image has no room.
+
+    Args:
+        images: Reconstructions, clipped to [0, 1] here, shape ``(images, channels, height, width)``.
+        originals: In [0, 1], of the same shape.
+
+    Returns:
+        In [-1, 1], shape ``(images,)``; NaN below 3 pixels.
+
+    Source:
+        Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, as torchmetrics computes it.
+    """
+    half = (min(images.shape[2:]) - 1) // 2
+    if half < 1:
+        return np.full(len(images), np.nan)
+    sigma = min(_SIGMA, (half - 0.4) / 3.5)  # its window is 2 * int(3.5 * sigma + 0.5) + 1 wide
+    found = []
+    for start in range(0, len(images), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        one, other = (torch.from_numpy(np.clip(part[rows], 0, 1)).double() for part in (images, originals))
+        value = structural_similarity_index_measure(one, other, sigma=sigma, data_range=1.0, reduction="none")
+        assert isinstance(value, torch.Tensor)
+        found.append(value.reshape(-1).numpy())
+    return np.concatenate(found)
+
+
+def frequency_bands(height: int, width: int, bands: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rings of the Fourier plane, equally wide up to half a cycle a pixel; the corners are in the last.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        bands: How many rings.
+
+    Returns:
+        The ring of each coefficient of a two-dimensional FFT, int64, shape ``(height, width)``, and the upper
+        end of each ring in cycles a pixel.
+
+    Example:
+        >>> frequency_bands(4, 4, 2)[0]
+        array([[0, 1, 1, 1],
+               [1, 1, 1, 1],
+               [1, 1, 1, 1],
+               [1, 1, 1, 1]])
+    """
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    ends = 0.5 * np.arange(1, bands + 1) / bands
+    return np.minimum(np.searchsorted(ends, radius + 1e-9), bands - 1), ends
+
+
+def band_energy(images: np.ndarray, bands: int) -> np.ndarray:
+    """Energy of each image in each ring of `frequency_bands`; together, the image's sum of squares.
+
+    Args:
+        images: Shape ``(images, channels, height, width)``.
+        bands: How many rings.
+
+    Returns:
+        Shape ``(images, bands)``.
+    """
+    ring, _ = frequency_bands(images.shape[2], images.shape[3], bands)
+    pick = (ring.reshape(-1, 1) == np.arange(bands)).astype(np.float64)
+    found = []
+    for start in range(0, len(images), _CHUNK):
+        spectrum = np.square(np.abs(np.fft.fft2(images[start : start + _CHUNK]))).sum(axis=1)
+        found.append(spectrum.reshape(len(spectrum), -1) @ pick / ring.size)
+    return np.concatenate(found)
+
+
+def identified(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """Whether each reconstruction is nearer to its own image than to any other of the originals.
+
+    Args:
+        images: Reconstructions, shape ``(images, ...)``; row ``i`` is of original ``i``.
+        originals: Of the same shape.
+
+    Returns:
+        1 where it is, 0 where it is not, ``1 / ties`` where it is as near to others; shape ``(images,)``. The
+        mean by chance is one over the number of images.
+
+    Example:
+        >>> originals = np.eye(4)
+        >>> identified(originals, originals), identified(np.zeros((4, 4)), originals)
+        (array([1., 1., 1., 1.]), array([0.25, 0.25, 0.25, 0.25]))
+    """
+    flat, others = images.reshape(len(images), -1), originals.reshape(len(originals), -1)
+    squares = np.square(others).sum(axis=1)
+    found = []
+    for start in range(0, len(flat), _CHUNK):
+        rows = flat[start : start + _CHUNK]
+        distance = squares - 2 * rows @ others.T  # less the square of the reconstruction, the same in a row
+        own = distance[np.arange(len(rows)), np.arange(start, start + len(rows))][:, None]
+        slack = 1e-9 * (squares.max(initial=0.0) + 1e-300)
+        nearer = (distance < own - slack).sum(axis=1)
+        ties = (np.abs(distance - own) <= slack).sum(axis=1)
+        found.append(np.where(nearer == 0, 1 / ties, 0.0))
+    return np.concatenate(found)

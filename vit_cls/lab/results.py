@@ -1,0 +1,268 @@
+"""What a probe or a study found: verdicts, tables and figures as plain data, for JSON and for pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SUPPORTED = "supported"
+REFUTED = "refuted"
+EQUIVALENT = "equivalent"
+CANNOT_TELL = "cannot tell"
+VERDICTS = (SUPPORTED, REFUTED, EQUIVALENT, CANNOT_TELL)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim, stated before measuring, and what may be said of it.
+
+    Args:
+        claim: The claim, as a sentence that could be wrong.
+        verdict: One of `VERDICTS`.
+        sentence: The verdict with the numbers that it rests on, as one sentence.
+        estimate: The difference (or other quantity) that was estimated.
+        ci95: Its 95 % interval.
+        p: p-value of no difference; None where there is no test.
+        p_holm: The same, adjusted over the tests of the study.
+        p_equivalence: p-value of a difference as large as the margin, adjusted over the tests of the study.
+        margin: The largest difference that does not matter, stated before.
+        smallest_detectable: The smallest difference that this much data finds with a power of 80 %.
+        needed: What would settle it, in words, where the verdict is `CANNOT_TELL`.
+        counts: Seeds, images and other counts, by name.
+    """
+
+    claim: str
+    verdict: str
+    sentence: str
+    estimate: float | None = None
+    ci95: tuple[float, float] | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    p_equivalence: float | None = None
+    margin: float | None = None
+    smallest_detectable: float | None = None
+    needed: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.verdict in VERDICTS, self.verdict
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to be read by people.
+
+    Args:
+        title: What the table shows.
+        columns: A header for each column; ``(%)`` at its end writes shares as percentages.
+        rows: Texts, counts and numbers; None is a dash.
+        note: How to read it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float | None]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Args:
+        label: What it is.
+        points: ``(x, y)`` from left to right.
+        bands: Lower and upper bound of each ``y``; None draws none.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    bands: Sequence[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over a common axis.
+
+    Args:
+        title: What the chart shows.
+        x_label: Name of the horizontal axis.
+        y_label: Name of the vertical axis.
+        lines: At most eight.
+        percent: Whether ``y`` are shares, written as percentages.
+        log_x: Whether the horizontal axis is logarithmic.
+        marks: Horizontal lines to compare with, by label.
+        note: How to read it.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    percent: bool = True
+    log_x: bool = False
+    marks: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ForestChart:
+    """Differences below each other, with intervals.
+
+    Args:
+        title: What the chart shows.
+        rows: Label, difference as a share, and its interval.
+        margin: Half the width of the band around zero, as a share.
+        note: How to read it.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, float, tuple[float, float]]]
+    margin: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ScatterChart:
+    """Named points; the Pareto front of ``y`` high and ``x`` low is marked.
+
+    Args:
+        title: What the chart shows.
+        x_label: Name of the horizontal axis, the cost.
+        y_label: Name of the vertical axis.
+        points: Label, ``x``, ``y`` and the interval of ``y``.
+        percent: Whether ``y`` are shares.
+        log_x: Whether the horizontal axis is logarithmic.
+        note: How to read it.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    points: Sequence[tuple[str, float, float, tuple[float, float] | None]]
+    percent: bool = True
+    log_x: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A grid of values.
+
+    Args:
+        title: What the map shows.
+        values: Rows of values; NaN leaves a cell empty.
+        row_labels: A label for each row; None numbers none.
+        column_labels: A label for each column; None numbers none.
+        percent: Whether values are shares.
+        limits: Ends of the colour scale; None takes those of the values.
+        note: How to read it.
+    """
+
+    title: str
+    values: Sequence[Sequence[float]]
+    row_labels: Sequence[str] | None = None
+    column_labels: Sequence[str] | None = None
+    percent: bool = True
+    limits: tuple[float, float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A grid of small images.
+
+    Args:
+        title: What the pictures show.
+        columns: A header for each column.
+        rows: Images, uint8, shape ``(height, width, 3)``; None leaves a cell empty.
+        row_labels: A label for each row.
+        note: How to read it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[np.ndarray | None]]
+    row_labels: Sequence[str] | None = None
+    note: str = ""
+
+
+Figure = LineChart | ForestChart | ScatterChart | HeatMap | Pictures
+
+
+@dataclass(frozen=True)
+class LabResult:
+    """Everything that one probe or study has to say.
+
+    Args:
+        kind: The words that were typed, such as ``probe linear`` or ``study heads``.
+        question: What was asked, as a question.
+        headline: The verdict in one sentence; the first line of every report.
+        findings: Claims and verdicts, the most important first.
+        tables: In reading order.
+        figures: In reading order.
+        settings: Everything that the numbers depend on: model, options, margin, seeds.
+        data: Where the images came from, with the counts of each part and of failures.
+        values: Numbers for scripts, by name; plain data.
+        predictions: Raw per-image predictions, from which the statistics can be done again; plain data.
+        notes: Sentences a reader needs to judge the numbers.
+        seconds: Wall time.
+    """
+
+    kind: str
+    question: str
+    headline: str
+    findings: Sequence[Finding] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    predictions: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    seconds: float = 0.0
+
+    def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
+        """The result as plain data that JSON can hold: no pictures, and None for numbers that are not finite.
+
+        Args:
+            predictions: Whether the per-image predictions come along.
+        """
+        names = ["kind", "question", "headline", "settings", "data", "values", "notes", "seconds"]
+        found = {name: getattr(self, name) for name in names}
+        found |= {
+            name: [dataclasses.asdict(one) for one in getattr(self, name)] for name in ("findings", "tables")
+        }
+        drawn = [one for one in self.figures if not isinstance(one, Pictures)]
+        found["figures"] = [{"kind": type(one).__name__, **dataclasses.asdict(one)} for one in drawn]
+        if predictions:
+            found["predictions"] = self.predictions
+        return {key: plain(value) for key, value in found.items()}
+
+
+def plain(value: Any) -> Any:
+    """The same as data that JSON can hold.
+
+    Args:
+        value: Numbers, texts, arrays, and containers of them.
+
+    Example:
+        >>> plain({"a": np.float32(0.5), "b": (1, math.nan), "c": np.arange(2)})
+        {'a': 0.5, 'b': [1, None], 'c': [0, 1]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

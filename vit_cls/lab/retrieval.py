@@ -1,0 +1,232 @@
+"""The probe ``retrieval``: whether images of the same class are found by each read of the frozen tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vit_cls.errors import DataError
+from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.probes import (
+    MARGIN,
+    check_choice,
+    check_margin,
+    check_parts,
+    chosen_ways,
+    data_of,
+    failures_note,
+    forest,
+    reference_way,
+)
+from vit_cls.lab.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
+from vit_cls.lab.results import Finding, LabResult, Table
+from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.verdicts import Claim, judge_all
+
+GALLERIES = ("test", "train")
+CHANGES = ("raw", "centred", "whitened")
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """Choices of the probe.
+
+    Args:
+        ways: What is read; none means the usual ways that the model has.
+        gallery: What is searched: ``test``, the other test images, or ``train``.
+        margin: The largest difference of mean average precisions that does not matter.
+        seed: Kept with the result; nothing here is random.
+
+    Raises:
+        ConfigError: If a choice is unknown or the margin is no share.
+    """
+
+    ways: Sequence[str] = ()
+    gallery: str = "test"
+    margin: float = MARGIN
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("--gallery", self.gallery, GALLERIES)
+        check_margin(self.margin)
+
+
+def rank_changed(
+    train: np.ndarray,
+    test: np.ndarray,
+    labels: tuple[np.ndarray, np.ndarray],
+    *,
+    gallery: str,
+) -> dict[str, Rankings]:
+    """Rank by features as they are, centred, and whitened; what is fitted is fitted on the train part.
+
+    Args:
+        train: Features, shape ``(rows, dim)``.
+        test: Features of the queries, shape ``(queries, dim)``.
+        labels: Of both, in this order.
+        gallery: As for `RetrievalSettings`.
+    """
+    whitening = fit_whitening(train)
+    changes = {
+        "raw": Whitening(np.zeros(train.shape[1])),
+        "centred": Whitening(whitening.mean),
+        "whitened": whitening,
+    }
+    searched = gallery == "train"
+    return {
+        name: rank(
+            change(test), labels[1], change(train) if searched else None, labels[0] if searched else None
+        )
+        for name, change in changes.items()
+    }
+
+
+def retrieval(
+    train: FrozenTokens,
+    test: FrozenTokens,
+    *,
+    settings: RetrievalSettings | None = None,
+    origin: str = "",
+) -> LabResult:
+    """Search for images of each test image's class, by cosine similarity.
+
+    Args:
+        train: Frozen tokens; means and whitenings are fitted on them.
+        test: Likewise; the queries.
+        settings: Choices; None means the defaults.
+        origin: Of the partition, for the result.
+
+    Raises:
+        ConfigError: If the model cannot be read that way.
+        DataError: If the parts do not belong together, or fewer than two queries have a positive.
+    """
+    started = time.perf_counter()
+    settings = settings or RetrievalSettings()
+    check_parts(train.rows, test.rows, test.rows)
+    ways, notes = chosen_ways(settings.ways, train.layout, train.depth)
+    labels = train.labels, test.labels
+    found = {
+        (way, change): rankings
+        for way in ways
+        for change, rankings in rank_changed(
+            train.read(way), test.read(way), labels, gallery=settings.gallery
+        ).items()
+    }
+    first = found[ways[0], "raw"]
+    if len(first.queries) < 2:
+        raise DataError(
+            f"only {len(first.queries)} of {len(test)} test images have another image of their class in the "
+            "gallery; a comparison needs at least two. Give more test images, or --gallery train."
+        )
+    reference = reference_way(ways)
+    names, findings = _findings(found, ways, reference, settings)
+    means = {key: float(one.average_precision.mean()) for key, one in found.items()}
+    mean = f"{100 * means[reference, 'raw']:.1f} % over {len(first.queries)} queries"
+    headline = f"Mean average precision by {reference}: {mean}."
+    if findings:
+        headline += f" {findings[0].sentence}"
+    parts = {"train": train.rows, "test": test.rows}
+    return LabResult(
+        "probe retrieval",
+        "By which read of the frozen tokens are images of the same class found?",
+        headline,
+        findings,
+        [_table(found)],
+        forest(f"Mean average precision less that of {reference}", names, findings, settings.margin),
+        {**asdict(settings), "ways": ways, "reference": reference, "changes": CHANGES},
+        {**data_of(origin, parts), "queries_without_positive": first.without_positive},
+        {
+            "map": {f"{way} {change}": value for (way, change), value in means.items()},
+            "map_by_chance": float(first.chance.mean()),
+        },
+        _predictions(test, found),
+        [*notes, *_notes(settings, first, len(test)), *failures_note(parts)],
+        time.perf_counter() - started,
+    )
+
+
+def _findings(
+    found: Mapping[tuple[str, str], Rankings],
+    ways: Sequence[str],
+    reference: str,
+    settings: RetrievalSettings,
+) -> tuple[list[str], list[Finding]]:
+    """Each way as it is, then the reference changed, against the reference as it is."""
+    base = found[reference, "raw"].average_precision
+    compared = [(way, "raw") for way in ways if way != reference]
+    compared.sort(key=lambda pair: pair[0] != "gap")  # what is claimed most often comes first
+    compared += [(reference, change) for change in CHANGES[1:]]
+    names = [way if change == "raw" else f"{way}, {change}" for way, change in compared]
+    claims = [
+        Claim(
+            f"Searching by {name} and by {reference} gives different mean average precision.",
+            base[None],
+            found[pair].average_precision[None],
+            expect="differs",
+            margin=settings.margin,
+            names=(reference, name),
+        )
+        for name, pair in zip(names, compared, strict=True)
+    ]
+    return names, judge_all(claims, seed=settings.seed)
+
+
+def _table(found: Mapping[tuple[str, str], Rankings]) -> Table:
+    recalls = [f"recall@{k} (%)" for k in RECALL_AT]
+    columns = ["read", "features", "mAP (%)", "from (%)", "to (%)", "R-precision (%)", *recalls, "queries"]
+    rows: list[list[str | int | float | None]] = []
+    for (way, change), one in found.items():
+        mean = mean_interval(one.average_precision)
+        low, high = max(0.0, mean.ci95[0]), min(1.0, mean.ci95[1])
+        recall = one.recall.mean(axis=0).tolist()
+        rows.append(
+            [way, change, mean.estimate, low, high, float(one.r_precision.mean()), *recall, len(one.queries)]
+        )
+    first = next(iter(found.values()))
+    rows.append(
+        [
+            "random order",
+            "expected",
+            float(first.chance.mean()),
+            *(None,) * (len(columns) - 4),
+            len(first.queries),
+        ]
+    )
+    note = (
+        "mAP: the mean over queries of the average precision, with the 95 % interval over queries. "
+        "R-precision: the share of positives among the first P, where there are P. Recall@k: the share of "
+        "queries with a positive among the first k."
+    )
+    return Table("Retrieval of images of the same class", columns, rows, note)
+
+
+def _predictions(test: FrozenTokens, found: Mapping[tuple[str, str], Rankings]) -> dict[str, Any]:
+    first = next(iter(found.values()))
+    return {
+        "paths": [test.paths[i] for i in first.queries.tolist()],
+        "labels": test.labels[first.queries],
+        "class_names": list(test.class_names),
+        "average_precision": {
+            f"{way} {change}": one.average_precision for (way, change), one in found.items()
+        },
+    }
+
+
+def _notes(settings: RetrievalSettings, first: Rankings, images: int) -> list[str]:
+    gallery = "the other test images" if settings.gallery == "test" else "the train part"
+    notes = [
+        f"Searched: {gallery}, by cosine similarity. Average precision is the mean of the precision at the "
+        "rank of each positive, without the trapezoid rule that some retrieval benchmarks use. Centred: the "
+        "mean of the train part is taken away; whitened: PCA of the train part, each axis divided by its "
+        "standard deviation."
+    ]
+    if first.without_positive:
+        notes.append(
+            f"{first.without_positive} of {images} test images have no other image of their class in the "
+            "gallery; they are no queries and in no number here."
+        )
+    return notes

@@ -1,0 +1,163 @@
+"""The probe ``tokens``: how well a linear classifier does on each patch token, against cls and gap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.linear_fits import LinearSettings, fit_linear
+from vit_cls.lab.probes import (
+    ACCURACY_COLUMNS,
+    MARGIN,
+    accuracy_cells,
+    check_margin,
+    check_parts,
+    data_of,
+    failures_note,
+    forest,
+    predictions_of,
+)
+from vit_cls.lab.reads import possible_ways
+from vit_cls.lab.results import Finding, HeatMap, LabResult, Table
+from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.verdicts import Claim, judge_all
+
+SINGLE = "the average single patch"
+NOTE = (
+    "A ridge probe of its own for each patch token, its penalty chosen on validation. The mean over patches "
+    "is taken for each image, as the share of its patches whose probe was right, and compared over images. "
+    "The best patch is the best on the test part, so its accuracy is optimistic; it is shown for the spread."
+)
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """Choices of the probe.
+
+    Args:
+        margin: The largest difference of accuracies that does not matter.
+        seed: Of the resampling; nothing else is random.
+
+    Raises:
+        ConfigError: If the margin is no share.
+    """
+
+    margin: float = MARGIN
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_margin(self.margin)
+
+
+def tokens(
+    train: FrozenTokens,
+    val: FrozenTokens,
+    test: FrozenTokens,
+    *,
+    settings: TokenSettings | None = None,
+    origin: str = "",
+) -> LabResult:
+    """Fit a ridge probe on every patch token of its own, and on cls and gap.
+
+    Args:
+        train: Frozen tokens after the last block, to fit on.
+        val: Likewise, to choose penalties by.
+        test: Likewise, to report on.
+        settings: Choices; None means the defaults.
+        origin: Of the partition, for the result.
+
+    Raises:
+        DataError: If the parts do not belong together or are too small.
+
+    Source:
+        Raghu et al. 2021, https://arxiv.org/abs/2108.08810, figure 11.
+    """
+    started = time.perf_counter()
+    settings = settings or TokenSettings()
+    check_parts(train.rows, val.rows, test.rows)
+    pooled, notes = possible_ways(["cls", "gap"], train.layout)
+    patches = [f"token:{patch}" for patch in range(train.layout.num_patches)]
+    preds, strengths = {}, {}
+    for way in [*pooled, *patches]:
+        fit = fit_linear(
+            (train.read(way), train.labels),
+            (val.read(way), val.labels),
+            num_classes=len(train.class_names),
+            settings=LinearSettings(),
+        )
+        preds[way], strengths[way] = fit.predict(test.read(way)), fit.strength
+    right = {way: values == test.labels for way, values in preds.items()}
+    single = np.mean([right[patch] for patch in patches], axis=0)
+    findings = _findings(right, single, pooled, settings)
+    parts = {"train": train.rows, "val": val.rows, "test": test.rows}
+    means = np.array([right[patch].mean() for patch in patches])
+    low, high = mean_interval(single).ci95
+    headline = (
+        f"A single patch token of {len(patches)} gives {100 * single.mean():.1f} % on average (95 % interval "
+        f"{100 * max(low, 0.0):.1f} to {100 * min(high, 1.0):.1f}, {len(test)} images; from "
+        f"{100 * means.min():.1f} to {100 * means.max():.1f} % by patch). {findings[0].sentence}"
+    )
+    return LabResult(
+        "probe tokens",
+        "Does a single patch token know what the class token, or the mean of all patches, knows?",
+        headline,
+        findings,
+        [_table(right, single, pooled, patches)],
+        [
+            _heat_map(means, train.grid_size, {way: float(right[way].mean()) for way in pooled}),
+            *forest("Test top-1 less that of the average single patch", pooled, findings, settings.margin),
+        ],
+        {**asdict(settings), "ways": [*pooled, *patches]},
+        data_of(origin, parts),
+        {
+            "top1": {way: float(values.mean()) for way, values in right.items()},
+            "mean_single_patch": float(single.mean()),
+            "strength": strengths,
+        },
+        predictions_of(test.rows, preds),
+        [*notes, NOTE, *failures_note(parts)],
+        time.perf_counter() - started,
+    )
+
+
+def _findings(
+    right: Mapping[str, np.ndarray], single: np.ndarray, pooled: Sequence[str], settings: TokenSettings
+) -> list[Finding]:
+    claims = [
+        Claim(
+            f"Reading {way} and reading {SINGLE} give different test top-1.",
+            single[None],
+            right[way].astype(np.float64)[None],
+            expect="differs",
+            margin=settings.margin,
+            names=(SINGLE, way),
+        )
+        for way in pooled
+    ]
+    return judge_all(claims, seed=settings.seed)
+
+
+def _table(
+    right: Mapping[str, np.ndarray], single: np.ndarray, pooled: Sequence[str], patches: Sequence[str]
+) -> Table:
+    """The pooled reads, the mean patch, and the patches that stand out."""
+    low, high = mean_interval(single).ci95
+    counts = [int(right[patch].sum()) for patch in patches]
+    worst, best = patches[int(np.argmin(counts))], patches[int(np.argmax(counts))]
+    rows: list[list[str | int | float | None]] = [[way, *accuracy_cells(right[way])] for way in pooled]
+    rows.append([SINGLE, float(single.mean()), max(low, 0.0), min(high, 1.0), None, len(single)])
+    rows.append([f"worst patch ({worst})", *accuracy_cells(right[worst])])
+    rows.append([f"best patch ({best})", *accuracy_cells(right[best])])
+    note = "Intervals: Wilson's, 95 %; of the mean patch, over images."
+    return Table("Ridge probes on single tokens, test part", ["read", *ACCURACY_COLUMNS], rows, note)
+
+
+def _heat_map(means: np.ndarray, grid_size: tuple[int, int], pooled: Mapping[str, float]) -> HeatMap:
+    shown = ", ".join(f"{way} {100 * value:.1f} %" for way, value in pooled.items())
+    note = f"One cell a patch, as the image lies. For comparison: {shown}."
+    grid = means.reshape(grid_size)  # patches are in raster order
+    return HeatMap("Test top-1 of a probe on each single patch", grid.tolist(), note=note)

@@ -1,0 +1,322 @@
+"""What a probe or a study found, in words: for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit_cls.lab.results import Finding, LabResult, Table, plain
+
+DASH = "-"
+MOST_LISTED = 20
+"""Items of a list in the settings or the data that are written out; results.json has them all."""
+WIDEST_CELL = 44
+"""Characters of a cell on the terminal."""
+
+
+def clean(text: object) -> str:
+    r"""A text that any file and any terminal takes, on one line.
+
+    Args:
+        text: Control characters, lone surrogates and code points that XML refuses are shown by their number.
+
+    Example:
+        >>> clean("a\nb\x01\udcff$")
+        'a b\\x01\\udcff$'
+    """
+    line = " ".join(str(text).split())
+    shown = (
+        f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else "\\uffff" if c in "\ufffe\uffff" else c
+        for c in line
+    )
+    return "".join(shown).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shorten(text: str, width: int) -> str:
+    """The beginning of a text, and an ellipsis where something is missing.
+
+    Args:
+        text: Any text.
+        width: The most characters.
+
+    Example:
+        >>> shorten("attention", 6)
+        'atten…'
+    """
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def number(value: float | None, *, percent: bool = False, signed: bool = False) -> str:
+    """A number for people: four digits that count, thousands apart, a dash for none.
+
+    Args:
+        value: None and what is not finite are a dash.
+        percent: Whether it is a share, written in percent without the sign.
+        signed: Whether a plus is written too.
+
+    Example:
+        >>> number(0.93214), number(0.93214, percent=True), number(12345), number(0.01, signed=True)
+        ('0.9321', '93.21', '12,345', '+0.01')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    sign = "+" if signed else ""
+    if percent:
+        return f"{100 * value:{sign}.2f}"
+    if isinstance(value, int) or abs(value) >= 10_000:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.4g}"
+
+
+def p_value(p: float) -> str:
+    """A p-value for people.
+
+    Args:
+        p: In [0, 1].
+
+    Example:
+        >>> p_value(0.03125), p_value(1e-9)
+        ('0.0312', '< 0.0001')
+    """
+    return f"{p:.4f}" if not p < 1e-4 else "< 0.0001"
+
+
+def finding_facts(finding: Finding) -> list[tuple[str, str]]:
+    """Label and value of every number that a finding has.
+
+    Args:
+        finding: Numbers that it lacks are left out.
+
+    Example:
+        >>> finding_facts(Finding("a", "cannot tell", "b", estimate=0.01, ci95=(-0.02, 0.04), margin=0.01))
+        [('estimate', '+0.01, 95 % interval -0.02 to +0.04'), ('margin', '0.01')]
+    """
+    signed = finding.margin is not None or finding.smallest_detectable is not None  # then it is a difference
+    facts = []
+    if finding.estimate is not None or finding.ci95 is not None:
+        text = number(finding.estimate, signed=signed)
+        if finding.ci95 is not None:
+            low, high = (number(bound, signed=signed) for bound in finding.ci95)
+            text += f", 95 % interval {low} to {high}"
+        facts.append(("estimate", text))
+    if finding.p is not None:
+        facts.append(("p of no difference", p_value(finding.p)))
+    if finding.p_holm is not None:
+        facts.append(("p, Holm-adjusted", p_value(finding.p_holm)))
+    if finding.p_equivalence is not None:
+        facts.append(("p of equivalence", p_value(finding.p_equivalence)))
+    if finding.margin is not None:
+        facts.append(("margin", number(finding.margin)))
+    if finding.smallest_detectable is not None:
+        facts.append(("smallest detectable", f"{number(finding.smallest_detectable)}, with a power of 80 %"))
+    if finding.needed:
+        facts.append(("needed to tell", clean(finding.needed)))
+    if finding.counts:
+        facts.append(
+            ("counts", ", ".join(f"{number(n)} {clean(name)}" for name, n in finding.counts.items()))
+        )
+    return facts
+
+
+def table_cells(table: Table) -> tuple[list[list[str]], list[bool]]:
+    """Every cell of a table as it is written, and for each column whether it holds text.
+
+    Args:
+        table: Rows as long as its columns.
+
+    Raises:
+        ValueError: If a row has more or fewer cells than there are columns.
+
+    Example:
+        >>> table_cells(Table("t", ["head", "top-1 (%)", "n"], [["cls", 0.9321, 540], ["gap", None, 5400]]))
+        ([['cls', '93.21', '540'], ['gap', '-', '5,400']], [True, False, False])
+    """
+    rows = [[plain(cell) for cell in row] for row in table.rows]
+    for row in rows:
+        if len(row) != len(table.columns):
+            raise ValueError(
+                f"each row of the table {table.title!r} must have {len(table.columns)} cells, one a column; "
+                f"got {len(row)}: {row!r}."
+            )
+    shares = [str(name).endswith("(%)") for name in table.columns]
+    texts = [any(isinstance(row[i], (str, bool)) for row in rows) for i in range(len(shares))]
+    columns = [_column([row[i] for row in rows], share) for i, share in enumerate(shares)]
+    return [list(row) for row in zip(*columns, strict=True)] if rows else [], texts
+
+
+def _column(cells: Sequence[Any], share: bool) -> list[str]:
+    """Cells of a column; numbers of like size get the same number of decimals."""
+    sizes = [abs(one) for one in cells if isinstance(one, float)]
+    if share or not sizes or min((s for s in sizes if s), default=0.0) < 1e-3 or max(sizes) >= 1e3:
+        return [_cell(one, share) for one in cells]
+    decimals = max(len(f"{size:.4g}".partition(".")[2]) for size in sizes)
+    form = f".{min(decimals, 4)}f"
+    return [format(one, form) if isinstance(one, float) else _cell(one, share) for one in cells]
+
+
+def _cell(cell: str | int | float | None, share: bool) -> str:
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if cell is None or isinstance(cell, (int, float)):
+        return number(cell, percent=share)
+    return clean(cell) or DASH
+
+
+def facts(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Settings or data as names and texts; what lies deeper has a dot in its name.
+
+    Args:
+        given: Plain data.
+        prefix: Stands before each name.
+
+    Example:
+        >>> facts({"seeds": [0, 1], "model": {"pool": "cls", "depth": None}})
+        [('seeds', '0, 1'), ('model.pool', 'cls'), ('model.depth', '-')]
+    """
+    found: list[tuple[str, str]] = []
+    for key, value in plain(given).items():
+        name = f"{prefix}{clean(key)}"
+        if isinstance(value, Mapping) and value:
+            found += facts(value, f"{name}.")
+        elif isinstance(value, list):
+            shown = ", ".join(_fact(one) for one in value[:MOST_LISTED])
+            rest = len(value) - MOST_LISTED
+            found.append(
+                (name, (shown or "none") + (f", and {rest:,} more in results.json" if rest > 0 else ""))
+            )
+        else:
+            found.append((name, _fact(value)))
+    return found
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{clean(k)} {_fact(one)}" for k, one in value.items()) or "none"
+    if isinstance(value, list):
+        return "[" + ", ".join(_fact(one) for one in value) + "]"
+    # Settings are to be typed again: no comma between thousands, no digit lost.
+    return DASH if value is None else repr(value) if isinstance(value, float) else clean(value)
+
+
+def lab_text(result: LabResult) -> str:
+    """What the terminal shows: the verdict first, then the findings, then the first table.
+
+    Args:
+        result: Of a probe or a study.
+
+    Example:
+        >>> finding = Finding("max beats cls", "supported", "max is better than cls by 2.1 points.", p=0.001)
+        >>> print(lab_text(LabResult("study heads", "Which head?", "max is best.", [finding])))
+        max is best.
+        <BLANKLINE>
+        supported    max is better than cls by 2.1 points.
+                     p of no difference   0.0010
+    """
+    lines = [clean(result.headline)]
+    for finding in result.findings:
+        lines += ["", *textwrap.wrap(clean(finding.sentence), 100, initial_indent=f"{finding.verdict:<13}",
+                                     subsequent_indent=" " * 13)]  # fmt: skip
+        for label, value in finding_facts(finding):
+            lines += textwrap.wrap(
+                value, 100, initial_indent=f"{'':<13}{label:<21}", subsequent_indent=" " * 34
+            )
+    if result.tables:
+        lines += ["", *_text_table(result.tables[0])]
+    return "\n".join(lines)
+
+
+def _text_table(table: Table) -> list[str]:
+    rows, texts = table_cells(table)
+    grid = [[shorten(clean(cell), WIDEST_CELL) for cell in row] for row in ([*table.columns], *rows)]
+    widths = [max(_columns(row[i]) for row in grid) for i in range(len(texts))]
+    lines = [clean(table.title)]
+    for row in grid:
+        cells = [
+            cell + pad if text else pad + cell
+            for cell, text, pad in (
+                (cell, text, " " * (width - _columns(cell)))
+                for cell, text, width in zip(row, texts, widths, strict=True)
+            )
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return [*lines, *(textwrap.wrap(clean(table.note), 100))]
+
+
+def _columns(text: str) -> int:
+    """How wide a text is on a terminal; a Chinese character takes two columns, an accent none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def lab_markdown(
+    result: LabResult, figures: Sequence[tuple[str, str, str]], versions: Mapping[str, str]
+) -> str:
+    """The report as Markdown: its first line is the headline.
+
+    Args:
+        result: Of a probe or a study.
+        figures: Title, note and relative path of each figure; one without a path had nothing to draw.
+        versions: Version by package.
+    """
+    headline = escape_markdown(result.headline) or DASH
+    lines = [
+        headline,
+        "=" * min(len(headline), 80),
+        "",
+        f"{clean(result.kind)}: {escape_markdown(result.question)}",
+    ]
+    lines += ["", "## Findings", ""] if result.findings else []
+    for finding in result.findings:
+        lines.append(f"- **{finding.verdict}**: {escape_markdown(finding.sentence)}")
+        lines.append(f"  - claim: {escape_markdown(finding.claim)}")
+        lines += [f"  - {label}: {escape_markdown(value)}" for label, value in finding_facts(finding)]
+    for table in result.tables:
+        lines += ["", f"## {escape_markdown(table.title)}", "", *_markdown_table(table)]
+        lines += ["", escape_markdown(table.note)] if table.note else []
+    lines += ["", "## Figures"] if figures else []
+    for title, note, path in figures:
+        title = escape_markdown(title)
+        lines += ["", f"![{title}]({path})" if path else f"{title}: nothing to draw."]
+        lines += ["", f"{title}. {escape_markdown(note)}".rstrip()] if path else []
+    for heading, given in (("Settings", result.settings), ("Data", result.data)):
+        if given:
+            lines += ["", f"## {heading}", ""]
+            lines += [f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in facts(given)]
+    if result.notes:
+        lines += ["", "## Notes", "", *(f"- {escape_markdown(note)}" for note in result.notes)]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items()) or DASH
+    lines += ["", f"Took {result.seconds:,.1f} s. Versions: {escape_markdown(named)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(table: Table) -> list[str]:
+    rows, texts = table_cells(table)
+    head = [_markdown_cell(name) for name in table.columns]
+    body = [[_markdown_cell(cell) for cell in row] for row in rows]
+    rule = [":---" if text else "---:" for text in texts]
+    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+
+
+def _markdown_cell(text: str) -> str:
+    text = clean(text)
+    return text if text == DASH else escape_markdown(text).replace("|", r"\|")
+
+
+def escape_markdown(text: object) -> str:
+    r"""A text that Markdown shows as it is, and that stays easy to read as text.
+
+    Args:
+        text: Any text; it becomes one line.
+
+    Example:
+        >>> escape_markdown("p < 0.05 of <b>weight_decay</b> *and* __init__")
+        'p < 0.05 of &lt;b>weight_decay&lt;/b> \\*and\\* \\_\\_init\\_\\_'
+    """
+    line = re.sub(r"([\\`*\[\]~])", r"\\\1", clean(text))
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
+    line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
+    line = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line)
+    return re.sub(r"^([#>+-]|\d+[.)])(?=\s|#|$)", lambda found: re.sub(r"(\W)$", r"\\\1", found[0]), line)
