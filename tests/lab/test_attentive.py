@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
-from vit_cls.lab.attentive import NormedTokens, attentive, heads_that_fit
-from vit_cls.lab.dense import subset
 from vit_cls.lab.frozen import Running, freeze
-from vit_cls.lab.head_fits import ProbeHead, Recipe, fit_head, token_statistics
+from vit_cls.lab.probes.attentive import NormedTokens, attentive, heads_that_fit
+from vit_cls.lab.probes.dense import subset
+from vit_cls.lab.probes.head_fits import ProbeHead, Recipe, fit_head, token_statistics
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -188,7 +188,7 @@ def test_the_result_pairs_every_head_with_the_class_token_and_repeats_itself():
 def test_tokens_read_from_the_memory_map_are_those_in_memory(monkeypatch):
     frozen = freeze(_classifier(), _digits().test, device="cpu", precision="32")
     kept = NormedTokens(frozen, 1)
-    monkeypatch.setattr("vit_cls.lab.attentive.IN_MEMORY", 0)
+    monkeypatch.setattr("vit_cls.lab.probes.attentive.IN_MEMORY", 0)
     mapped = NormedTokens(frozen, 1)
     rows = np.array([4, 0, 7])
     assert torch.equal(kept.rows(rows), mapped.rows(rows))

@@ -11,10 +11,10 @@ import torch
 from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.lab.dense import PATCHES, dense, subset
 from vit_cls.lab.frozen import Running
-from vit_cls.lab.mosaics import make_mosaics, mosaic, tile_of_patches
-from vit_cls.lab.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
+from vit_cls.lab.probes.dense import PATCHES, dense, subset
+from vit_cls.lab.probes.mosaics import make_mosaics, mosaic, tile_of_patches
+from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig

@@ -14,12 +14,12 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import bootstrap_means, percentile_interval
-from vit_cls.lab.explained import r2, r2_scores
 from vit_cls.lab.frozen import Running, freeze
-from vit_cls.lab.inversion import invert
 from vit_cls.lab.least_squares import fits_of_moments, moments_of, ridge_fits
-from vit_cls.lab.picture_metrics import band_energy, identified, psnr, ssim
-from vit_cls.lab.pixel_decoders import (
+from vit_cls.lab.probes.explained import r2, r2_scores
+from vit_cls.lab.probes.inversion import invert
+from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
+from vit_cls.lab.probes.pixel_decoders import (
     conv_decoded,
     pixels_of,
     ridge_decoded,
@@ -219,7 +219,7 @@ def test_every_patch_has_whole_pixels(image_hw, grid_size, expected):
 
 
 def test_a_network_learns_a_linear_map_and_repeats_itself_under_a_seed(monkeypatch):
-    monkeypatch.setattr("vit_cls.lab.pixel_decoders.CONV_STEPS", 100)
+    monkeypatch.setattr("vit_cls.lab.probes.pixel_decoders.CONV_STEPS", 100)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(160, 4)).astype(np.float32)
     y = np.clip(0.5 + 0.2 * (x @ rng.normal(size=(4, 48))), 0, 1).reshape(160, 3, 4, 4)

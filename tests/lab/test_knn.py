@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab import knn as knn_module
-from vit_cls.lab.knn import KnnSettings, clipped, knn, knn_predict, votes
+from vit_cls.lab.probes import knn as knn_module
+from vit_cls.lab.probes.knn import KnnSettings, clipped, knn, knn_predict, votes
 
 
 def _data(rows, dim=5, classes=4, seed=0):

@@ -16,10 +16,10 @@ from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
 from vit_cls.lab.extraction import Running
 from vit_cls.lab.frozen import freeze
-from vit_cls.lab.layers import LayerSettings, layers
-from vit_cls.lab.linear_fits import LinearSettings
-from vit_cls.lab.linear_probe import linear
-from vit_cls.lab.tokens import TokenSettings, tokens
+from vit_cls.lab.probes.layers import LayerSettings, layers
+from vit_cls.lab.probes.linear import linear
+from vit_cls.lab.probes.linear_fits import LinearSettings
+from vit_cls.lab.probes.tokens import TokenSettings, tokens
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 
 RUNNING = Running("cpu", "32", num_workers=0)

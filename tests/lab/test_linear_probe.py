@@ -11,9 +11,9 @@ from sklearn.preprocessing import StandardScaler
 
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.lab import linear_fits
-from vit_cls.lab.linear_fits import LinearSettings, fit_linear
-from vit_cls.lab.linear_probe import linear, linear_ways
+from vit_cls.lab.probes import linear_fits
+from vit_cls.lab.probes.linear import linear, linear_ways
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.model.tokens import TokenLayout
 
 

@@ -25,7 +25,7 @@ def _logits_and_gradients(model, forward, images, weights):
     }
 
 
-@pytest.mark.parametrize("pool", ["cls", "gap", "max", "token:0", "token:7"])
+@pytest.mark.parametrize("pool", ["cls", "gap", "max", "token:0", "token:7", "multicls:2"])
 @pytest.mark.parametrize(
     "setting",
     [
@@ -33,6 +33,7 @@ def _logits_and_gradients(model, forward, images, weights):
         {"drop_path_rate": 0.4},
         {"reg_tokens": 2, "qk_norm": True},
         {"qkv_bias": False, "init_values": 0.5},
+        {"causal": True, "class_position": "last", "reg_tokens": 1},
     ],
     ids=str,
 )

@@ -11,17 +11,25 @@ from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.block import DropPath
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import POOLINGS, PoolingContext, make_pooling
+from vit_cls.model.pooling import POOLINGS, PoolingContext, make_pooling, num_class_tokens
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.tokens import TokenLayout, sincos_2d_positions
 from vit_cls.model.vit import VisionTransformer
 
-SPECS = [f"{name}:3" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
 
 
 def _model(tiny, **settings) -> VisionTransformer:
     torch.manual_seed(0)
     return VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5, **settings})).eval()
+
+
+def _perturbed(model, generator):
+    """Every parameter off its first value."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -35,7 +43,10 @@ def test_each_pooling_builds_runs_and_sends_gradients_everywhere(spec, tiny, gen
 
 
 def test_the_pooling_table_has_the_rows_that_are_documented():
-    assert SPECS == ["cls", "gap", "max", "token:3", "cls+gap", "map"]
+    listed = (
+        "cls gap max avgmax token:2 cls+gap last:2 gem lse seqpool abmil simpool ep:2 map cait:2 multicls:2"
+    )
+    assert [*listed.split(), "multicls-concat:2", "multicls-diverse:2", "classtok"] == SPECS
 
 
 @pytest.mark.parametrize(("spec", "expected"), [("cls", 0.0), ("gap", 5.5), ("max", 7.0), ("token:2", 6.0)])
@@ -67,7 +78,64 @@ def test_encode_gives_every_token_whatever_the_pooling_reads(tiny, generator):
     images = torch.randn(2, 3, 16, 16, generator=generator)
     for spec in SPECS:
         model = _model(tiny, pool=spec)
-        assert model.encode(images).shape == (2, 17, 24)
+        assert model.encode(images).shape == (2, num_class_tokens(spec, 5) + 16, 24)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_class_tokens_of_the_last_blocks_are_normed_and_joined_in_order(count, tiny, generator):
+    model = _perturbed(_model(tiny, pool=f"last:{count}", depth=3, reg_tokens=1), generator)
+    found = []
+    for block in list(model.blocks)[:-1]:
+        block.register_forward_hook(lambda _, __, output: found.append(output[:, 0]))
+    images = torch.randn(2, 3, 16, 16, generator=generator)
+    features = model.forward_features(images)
+    found = [*found[:2], model.run_blocks(model.embed_tokens(images))[:, 0]]
+    expected = torch.cat([model.norm(token) for token in found[3 - count :]], dim=1)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images), model.head(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_class_tokens_stay_equal_for_ever_and_fresh_ones_part(tiny, generator):
+    model = _model(tiny, pool="multicls:3", depth=4).double()
+    images = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    fresh = model.encode(images)[:, :3]
+    assert (fresh[:, 0] - fresh[:, 1]).abs().max() > 1e-2
+    with torch.no_grad():
+        for tokens in (model.cls_token, model.pos_embed[:, :3]):
+            tokens.copy_(tokens[:, :1].expand(-1, 3, -1).clone())
+    equal = model.encode(images)[:, :3]
+    torch.testing.assert_close(equal[:, 1:], equal[:, :1].expand(-1, 2, -1), rtol=0, atol=1e-13)
+    model(images).square().sum().backward()
+    gradient = model.cls_token.grad[0]
+    torch.testing.assert_close(gradient[1:], gradient[:1].expand(2, -1), rtol=0, atol=1e-13)
+
+
+def test_each_class_is_scored_by_its_own_token_and_the_same_weights(tiny, generator):
+    model = _perturbed(_model(tiny, pool="classtok", reg_tokens=2), generator)
+    images = torch.randn(2, 3, 16, 16, generator=generator)
+    tokens = model.encode(images)
+    assert tokens.shape == (2, 5 + 2 + 16, 24)
+    (weight,), bias = model.head.weight, model.head.bias
+    expected = torch.stack([tokens[:, c] @ weight + bias[0] for c in range(5)], dim=1)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    assert model.forward_features(images).shape == (2, 5, 24)
+    order = [3, 0, 4, 1, 2]  # another order of the tokens is another order of the classes
+    with torch.no_grad():
+        for tokens in (model.cls_token, model.pos_embed[:, :5]):
+            tokens.copy_(tokens[:, order].clone())
+    torch.testing.assert_close(model(images), expected[:, order], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_pooling_reads_a_register_after_the_last_block(spec, tiny, generator):
+    model = _perturbed(_model(tiny, pool=spec, reg_tokens=2), generator)
+    tokens = model.encode(torch.randn(2, 3, 16, 16, generator=generator))
+    first = model.layout.num_prefix_tokens - 2
+    changed = tokens.clone()
+    changed[:, first : first + 2] = 1e4
+    read, times = model.pool.read, model.pool.num_layers
+    pooled = [model.pool(t[:, read].repeat(1, times, 1)) for t in (tokens, changed)]
+    assert torch.equal(pooled[0], pooled[1])
 
 
 def test_patch_tokens_are_in_raster_order(tiny):
@@ -113,7 +181,7 @@ def test_sincos_positions_tell_rows_from_columns():
         ({"img_size": (16, 18)}, r"got 16x18 and 4"),
         ({"num_heads": 5}, r"model.num_heads must divide model.embed_dim; got 5 heads and width 24.*is 4"),
         ({"pool": "cls", "class_token": False}, r"model.pool cls reads the class token.*Use model.pool gap"),
-        ({"pool": "mean"}, r"model.pool must be one of cls, gap, max, token:K, cls\+gap, map; got 'mean'"),
+        ({"pool": "mean"}, r"model.pool must be one of cls, gap, max, avgmax, token:K, .*; got 'mean'"),
         ({"pool": "gap:3"}, r"model.pool gap takes no index"),
         ({"pool": "token"}, r"needs a patch K from 0 to 15"),
         ({"pool": "token:16"}, r"from 0 to 15 for a 4x4 grid; got 16"),

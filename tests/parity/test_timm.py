@@ -13,7 +13,7 @@ from vit_cls import create_model
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 
-GLOBAL_POOL = {"cls": "token", "gap": "avg", "max": "max"}
+GLOBAL_POOL = {"cls": "token", "gap": "avg", "max": "max", "avgmax": "avgmax"}
 
 
 def _perturbed(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -64,6 +64,7 @@ def _reference_timm(config: ViTConfig) -> torch.nn.Module:
         ("vit_tiny_patch16_224", "cls"),
         ("vit_tiny_patch16_224", "gap"),
         ("vit_tiny_patch16_224", "max"),
+        ("vit_tiny_patch16_224", "avgmax"),
         ("vit_small_patch16_224", "cls"),
         ("vit_base_patch16_224", "cls"),
         ("vit_large_patch16_224", "cls"),
@@ -89,6 +90,8 @@ def test_logits_equal_timms_at_full_size(name, pool):
         {},
         {"pool": "gap"},
         {"pool": "max"},
+        {"pool": "avgmax", "reg_tokens": 2},
+        {"pool": "avgmax", "fc_norm": False},
         {"pool": "gap", "fc_norm": False},
         {"pool": "cls", "fc_norm": True},
         {"pool": "gap", "class_token": False},

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.pooling import POOLINGS
+from vit_cls.model.pooling import POOLINGS, num_class_tokens
 from vit_cls.training.freezing import Freezer
 from vit_cls.training.optim import parameter_groups
 from vit_cls.weights.adapter import TimmAdapter
@@ -27,7 +27,7 @@ NAMES = [
     "beit3_base_patch16_224",
 ]
 DISTILLED = "deit_tiny_distilled_patch16_224"
-SPECS = [f"{name}:3" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
 
 
 def _model(name: str, **settings) -> TimmAdapter:
@@ -42,8 +42,17 @@ def images(generator):
     return torch.randn(2, 3, 48, 48, generator=generator)
 
 
+def _class_tokens_after_each_block(model, images):
+    found = []
+    hooks = [b.register_forward_hook(lambda m, i, output: found.append(output[:, :1])) for b in model.blocks]
+    model.encode(images)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(found, dim=1)
+
+
 @pytest.mark.parametrize("name", [*NAMES, DISTILLED])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if num_class_tokens(spec, 5) == 1])
 def test_every_pooling_reads_the_tokens_that_it_names(name, spec, images):
     model = _model(name, pool=spec)
     tokens = model.encode(images)
@@ -51,15 +60,23 @@ def test_every_pooling_reads_the_tokens_that_it_names(name, spec, images):
     first = layout.num_prefix_tokens
     assert tokens.shape == (2, layout.num_tokens, 128)
     patches = tokens[:, first:]
-    expected = {"cls": tokens[:, 0], "gap": patches.mean(1), "max": patches.amax(1), "token:3": patches[:, 3]}
+    expected = {"cls": tokens[:, 0], "gap": patches.mean(1), "max": patches.amax(1), "token:2": patches[:, 2]}
     if spec in expected:
         features = model.fc_norm(expected[spec])
     elif spec == "cls+gap":
         features = torch.cat([tokens[:, 0], patches.mean(1)], dim=1)
+    elif spec == "last:2":
+        features = model.pool(model.norm(_class_tokens_after_each_block(model, images)))
     else:
-        features = model.pool(patches)
+        features = model.fc_norm(model.pool(patches))
     torch.testing.assert_close(model(images), model.head(features), rtol=1e-5, atol=1e-6)
     assert model(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("spec", ["multicls:2", "multicls-concat:2", "multicls-diverse:2", "classtok"])
+def test_an_adapted_model_has_one_class_token_and_says_so(spec):
+    with pytest.raises(ConfigError, match=r"model.pool .*needs several class tokens; beit_base"):
+        _model("beit_base_patch16_224", pool=spec)
 
 
 @pytest.mark.parametrize("name", [*NAMES, DISTILLED])

@@ -25,7 +25,7 @@ from vit_cls.weights.bundle import (
     save_classifier,
 )
 
-SPECS = [f"{name}:3" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
 
 
 def _classifier(tiny, **settings) -> ImageClassifier:

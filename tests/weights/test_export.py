@@ -217,7 +217,7 @@ def test_weights_load_strictly_into_timms_model_of_the_same_name_and_back():
 
 @pytest.mark.parametrize("pool", ["token:3", "cls+gap"])
 def test_a_pool_that_timm_lacks_is_refused_with_those_that_it_has(pool, tiny, tmp_path):
-    message = rf"no counterpart of model.pool {re.escape(pool)}; it knows cls, gap, max, map\."
+    message = rf"no counterpart of model.pool {re.escape(pool)}; it knows cls, gap, max, avgmax, map\."
     with pytest.raises(ConfigError, match=message):
         export_timm(_native(tiny, pool=pool), tmp_path / "out")
     model = create_model("vit_small_patch16_dinov3", pool=pool, img_size=32, **NARROW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 
 from jsonargparse import ArgumentParser, Namespace
@@ -12,6 +13,10 @@ from vit_cls.errors import ConfigError, did_you_mean
 MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
+_LISTS = "counts depths fractions heads layers modes neighbours temperatures tokens variants ways"
+LISTS = tuple(f"--{name}" for name in _LISTS.split())
+"""Options that hold several values, which people write with commas."""
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
 
 
@@ -61,6 +66,33 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         return parser.parse_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser)) from error
+
+
+def comma_lists(words: list[str]) -> list[str]:
+    """``--heads cls,gap`` as the list that the parser wants.
+
+    Args:
+        words: The words after the verb.
+
+    Example:
+        >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2"])
+        ['--heads', '["cls", "ep:8"]', '--layers=[1, 2]']
+    """
+    found = list(words)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in LISTS and equals:
+            found[i] = f"{flag}={_list(value)}"
+        elif word in LISTS and i + 1 < len(words):
+            found[i + 1] = _list(words[i + 1])
+    return found
+
+
+def _list(text: str) -> str:
+    if text.startswith("[") or text == "null":
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    return f"[{', '.join(part if NUMBER.fullmatch(part) else json.dumps(part) for part in parts if part)}]"
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

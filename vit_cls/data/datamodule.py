@@ -131,6 +131,23 @@ class ImageDataModule(LightningDataModule):
         self.train_source: ImageSource
         self.val_source: ImageSource
         self.origin = ""
+        self.given: tuple[ImageSource, ImageSource, str] | None = None
+
+    @classmethod
+    def of_sources(
+        cls, train: ImageSource, val: ImageSource, origin: str, **settings: Any
+    ) -> ImageDataModule:
+        """Images that somebody else has found and split.
+
+        Args:
+            train: To train on.
+            val: To validate on, labelled by the classes of ``train``.
+            origin: One sentence: where they come from.
+            settings: Further arguments of the constructor; those that find or split images have no effect.
+        """
+        data = cls(root=str(train.index.root), **settings)
+        data.given = (train, val, origin)
+        return data
 
     def configure(
         self,
@@ -184,7 +201,9 @@ class ImageDataModule(LightningDataModule):
             DataError: If the images cannot be used.
         """
         self.seed = seed
-        if self.name == "digits":
+        if self.given is not None:
+            self.train_source, self.val_source, self.origin = self.given
+        elif self.name == "digits":
             everything = load_digits("train")
             train, val = stratified_split(everything.index, val_fraction=self.val_fraction, seed=seed)
             rows = {path: i for i, path in enumerate(everything.index.paths)}
@@ -287,7 +306,8 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"{len(dataset)} training image(s) cannot be shared by {world_size} processes.")
         workers = self.num_workers
         if workers is None:
-            workers = 0 if self.name == "digits" else default_num_workers()
+            in_memory = isinstance(dataset.source, ArraySource)
+            workers = 0 if in_memory else default_num_workers()
         pin_memory = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return make_loader(
             dataset, sampler, batch_size=self.batch_size, num_workers=workers, pin_memory=pin_memory

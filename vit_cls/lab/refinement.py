@@ -17,8 +17,8 @@ from vit_cls.data.splits import match_classes
 from vit_cls.errors import ConfigError
 from vit_cls.lab.extraction import Rows, Running, token_batches
 from vit_cls.lab.interventions import changed_tokens, insert_tokens, replace_token
-from vit_cls.lab.linear_fits import LinearSettings, fit_linear
-from vit_cls.lab.probes import check_parts
+from vit_cls.lab.probes.common import check_parts
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel

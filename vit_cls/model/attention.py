@@ -47,12 +47,14 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, read: slice | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend from the tokens in ``read`` to all tokens.
 
         Args:
             tokens: Normalised tokens, shape ``(batch, tokens, dim)``.
             read: The tokens whose result is wanted; None means all. Keys and values are always of all.
+            mask: True where a token may attend to another, bool, shape ``(read tokens, tokens)`` with any
+                axes before; None means everywhere. Each read token may attend to one token at least.
 
         Returns:
             Shape ``(batch, read tokens, dim)``.
@@ -60,10 +62,12 @@ class Attention(nn.Module):
         dropout = self.attn_drop.p if self.training else 0.0
         plain = dropout == 0.0 and isinstance(self.k_norm, nn.Identity)
         if read is not None and read.stop - read.start == 1 and plain:
-            out = self._attend_from_one(tokens, tokens[:, read.start])
+            out = self._attend_from_one(tokens, tokens[:, read.start], mask)
         else:
             q, k, v = self._project(tokens, read)
-            out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(
+                self.q_norm(q), self.k_norm(k), v, attn_mask=mask, dropout_p=dropout
+            )
             out = rearrange(out, "b h n d -> b n (h d)")
         return self.proj_drop(self.proj(out))
 
@@ -82,7 +86,7 @@ class Attention(nn.Module):
         k, v = (rearrange(part, "b n h d -> b h n d") for part in kv.unbind(2))
         return q, k, v
 
-    def _attend_from_one(self, tokens: Tensor, reader: Tensor) -> Tensor:
+    def _attend_from_one(self, tokens: Tensor, reader: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of a single query without projecting any key or value.
 
         ``q . (W_k x) = (W_k^T q) . x``, and ``sum a (W_v x) = W_v (sum a x)``: the projections move from all
@@ -91,6 +95,7 @@ class Attention(nn.Module):
         Args:
             tokens: Normalised tokens, shape ``(batch, tokens, dim)``.
             reader: The token that attends, shape ``(batch, dim)``.
+            mask: As for `forward`.
 
         Returns:
             Before the projection, shape ``(batch, 1, dim)``.
@@ -100,7 +105,10 @@ class Attention(nn.Module):
         q = rearrange(F.linear(reader, w_q, bias_q), "b (h d) -> b h d", h=self.num_heads)
         q = self.q_norm(q) * q.shape[-1] ** -0.5
         query = torch.einsum("bhd,hdc->bhc", q, rearrange(w_k, "(h d) c -> h d c", h=self.num_heads))
-        attn = (query @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, h, N)
+        scores = query @ tokens.transpose(1, 2)  # (B, h, N)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., 0, :], -torch.inf)
+        attn = scores.softmax(dim=-1)
         mixed = torch.einsum(
             "bhc,hdc->bhd", attn @ tokens, rearrange(w_v, "(h d) c -> h d c", h=self.num_heads)
         )

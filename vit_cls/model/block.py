@@ -80,11 +80,16 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init_values: float) -> None:
         super().__init__()
+        self.init_values = init_values
         self.gamma = nn.Parameter(torch.full((dim,), init_values))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``, shape ``(..., dim)``."""
         return x * self.gamma
+
+    def reset_parameters(self) -> None:
+        """Every factor back to its first value."""
+        nn.init.constant_(self.gamma, self.init_values)
 
 
 class Mlp(nn.Module):
@@ -173,12 +178,13 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, read: slice | None = None, mask: Tensor | None = None) -> Tensor:
         """Run the block.
 
         Args:
             tokens: Shape ``(batch, tokens, dim)``.
             read: The tokens whose result is wanted; None means all.
+            mask: Which token may attend to which, as for `Attention.forward`.
 
         Returns:
             Shape ``(batch, read tokens, dim)``: what the whole block would give for those tokens, from
@@ -186,5 +192,5 @@ class Block(nn.Module):
         """
         # No name for what attention returns: it would live, and cost memory, until the MLP is done.
         kept = tokens if read is None else tokens[:, read]
-        tokens = kept + self.drop_path1(self.ls1(self.attn(self.norm1(tokens), read)))
+        tokens = kept + self.drop_path1(self.ls1(self.attn(self.norm1(tokens), read, mask)))
         return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.model.pooling import num_class_tokens
+from vit_cls.model.tokens import CLASS_POSITIONS, TokenLayout
 
 POS_EMBEDS = ("learn", "sincos2d", "none")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -62,8 +64,9 @@ class ViTConfig:
         patch_size: Side of a square patch in pixels; divides both image sides.
         in_chans: Channels of the image.
         num_classes: Classes of the linear head; 0 leaves the model headless (it returns features).
-        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K, counted from 0 in
-            raster order), ``cls+gap`` (both, concatenated) or ``map`` (attention by a learned query).
+        pool: What the head reads, a row of `vit_cls.model.pooling.POOLINGS`: ``cls``, ``gap``, ``max``,
+            ``token:K`` (patch K, counted from 0 in raster order), ``cls+gap``, ``map``... It decides how many
+            class tokens there are: K with ``multicls:K``, one a class with ``classtok``.
         embed_dim: Width of a token; divisible by ``num_heads``.
         depth: Encoder blocks.
         num_heads: Attention heads in each block.
@@ -77,12 +80,16 @@ class ViTConfig:
         pos_embed: Positions: ``learn``, ``sincos2d`` (fixed) or ``none``.
         pre_norm: Whether a norm stands before the first block (the patch embedding then has no bias).
         final_norm: Whether there is a norm after the last block at all.
-        fc_norm: Whether that norm stands after pooling; None follows timm's constructor: after for
-            ``gap`` and ``max``, before for tokens.
+        fc_norm: Whether that norm stands after pooling; None follows timm's constructor where timm has the
+            pooling: after ``gap``, ``max``, ``avgmax``, ``gem``, ``lse`` and ``cait:K``, before all others.
         norm_eps: Epsilon of every LayerNorm.
         act: ``gelu``, ``gelu_tanh``, ``quick_gelu`` or ``silu``.
         mlp: ``mlp``, or ``swiglu_packed``: gated, both halves in one matrix (DINOv2 giant).
-        pool_include_prefix: Whether ``gap``, ``max`` and ``map`` read class token and registers too.
+        pool_include_prefix: Whether poolings over the patches read class token and registers too.
+        causal: Whether each token attends to itself and to what comes before it alone.
+        class_position: Where class tokens stand among the others: ``first``, ``middle`` or ``last``. To a
+            causal model that is everything; to any other it makes no difference at all, since attention knows
+            no order (`vit-cls verify` shows it). Tensors hold them first in any case.
         floor_grid: Whether an image side that the patch size does not divide is allowed; the patches then
             leave out its last pixels, as in SigLIP's 384 pixels of 14.
         drop_rate: Dropout before the head, in [0, 1).
@@ -125,6 +132,8 @@ class ViTConfig:
     act: str = "gelu"
     mlp: str = "mlp"
     pool_include_prefix: bool = False
+    causal: bool = False
+    class_position: str = "first"
     floor_grid: bool = False
     drop_rate: float = 0.0
     pos_drop_rate: float = 0.0
@@ -164,7 +173,12 @@ class ViTConfig:
             )
 
     def _check_choices(self) -> None:
-        for name, choices in (("pos_embed", POS_EMBEDS), ("act", ACTIVATIONS), ("mlp", MLPS)):
+        for name, choices in (
+            ("pos_embed", POS_EMBEDS),
+            ("act", ACTIVATIONS),
+            ("mlp", MLPS),
+            ("class_position", CLASS_POSITIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"model.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}."
@@ -193,6 +207,12 @@ class ViTConfig:
         """Patch rows and columns."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where each kind of token stands."""
+        count = num_class_tokens(self.pool, self.num_classes)
+        return TokenLayout(self.class_token, self.reg_tokens, self.grid_size, count)
 
     @property
     def mlp_dim(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vit_cls.model.attention import Attention
 from vit_cls.model.block import Block, Mlp, SwiGLUPacked
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.tokens import TokenLayout, causal_mask
 
 
 class Encoder(nn.ModuleList):
@@ -24,21 +25,30 @@ class Encoder(nn.ModuleList):
     def __init__(self, config: ViTConfig) -> None:
         rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
         super().__init__(_make_block(config, rate) for rate in rates)
+        self.layout: TokenLayout = config.layout
+        self.causal_order = config.class_position if config.causal else None
 
-    def forward(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
         """Run every block.
 
         Args:
             tokens: Embedded tokens, shape ``(batch, tokens, dim)``.
-            read: The tokens wanted from the last block; None means all.
+            read: The tokens wanted from the last blocks; None means all.
+            num_layers: How many of the last blocks' tokens are wanted.
 
         Returns:
-            Shape ``(batch, read tokens, dim)``.
+            Shape ``(batch, num_layers * read tokens, dim)``, the last block's tokens last.
         """
-        last = len(self) - 1
+        mask = None
+        if self.causal_order is not None:
+            mask = causal_mask(self.layout, self.causal_order, tokens.device)
+        last, kept = len(self) - 1, []
         for i, block in enumerate(self):
-            tokens = block(tokens, read if i == last else None)
-        return tokens
+            narrow = read if i == last else None
+            tokens = block(tokens, narrow, mask if narrow is None or mask is None else mask[narrow])
+            if last - num_layers < i < last:
+                kept.append(tokens if read is None else tokens[:, read])
+        return torch.cat([*kept, tokens], dim=1) if kept else tokens
 
 
 def _make_block(config: ViTConfig, drop_path: float) -> Block:

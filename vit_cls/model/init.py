@@ -28,6 +28,8 @@ class SkipInit(TorchFunctionMode):
         """Call ``func``, unless it would change its first argument in place."""
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if in_place and args and isinstance(args[0], Tensor):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        changed = args[0] if args else kwargs.get("tensor")  # as torch.nn.init passes it on
+        if in_place and isinstance(changed, Tensor):
+            return changed
+        return func(*args, **kwargs)

@@ -50,15 +50,16 @@ class TokenModel(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define embed_tokens")
 
-    def run_blocks(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+    def run_blocks(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
         """Every block in order.
 
         Args:
             tokens: From `embed_tokens`, shape ``(batch, tokens, dim)``.
-            read: The tokens wanted from the last block; None means all.
+            read: The tokens wanted from the last blocks; None means all.
+            num_layers: How many of the last blocks' tokens are wanted.
 
         Returns:
-            Before the final norm, shape ``(batch, read tokens, dim)``.
+            Before the final norm, shape ``(batch, num_layers * read tokens, dim)``, the last block's last.
         """
         raise NotImplementedError(f"{type(self).__name__} must define run_blocks")
 
@@ -83,13 +84,14 @@ class TokenModel(nn.Module):
             images: As for `embed_tokens`.
 
         Returns:
-            Features, shape ``(batch, dim)``; ``(batch, 2 * dim)`` where the pooling concatenates two.
+            Features, shape ``(batch, pool.out_dim)``; ``(batch, classes, dim)`` where each class has a token.
 
         Raises:
             ValueError: If the image shape is not the model's.
         """
-        tokens = self.run_blocks(self.embed_tokens(images), self.pool.read)
-        return self.fc_norm(self.pool(self.norm(tokens)))
+        pool = self.pool
+        tokens = self.run_blocks(self.embed_tokens(images), pool.read, pool.num_layers)
+        return self.fc_norm(pool(self.norm(tokens)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify.

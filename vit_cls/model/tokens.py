@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CLASS_POSITIONS = ("first", "middle", "last")
+
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where each kind of token stands in the sequence: class token, registers, then patches.
+    """Where each kind of token stands in the sequence: class tokens, registers, then patches.
 
     Args:
-        class_token: Whether token 0 is the class token.
-        reg_tokens: Register tokens that follow it.
+        class_token: Whether the sequence begins with class tokens.
+        reg_tokens: Register tokens that follow.
         grid_size: Patch rows and columns.
+        num_class_tokens: How many class tokens, where there are any.
 
     Example:
         >>> layout = TokenLayout(class_token=True, reg_tokens=4, grid_size=(14, 14))
@@ -27,11 +30,12 @@ class TokenLayout:
     class_token: bool
     reg_tokens: int
     grid_size: tuple[int, int]
+    num_class_tokens: int = 1
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class token and registers: everything in front of the patches."""
-        return int(self.class_token) + self.reg_tokens
+        """Class tokens and registers: everything in front of the patches."""
+        return int(self.class_token) * self.num_class_tokens + self.reg_tokens
 
     @property
     def num_patches(self) -> int:
@@ -42,6 +46,35 @@ class TokenLayout:
     def num_tokens(self) -> int:
         """Length of the sequence."""
         return self.num_prefix_tokens + self.num_patches
+
+
+def causal_mask(layout: TokenLayout, class_position: str, device: torch.device | None = None) -> Tensor:
+    """Who may attend to whom when each token sees itself and what comes before it.
+
+    The tensors keep their order, class tokens first: without a mask the encoder treats all places alike, so
+    that only here it matters where class tokens stand.
+
+    Args:
+        layout: The tokens.
+        class_position: Class tokens stand ``first``, in the ``middle`` of the patches, or ``last``; registers
+            stand before all patches.
+        device: Where the mask is made.
+
+    Returns:
+        True where the row's token may attend to the column's, bool, shape ``(tokens, tokens)``.
+
+    Example:
+        >>> causal_mask(TokenLayout(True, 0, (1, 2)), "last").int().tolist()
+        [[1, 1, 1], [0, 1, 0], [0, 1, 1]]
+    """
+    classes = layout.num_prefix_tokens - layout.reg_tokens
+    others = layout.num_tokens - classes
+    before = {"first": 0, "middle": layout.reg_tokens + layout.num_patches // 2, "last": others}[
+        class_position
+    ]
+    ranks = torch.arange(others, device=device)
+    ranks = torch.cat([before + torch.arange(classes, device=device), ranks + classes * (ranks >= before)])
+    return ranks[:, None] >= ranks
 
 
 def add_prefix_and_positions(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError
+from vit_cls.model.block import LayerScale
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.encoder import Encoder
 from vit_cls.model.patch_embed import PatchEmbed
-from vit_cls.model.pooling import PoolingContext, make_pooling
+from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling
 from vit_cls.model.token_model import TokenModel
-from vit_cls.model.tokens import TokenLayout, add_prefix_and_positions, sincos_2d_positions
+from vit_cls.model.tokens import add_prefix_and_positions, sincos_2d_positions
+
+INIT_SEEDS = 2**62
 
 
 class VisionTransformer(TokenModel):
@@ -43,12 +48,19 @@ class VisionTransformer(TokenModel):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.layout = TokenLayout(config.class_token, config.reg_tokens, config.grid_size)
+        self.layout = config.layout
+        with _drawing_from(0, torch.get_default_device()):  # what layers draw by themselves is drawn over
+            self._build(config)
+        if not self.patch_embed.proj.weight.is_meta:
+            self.init_weights()
+
+    def _build(self, config: ViTConfig) -> None:
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(
             config.image_hw, config.patch_size, config.in_chans, dim, bias=not config.pre_norm
         )
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
+        classes = self.layout.num_class_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, classes, dim)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
         self.pos_embed = self._make_positions()
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
@@ -57,7 +69,7 @@ class VisionTransformer(TokenModel):
 
         pooling = make_pooling(config.pool, self._pooling_context())
         norm_after = pooling.norm_after if config.fc_norm is None else config.fc_norm
-        if norm_after and pooling.parts:
+        if norm_after and pooling.out_dim != dim:
             raise ConfigError(
                 f"model.fc_norm must not be true with model.pool {config.pool}: the norm belongs to each "
                 "token before they are joined. Leave model.fc_norm out."
@@ -68,8 +80,7 @@ class VisionTransformer(TokenModel):
         self.attn_pool = pooling
         self.fc_norm = norm if norm_after else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
-        self.head = nn.Linear(pooling.out_dim, config.num_classes) if config.num_classes else nn.Identity()
-        self.init_weights()
+        self.head = _make_head(pooling, config.num_classes)
 
     def _pooling_context(self) -> PoolingContext:
         config = self.config
@@ -81,6 +92,8 @@ class VisionTransformer(TokenModel):
             norm_eps=config.norm_eps,
             act=config.act,
             include_prefix=config.pool_include_prefix,
+            depth=config.depth,
+            num_classes=config.num_classes,
         )
 
     def _make_positions(self) -> nn.Parameter | None:
@@ -93,36 +106,51 @@ class VisionTransformer(TokenModel):
 
     @torch.no_grad()
     def init_weights(self, keys: Collection[str] | None = None) -> None:
-        """Draw fresh weights from torch's global generator: linear weights N(0, .02), biases 0.
+        """Draw fresh weights: linear weights N(0, .02), biases 0.
+
+        One seed comes from torch's global generator of the CPU, which moves on by that one draw; what a layer
+        draws then depends on that seed and on the layer's name. So two models under one seed start from the
+        same encoder, whatever reads its tokens.
 
         Args:
-            keys: Names of weights; the modules that have none of them are left alone. None means all, in a
-                model whose other layers have initialised themselves.
+            keys: Names of weights; the modules that have none of them are left alone. None means all.
         """
+        seed = int(torch.randint(INIT_SEEDS, (), device="cpu"))
         for name, module in self.named_modules():
             own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
-            if keys is not None and not any(key in keys for key in own):
+            if not own or (keys is not None and not any(key in keys for key in own)):
                 continue
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif keys is not None and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        for name, token in (("cls_token", self.cls_token), ("reg_token", self.reg_token)):
+            with _drawing_from(_key(seed, name), next(module.parameters(recurse=False)).device):
+                self._init_module(module)
+        # timm's spread; several class tokens would never part if they were as good as equal
+        spread = 1e-6 if self.layout.num_class_tokens == 1 else 0.02
+        for name, token, std in (("cls_token", self.cls_token, spread), ("reg_token", self.reg_token, 1e-6)):
             if token is not None and (keys is None or name in keys):
-                nn.init.normal_(token, std=1e-6)
+                with _drawing_from(_key(seed, name), token.device):
+                    nn.init.normal_(token, std=std)
         if self.pos_embed is not None and (keys is None or "pos_embed" in keys):
-            self._init_positions(self.pos_embed)
+            with _drawing_from(_key(seed, "pos_embed"), self.pos_embed.device):
+                self._init_positions(self.pos_embed)
+
+    @staticmethod
+    def _init_module(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale, Pooling)):
+            module.reset_parameters()
 
     def _init_positions(self, pos_embed: nn.Parameter) -> None:
+        patches = pos_embed[:, -self.layout.num_patches :]
         if self.config.pos_embed == "learn":
-            nn.init.trunc_normal_(pos_embed, std=0.02)
+            # Patches first: they start from the same values with class token and without.
+            for part in (patches, pos_embed[:, : -self.layout.num_patches]):
+                nn.init.trunc_normal_(part, std=0.02)
             return
         # Fixed positions belong to patches; prefix tokens get zeros, as in MAE.
         pos_embed.zero_()
-        patches = sincos_2d_positions(self.layout.grid_size, self.config.embed_dim)
-        pos_embed[0, -self.layout.num_patches :] = patches.to(pos_embed)
+        patches[0] = sincos_2d_positions(self.layout.grid_size, self.config.embed_dim).to(pos_embed)
 
     def embed_tokens(self, images: Tensor) -> Tensor:
         """See `TokenModel.embed_tokens`."""
@@ -132,6 +160,48 @@ class VisionTransformer(TokenModel):
         )
         return self.norm_pre(self.pos_drop(tokens))
 
-    def run_blocks(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+    def run_blocks(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
         """See `TokenModel.run_blocks`; of the last block only the read tokens are computed."""
-        return self.blocks(tokens, read)
+        return self.blocks(tokens, read, num_layers)
+
+
+class ClassTokensHead(nn.Linear):
+    """The same weights for the token of each class.
+
+    Args:
+        dim: Width of a token.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Score ``features``, shape ``(batch, classes, dim)``: logits, shape ``(batch, classes)``."""
+        return super().forward(features)[..., 0]
+
+
+def _make_head(pooling: Pooling, num_classes: int) -> nn.Module:
+    if not num_classes:
+        return nn.Identity()
+    if pooling.per_class:
+        return ClassTokensHead(pooling.out_dim)
+    return nn.Linear(pooling.out_dim, num_classes)
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch's global generators of the CPU and of the device begin anew, and put them back."""
+    devices: list[int] = []
+    if device.type == "cuda":
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+def _key(seed: int, name: str) -> int:
+    """A seed of its own for each name."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

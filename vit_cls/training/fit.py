@@ -102,6 +102,8 @@ def fit(
     existed = folder.path.exists()
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
+    # Dropout and drop path draw from here on: the same whatever the model drew before.
+    torch.manual_seed(options.seed)
     identity = run_identity(options, data, classifier)
     epoch_log, stop = EpochLog(folder), StopOnSignal()
     callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), stop]

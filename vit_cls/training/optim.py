@@ -20,6 +20,7 @@ NOT_DECAYED = (
     "dist_token",
     "pos_embed",
     "latent",
+    "query",
     "freqs",
     "relative_position_bias_table",
 )

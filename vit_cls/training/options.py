@@ -28,7 +28,9 @@ class ModelOptions:
         pretrained: Weights to start from: true (those of the tag, from the hub's cache or the hub), a tag, a
             file or a folder; null starts from fresh ones.
         pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K in raster order),
-            ``cls+gap`` or ``map``; null is the architecture's own.
+            ``cls+gap``, ``map``, ``avgmax``, ``gem``, ``lse``, ``seqpool``, ``abmil``, ``simpool``, ``ep:Q``,
+            ``cait:K``, ``last:N``, ``multicls:K``, ``classtok``... (README, "Poolings"); null is the
+            architecture's own.
         keep_head: Whether the head of the weights is kept where it has these classes, by name.
         head_init: A new head's weights: ``normal`` or ``zero``.
         max_fresh: Largest share of the encoder that the weights may lack, in [0, 1].
@@ -42,6 +44,9 @@ class ModelOptions:
         init_values: First value of LayerScale; null means no LayerScale.
         class_token: Whether a class token is prepended.
         reg_tokens: Register tokens.
+        no_embed_class: Whether class and register tokens go without a position embedding.
+        causal: Whether each token attends to itself and to what comes before it alone.
+        class_position: Where class tokens stand for a causal model: ``first``, ``middle`` or ``last``.
         pos_embed: Positions: ``learn``, ``sincos2d`` (fixed) or ``none``.
         fc_norm: Whether the final norm stands after the pooling; null follows timm.
         drop_rate: Dropout before the head.
@@ -69,6 +74,9 @@ class ModelOptions:
     init_values: float | None = None
     class_token: bool | None = None
     reg_tokens: int | None = None
+    no_embed_class: bool | None = None
+    causal: bool | None = None
+    class_position: str | None = None
     pos_embed: str | None = None
     fc_norm: bool | None = None
     drop_rate: float | None = None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling
+from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling, num_class_tokens
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.weights.adapter_steps import STEPS
 from vit_cls.weights.timm_models import activation_name, make_timm, module_of, placement, skeleton
 
 ADAPTER_KEY = "timm_architecture"
@@ -201,53 +199,9 @@ class DistilledPool(Pooling):
         super().__init__(context)
         self.read = slice(0, 2)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Pooling.forward`."""
         return tokens.mean(dim=1)
-
-
-def _embed_vit(body: Any, images: Tensor) -> Tensor:
-    return body.norm_pre(body.patch_drop(body._pos_embed(body.patch_embed(images))))
-
-
-def _run_vit(body: Any, tokens: Tensor) -> Tensor:
-    return body.blocks(tokens)
-
-
-def _embed_eva(body: Any, images: Tensor) -> Tensor:
-    tokens, _ = body._pos_embed(body.patch_embed(images))
-    return body.norm_pre(tokens)
-
-
-def _run_eva(body: Any, tokens: Tensor) -> Tensor:
-    rope = body.rope
-    if rope is not None:
-        known = getattr(rope, "feat_shape", None) is not None
-        rope = rope.get_embed() if known else rope.get_embed(shape=body.patch_embed.grid_size)
-    for i, block in enumerate(body.blocks):
-        tokens = block(tokens, rope=rope[i] if body.rope_mixed and rope is not None else rope)
-    return tokens
-
-
-def _embed_beit(body: Any, images: Tensor) -> Tensor:
-    patches = body.patch_embed(images)
-    tokens = torch.cat([body.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-    return body.pos_drop(tokens if body.pos_embed is None else tokens + body.pos_embed)
-
-
-def _run_beit(body: Any, tokens: Tensor) -> Tensor:
-    bias = None if body.rel_pos_bias is None else body.rel_pos_bias()
-    for block in body.blocks:
-        tokens = block(tokens, shared_rel_pos_bias=bias)
-    return tokens
-
-
-# timm's class: (images to tokens, tokens through the blocks)
-_STEPS: dict[type, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
-    TimmViT: (_embed_vit, _run_vit),
-    Eva: (_embed_eva, _run_eva),
-    Beit: (_embed_beit, _run_beit),
-}
 
 
 class TimmAdapter(TokenModel):
@@ -285,8 +239,13 @@ class TimmAdapter(TokenModel):
             patch_size=config.patch_size,
             **arguments,
         )
-        self._embed, self._run = next(steps for kind, steps in _STEPS.items() if isinstance(body, kind))
+        self._embed, self._run = next(steps for kind, steps in STEPS.items() if isinstance(body, kind))
         self.layout = TokenLayout(config.class_token, config.reg_tokens, config.grid_size)
+        if config.pool != "distilled" and num_class_tokens(config.pool, config.num_classes) != 1:
+            raise ConfigError(
+                f"model.pool {config.pool} needs several class tokens; "
+                f"{config.timm_architecture} has its tokens built in. Use another pooling, or a plain ViT."
+            )
         self.body = body
         dim = config.embed_dim
         context = _pooling_context(body, self.layout, config)
@@ -329,10 +288,21 @@ class TimmAdapter(TokenModel):
             )
         return self._embed(self.body, images)
 
-    def run_blocks(self, tokens: Tensor, read: slice | None = None) -> Tensor:
+    def run_blocks(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
         """See `TokenModel.run_blocks`; every token is computed, the read ones are returned."""
-        tokens = self._run(self.body, tokens)
-        return tokens if read is None else tokens[:, read]
+        earlier: list[Tensor] = []
+        blocks = list(self.blocks)
+        hooks = [
+            block.register_forward_hook(lambda _module, _inputs, output: earlier.append(output))
+            for block in blocks[len(blocks) - num_layers : -1]
+        ]
+        try:
+            tokens = self._run(self.body, tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        kept = [one if read is None else one[:, read] for one in (*earlier, tokens)]
+        return torch.cat(kept, dim=1) if earlier else kept[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """See `TokenModel.forward`."""
@@ -363,7 +333,12 @@ def _pooling_context(body: Any, layout: TokenLayout, config: AdapterConfig) -> P
             "act": activation_name(theirs.mlp.act),
         }
     return PoolingContext(
-        layout, embed_dim=config.embed_dim, include_prefix=config.pool_include_prefix, **settings
+        layout,
+        embed_dim=config.embed_dim,
+        include_prefix=config.pool_include_prefix,
+        depth=config.depth,
+        num_classes=config.num_classes,
+        **settings,
     )
 
 

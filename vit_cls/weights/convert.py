@@ -7,143 +7,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from vit_cls.model.pooling import pool_parts
+from vit_cls.model.pooling import POOLINGS, pool_parts
+from vit_cls.weights.convert_tokens import (
+    Conversion,
+    TokenStructure,
+    both_per_class,
+    convert_tokens,
+    first_ones,
+    num_class_tokens_of,
+    take_class_tokens,
+)
 from vit_cls.weights.load_report import KeyFate
+
+__all__ = [
+    "Conversion",
+    "TokenStructure",
+    "convert_channels",
+    "convert_head",
+    "convert_layer_scale",
+    "convert_norm",
+    "convert_tokens",
+    "fill_layer_scale",
+    "finish",
+    "match_class_names",
+]
 
 HEADS = ("head", "head_dist")
 POOL_PREFIX = "attn_pool."
-
-
-class TokenStructure(Protocol):
-    """The part of an architecture that decides which tokens and positions its weights hold."""
-
-    @property
-    def class_token(self) -> bool:
-        """Whether token 0 is the class token."""
-
-    @property
-    def reg_tokens(self) -> int:
-        """Register tokens after it."""
-
-    @property
-    def no_embed_class(self) -> bool:
-        """Whether prefix tokens go without a position."""
-
-    @property
-    def pool(self) -> str:
-        """What the head reads."""
-
-
-@dataclass
-class Conversion:
-    """Weights on their way from one architecture to another.
-
-    Args:
-        state: Tensors under timm's names; functions here change it.
-        fates: What became of a key, where it was not simply loaded: fate and note.
-        notes: Remarks for the user.
-    """
-
-    state: dict[str, Tensor]
-    fates: dict[str, tuple[str, str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def drop(self, key: str, note: str) -> None:
-        """Take a tensor out, and say why.
-
-        Args:
-            key: Its name.
-            note: Why it is not needed.
-        """
-        if self.state.pop(key, None) is not None:
-            self.fates[key] = ("dropped", note)
-
-
-def convert_tokens(work: Conversion, source: TokenStructure, target: TokenStructure) -> None:
-    """Add or remove class token and registers, and mend the positions.
-
-    A position that has no token any more goes; a new token starts with a position of zero. Where only the
-    bookkeeping of positions differs (``no_embed_class``), they are added to the tokens: the same function.
-
-    Args:
-        work: Is changed.
-        source: Of the weights.
-        target: Of the model.
-    """
-    if "dist_token" in work.state:  # the distilled architecture keeps its tokens
-        return
-    state = work.state
-    prefix = _split_positions(work, source)
-    if not source.no_embed_class and target.no_embed_class and prefix is not None:
-        _fold_positions(work, prefix, source)
-        prefix = None
-    if source.class_token and not target.class_token:
-        work.drop("cls_token", "class token removed")
-    if source.reg_tokens > target.reg_tokens and "reg_token" in state:
-        if target.reg_tokens == 0:
-            work.drop("reg_token", "register tokens removed")
-        else:
-            state["reg_token"] = state["reg_token"][:, : target.reg_tokens]
-            work.fates["reg_token"] = ("resized", f"{source.reg_tokens} -> {target.reg_tokens} tokens")
-    elif 0 < source.reg_tokens < target.reg_tokens and "reg_token" in state:
-        old = state["reg_token"]
-        more = torch.randn(1, target.reg_tokens - source.reg_tokens, old.shape[2]) * 1e-6
-        state["reg_token"] = torch.cat([old, more.to(old)], dim=1)
-        work.fates["reg_token"] = (
-            "resized",
-            f"{source.reg_tokens} -> {target.reg_tokens} tokens, new ones fresh",
-        )
-    if "pos_embed" in state and not target.no_embed_class:
-        _join_positions(work, prefix, source, target)
-
-
-def _split_positions(work: Conversion, source: TokenStructure) -> Tensor | None:
-    """Leave positions of patches alone in the state; return those of the prefix, shape (1, prefix, dim)."""
-    count = 0 if source.no_embed_class else int(source.class_token) + source.reg_tokens
-    positions = work.state.get("pos_embed")
-    if positions is None or count == 0:
-        return None
-    work.state["pos_embed"] = positions[:, count:]
-    return positions[:, :count]
-
-
-def _fold_positions(work: Conversion, prefix: Tensor, source: TokenStructure) -> None:
-    first = int(source.class_token)
-    for key, part in (("cls_token", prefix[:, :first]), ("reg_token", prefix[:, first:])):
-        if key in work.state and part.any():
-            work.state[key] = work.state[key] + part
-            work.fates[key] = ("moved", "its position was added to it")
-    work.fates.setdefault("pos_embed", ("resized", "positions of prefix tokens were added to the tokens"))
-
-
-def _join_positions(
-    work: Conversion, prefix: Tensor | None, source: TokenStructure, target: TokenStructure
-) -> None:
-    patches = work.state["pos_embed"]
-    zeros = patches.new_zeros(1, 1, patches.shape[2])
-    had_class = source.class_token and prefix is not None
-    rows = []
-    if target.class_token:
-        rows.append(prefix[:, :1] if had_class and prefix is not None else zeros)
-    first = int(source.class_token)
-    registers = patches.new_zeros(1, 0, patches.shape[2]) if prefix is None else prefix[:, first:]
-    rows.append(registers[:, : target.reg_tokens])
-    rows.append(zeros.expand(1, target.reg_tokens - rows[-1].shape[1], -1))
-    joined = torch.cat([*rows, patches], dim=1)
-    before = patches.shape[1] + (0 if prefix is None else prefix.shape[1])
-    same_tokens = (source.class_token, source.reg_tokens) == (target.class_token, target.reg_tokens)
-    if joined.shape[1] != before or not same_tokens:
-        old = work.fates.get("pos_embed", ("", ""))[1]
-        note = f"{before} -> {joined.shape[1]} tokens, patches keep theirs"
-        work.fates["pos_embed"] = ("resized", f"{old}; {note}" if old else note)
-    work.state["pos_embed"] = joined
 
 
 def convert_norm(work: Conversion, keys: Mapping[str, object]) -> None:
@@ -258,6 +153,9 @@ def convert_head(
 ) -> None:
     """Keep the rows of the wanted classes, and the columns of what the pooling still reads.
 
+    Another pooling's own weights go: the names and shapes of two may be the same, the meaning is not. Where
+    each class has a token, those tokens are the rows.
+
     Args:
         work: Is changed.
         source: Of the weights.
@@ -268,6 +166,17 @@ def convert_head(
     if target.pool != "distilled" and "head_dist.weight" in work.state:
         for part in ("weight", "bias"):
             work.drop(f"head_dist.{part}", f"pool {target.pool} has one head")
+    if pool_parts(source.pool) != pool_parts(target.pool):
+        for key in [key for key in work.state if key.startswith(POOL_PREFIX)]:
+            work.drop(key, f"pool {source.pool} -> {target.pool}")
+    if both_per_class(source, target):
+        have, want = num_class_tokens_of(source), num_class_tokens_of(target)
+        chosen = first_ones(have, want) if rows is None else list(rows)
+        if "cls_token" in work.state and chosen != list(range(have)):
+            take_class_tokens(work, chosen, target)
+        rows = None if rows is None else [0]  # of the head, which all classes share
+    elif any(pool in POOLINGS and POOLINGS[pool].per_class for pool in (source.pool, target.pool)):
+        rows, reason = None, f"pool {source.pool} -> {target.pool}"
     for head in HEADS:
         weight = work.state.get(f"{head}.weight")
         if weight is None:

@@ -21,6 +21,7 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
 from vit_cls.weights.adapter import AdapterConfig
 from vit_cls.weights.timm_models import (
+    NORM_AFTER,
     POOLS,
     is_timm_name,
     make_timm,
@@ -157,6 +158,11 @@ def _home(config: Any, source: str | None) -> tuple[str, dict[str, Any]]:
     if isinstance(config, AdapterConfig):
         return config.timm_architecture, _adapter_arguments(config)
     assert isinstance(config, ViTConfig)
+    if config.causal:
+        raise ConfigError(
+            "timm has no counterpart of model.causal true: its tokens attend to all others. Export it with "
+            "--format safetensors instead."
+        )
     own = (source or "").partition(".")[0]
     # timm's constructor cannot be told to leave out the LayerScale of an architecture that has it.
     scaled = [config] if config.init_values is not None else [config, replace(config, init_values=1.0)]
@@ -183,11 +189,12 @@ def _as_built(name: str, arguments: Mapping[str, Any]) -> ViTConfig | None:
 def _as_timm_sees(config: ViTConfig) -> ViTConfig:
     """Without what is no part of the function at inference, and the rest written in one way."""
     rates: dict[str, Any] = {f.name: 0.0 for f in fields(config) if f.name.endswith("_rate")}
-    implied = config.pool in ("gap", "max")
+    implied = config.pool in NORM_AFTER
     return replace(
         config,
         **rates,
         fc_norm=None if config.fc_norm in (None, implied) or not config.final_norm else config.fc_norm,
+        class_position="first",  # no difference to a model that is not causal
         pos_embed="none" if config.pos_embed == "none" else "learn",
         mlp_ratio=ratio_of(config.mlp_dim, config.embed_dim),
         norm_eps=max(config.norm_eps, 1e-6),  # transformers' 1e-12 is the same in float32
@@ -209,7 +216,7 @@ def _adapter_arguments(config: AdapterConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"timm has no counterpart of model.pool {config.pool}; it knows {', '.join(names)}."
             )
-        after = config.pool in ("gap", "max") if config.fc_norm is None else config.fc_norm
+        after = config.pool in NORM_AFTER if config.fc_norm is None else config.fc_norm
         spelled = (
             "fc_norm"
             if module_of(config.timm_architecture) in ("vision_transformer", "deit")

@@ -134,8 +134,10 @@ def _depth_notes(keys: Sequence[KeyFate], depth: int) -> list[str]:
 def _function_notes(source: Any, target: Any) -> list[str]:
     """Settings that change what the same weights compute, and leave no trace in any shape."""
     notes = []
-    for name in ("act", "norm_eps", "qk_norm", "num_heads", "pool_include_prefix"):
-        old, new = getattr(source, name, None), getattr(target, name, None)
+    order = ("class_position",) if getattr(target, "causal", False) else ()
+    for name in ("act", "norm_eps", "qk_norm", "num_heads", "pool_include_prefix", "causal", *order):
+        missing = {"causal": False, "class_position": "first"}.get(name)
+        old, new = getattr(source, name, missing), getattr(target, name, missing)
         if old != new and name != "pool_include_prefix":
             notes.append(f"model.{name} is {new}, but the weights were trained with {old}")
     return notes

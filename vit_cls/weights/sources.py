@@ -265,12 +265,13 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
         return config
     if "mask_token" in raw:  # DINOv2's own layout, which timm converts
         return config
-    registers = raw.get("reg_token")
+    registers, classes = raw.get("reg_token"), raw.get("cls_token")
     found: dict[str, Any] = {
-        "class_token": "cls_token" in raw,
+        "class_token": classes is not None,
         "reg_tokens": 0 if registers is None else registers.shape[1],
     }
-    prefix = found["class_token"] + found["reg_tokens"]
+    count = 0 if classes is None else classes.numel() // positions.shape[2]
+    prefix = count + found["reg_tokens"]
     length = positions.shape[1]
     counts = {True: length, False: length - prefix}  # of patches, without and with positions for the prefix
     fits = {embed: count == math.prod(config.grid_size) for embed, count in counts.items()}
@@ -281,6 +282,10 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
     head = raw.get("head.weight")
     if "attn_pool.latent" in raw:
         found["pool"] = "map"
+    elif count > 1:
+        joined = head is not None and head.ndim == 2 and head.shape[1] == count * positions.shape[2]
+        kind = "-diverse" if "attn_pool.weight" in raw else "-concat" if joined else ""
+        found["pool"] = f"multicls{kind}:{count}"
     elif head is not None and head.ndim == 2 and head.shape[1] == 2 * positions.shape[2]:
         found["pool"] = "cls+gap"
     elif config.pool in ("cls", "cls+gap") and ("fc_norm.weight" in raw or not found["class_token"]):
@@ -310,7 +315,8 @@ def _twin(config: Any, target: ModelConfig) -> Any:
         adapted.pretrained_model_args = {"img_size": config.image_hw}  # or timm takes any grid for a square
         return adapted
     pool = "cls" if config.class_token else "gap"
-    plain = dataclasses.replace(config, **size, pool=pool, depth=1, floor_grid=True)
+    others = config.layout.num_prefix_tokens - config.class_token  # timm's has one class token
+    plain = dataclasses.replace(config, **size, pool=pool, reg_tokens=others, depth=1, floor_grid=True)
     arguments = {**timm_arguments(plain), "fc_norm": False}
     with torch.device("meta"):
         twin: Any = TimmViT(**arguments)

@@ -26,8 +26,11 @@ from vit_cls.model.init import SkipInit
 MODULES = ("vision_transformer", "deit", "eva", "beit")
 """The modules of timm whose models can be loaded."""
 
-POOLS = {"token": "cls", "avg": "gap", "max": "max", "map": "map"}
+POOLS = {"token": "cls", "avg": "gap", "max": "max", "avgmax": "avgmax", "map": "map"}
 """timm's ``global_pool`` in our words."""
+
+NORM_AFTER = ("gap", "max", "avgmax")
+"""Those of `POOLS` after which timm's plain ViT has its final norm, unless told otherwise."""
 
 QUICK_GELU_NOTE = "natively QuickGELU"
 """How timm marks tags whose weights were trained with QuickGELU, on an architecture without it."""
@@ -259,7 +262,7 @@ def placement(model: Any) -> Placement:
         raise ConfigError(f"timm's pooling {model.global_pool!r} has no counterpart here.")
     pool = "distilled" if isinstance(model, VisionTransformerDistilled) else POOLS[model.global_pool]
     after, before = (not isinstance(norm, nn.Identity) for norm in (model.fc_norm, model.norm))
-    implied = pool in ("gap", "max")
+    implied = pool in NORM_AFTER
     # Eva's pooling by attention reads the class token too; timm's plain ViT has a setting for it.
     prefix = bool(getattr(model, "pool_include_prefix", False))
     prefix |= isinstance(model, timm_eva.Eva) and pool == "map"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_cls.model.config import ModelConfig
+from vit_cls.weights.convert_tokens import num_class_tokens_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _holds(whole: Tensor, part: Tensor) -> bool:
 
 
 def _grids(positions: Tensor, source: Any, target: ModelConfig) -> str:
-    prefix = 0 if source.no_embed_class else int(source.class_token) + source.reg_tokens
+    prefix = 0 if source.no_embed_class else num_class_tokens_of(source) + source.reg_tokens
     count = positions.shape[-2] - prefix
     known, new = ([side // c.patch_size for side in c.image_hw] for c in (source, target))
     old = known if math.prod(known) == count else [math.isqrt(count)] * 2

@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vit_cls.data.dataset import FolderSource, ImageDataset, ImageSource
-from vit_cls.lab.explained import r2
 from vit_cls.lab.least_squares import (
     PENALTIES,
     Linear,
@@ -23,6 +22,7 @@ from vit_cls.lab.least_squares import (
     ridge_fits,
     scale_of,
 )
+from vit_cls.lab.probes.explained import r2
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import Preprocess
 from vit_cls.model.tokens import TokenLayout

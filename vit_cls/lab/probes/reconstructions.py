@@ -12,8 +12,8 @@ from sklearn.decomposition import PCA
 
 from vit_cls.data.partition import Partition
 from vit_cls.lab.frozen import FrozenTokens, Running, freeze, freeze_reads
-from vit_cls.lab.picture_metrics import band_energy, identified, psnr, ssim
-from vit_cls.lab.pixel_decoders import (
+from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
+from vit_cls.lab.probes.pixel_decoders import (
     MAX_FLAT,
     Decoded,
     Triple,

@@ -11,8 +11,7 @@ import numpy as np
 from vit_cls.data.partition import Partition
 from vit_cls.lab.extraction import Running
 from vit_cls.lab.frozen import freeze_reads
-from vit_cls.lab.linear_fits import Fit, LinearSettings, fit_linear
-from vit_cls.lab.probes import (
+from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
     accuracy_cells,
@@ -24,6 +23,7 @@ from vit_cls.lab.probes import (
     in_words,
     predictions_of,
 )
+from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
 from vit_cls.lab.results import Finding, LabResult, Line, LineChart, Table
 from vit_cls.lab.verdicts import Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier

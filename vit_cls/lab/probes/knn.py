@@ -14,7 +14,7 @@ from torch import Tensor
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.predictions import choose_device
 from vit_cls.lab.frozen import FrozenTokens
-from vit_cls.lab.probes import (
+from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
     accuracy_cells,

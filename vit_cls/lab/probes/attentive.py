@@ -15,8 +15,8 @@ from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.predictions import choose_device
 from vit_cls.lab.frozen import FrozenTokens, Running, freeze
-from vit_cls.lab.head_fits import HeadFit, Recipe, check_pooling, fit_head
 from vit_cls.lab.least_squares import chosen_classifier
+from vit_cls.lab.probes.head_fits import HeadFit, Recipe, check_pooling, fit_head
 from vit_cls.lab.results import Figure, ForestChart, LabResult, ScatterChart, Table
 from vit_cls.lab.seeding import seeded
 from vit_cls.lab.statistics import Mean, mean_interval

@@ -9,8 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from vit_cls.lab.frozen import FrozenTokens
-from vit_cls.lab.linear_fits import Fit, LinearSettings, fit_linear
-from vit_cls.lab.probes import (
+from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     accuracy_cells,
     check_parts,
@@ -23,6 +22,7 @@ from vit_cls.lab.probes import (
     predictions_of,
     reference_way,
 )
+from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
 from vit_cls.lab.results import LabResult, Table
 from vit_cls.model.tokens import TokenLayout
 

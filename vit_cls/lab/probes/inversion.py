@@ -11,12 +11,12 @@ import numpy as np
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.lab.explained import R2_UNIT, r2, r2_scores
 from vit_cls.lab.frozen import Running
 from vit_cls.lab.least_squares import PENALTIES
-from vit_cls.lab.picture_metrics import frequency_bands
-from vit_cls.lab.pixel_decoders import MAX_FLAT, Decoded
-from vit_cls.lab.reconstructions import READS, Reconstructions, Scores
+from vit_cls.lab.probes.explained import R2_UNIT, r2, r2_scores
+from vit_cls.lab.probes.picture_metrics import frequency_bands
+from vit_cls.lab.probes.pixel_decoders import MAX_FLAT, Decoded
+from vit_cls.lab.probes.reconstructions import READS, Reconstructions, Scores
 from vit_cls.lab.results import Figure, LabResult, Line, LineChart, Pictures, Table
 from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.verdicts import GREATER, Claim, judge_all

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from vit_cls.lab.frozen import FrozenTokens
-from vit_cls.lab.linear_fits import LinearSettings, fit_linear
-from vit_cls.lab.probes import (
+from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
     accuracy_cells,
@@ -21,6 +20,7 @@ from vit_cls.lab.probes import (
     forest,
     predictions_of,
 )
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import possible_ways
 from vit_cls.lab.results import Finding, HeatMap, LabResult, Table
 from vit_cls.lab.statistics import mean_interval

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_cls.data.partition import Partition
-from vit_cls.lab.attentive import attentive
-from vit_cls.lab.dense import dense
 from vit_cls.lab.extraction import Running
 from vit_cls.lab.frozen import FrozenTokens, freeze
-from vit_cls.lab.inversion import invert
-from vit_cls.lab.knn import KnnSettings, knn
-from vit_cls.lab.layers import LayerSettings, layers
-from vit_cls.lab.linear_fits import LinearSettings
-from vit_cls.lab.linear_probe import linear, linear_ways
-from vit_cls.lab.probes import chosen_ways, layers_needed
+from vit_cls.lab.probes.attentive import attentive
+from vit_cls.lab.probes.common import chosen_ways, layers_needed
+from vit_cls.lab.probes.dense import dense
+from vit_cls.lab.probes.inversion import invert
+from vit_cls.lab.probes.knn import KnnSettings, knn
+from vit_cls.lab.probes.layers import LayerSettings, layers
+from vit_cls.lab.probes.linear import linear, linear_ways
+from vit_cls.lab.probes.linear_fits import LinearSettings
+from vit_cls.lab.probes.retrieval import RetrievalSettings, retrieval
+from vit_cls.lab.probes.tokens import TokenSettings, tokens
 from vit_cls.lab.results import LabResult
-from vit_cls.lab.retrieval import RetrievalSettings, retrieval
-from vit_cls.lab.tokens import TokenSettings, tokens
 from vit_cls.model.classifier import ImageClassifier
 
 

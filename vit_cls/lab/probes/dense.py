@@ -12,12 +12,12 @@ import numpy as np
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
-from vit_cls.lab.explained import R2_UNIT, r2_scores
 from vit_cls.lab.frozen import FrozenTokens, Running, freeze
 from vit_cls.lab.least_squares import PENALTIES
-from vit_cls.lab.mosaics import Mosaics, make_mosaics, tile_of_patches
-from vit_cls.lab.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
-from vit_cls.lab.pixel_decoders import pixels_of
+from vit_cls.lab.probes.explained import R2_UNIT, r2_scores
+from vit_cls.lab.probes.mosaics import Mosaics, make_mosaics, tile_of_patches
+from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
+from vit_cls.lab.probes.pixel_decoders import pixels_of
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Line, LineChart, Table
 from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.verdicts import GREATER, POINTS, Claim, judge_all

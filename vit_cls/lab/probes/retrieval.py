@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_cls.errors import DataError
 from vit_cls.lab.frozen import FrozenTokens
-from vit_cls.lab.probes import (
+from vit_cls.lab.probes.common import (
     MARGIN,
     check_choice,
     check_margin,
@@ -22,7 +22,7 @@ from vit_cls.lab.probes import (
     forest,
     reference_way,
 )
-from vit_cls.lab.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
+from vit_cls.lab.probes.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
 from vit_cls.lab.results import Finding, LabResult, Table
 from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.verdicts import Claim, judge_all

@@ -1,0 +1,188 @@
+"""``vit-cls study``: refusals in one paragraph, one JSON object, signals that leave work and no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vit_cls.cli import main
+from vit_cls.lab.studies.table import STUDIES
+
+QUICK = ["--recipe.epochs", "1", "--recipe.embed_dim", "8", "--recipe.depth", "1", "--recipe.num_heads", "2"]
+HEADS = ["study", "heads", "--data", "digits", "--heads", "cls,gap", "--lr_grid", "1", "--seeds", "1"]
+SMALL = [*HEADS, *QUICK, "--jobs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CASES = {
+    "no name": (["study"], r"study needs a name: heads, .*vit-cls study heads --data digits"),
+    "an option first": (["study", "--data", "digits"], r"study needs a name: heads, "),
+    "unknown study": (["study", "haeds", "--data", "digits"], r"no study 'haeds'.*Did you mean `heads`"),
+    "no data": (["study", "heads"], r"data"),
+    "missing folder": (["study", "heads", "--data", "nowhere"], r"--data nowhere"),
+    "no seeds": ([*SMALL, "--seeds", "0"], r"--seeds must be at least 1; got 0"),
+    "bad shard": ([*SMALL, "--shard", "3/2"], r"--shard i/n needs i from 1 to n; got 3/2"),
+    "shard in words": ([*SMALL, "--shard", "half"], r"--shard must be written i/n, such as 1/4; got 'half'"),
+    "no jobs": ([*SMALL, "--jobs", "0"], r"--jobs must be at least 1; got 0"),
+    "unknown head": ([*SMALL, "--heads", "cls,gab"], r"gab.*Did you mean `gap`"),
+    "one head": ([*SMALL, "--heads", "cls"], r"--heads needs two or more.*got cls"),
+    "grid": ([*SMALL, "--lr_grid", "4"], r"--lr_grid must be one of 1, 2, 3, 5; got 4"),
+    "margin": ([*SMALL, "--margin", "1"], r"--margin must lie between 0 and 1"),
+    "fraction": ([*SMALL, "--val_fraction", "1"], r"val_fraction must be between 0 and 1.*got 1"),
+    "recipe": ([*SMALL, "--recipe.epochs", "0"], r"--recipe.epochs must be above 0; got 0"),
+    "recipe's model": ([*SMALL, "--recipe.num_heads", "3"], r"3 heads and width 8"),
+    "weights": ([*SMALL, "--recipe.pretrained", "nowhere.safetensors"], r"nowhere.safetensors"),
+    "another study's option": ([*SMALL, "--depths", "1,2"], r"unknown key --depths"),
+    "typo": ([*SMALL, "--seedz", "2"], r"--seedz.*Did you mean `seeds`"),
+    "depth of weights": (
+        ["study", "depth", "--data", "digits", "--recipe.pretrained", "x"],
+        r"fresh weights.*depth of their own; got --recipe.pretrained x",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, capsys, place):
+    words, message = CASES[case]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ trainings to do", line)]
+    assert len(lines) == 1, err
+    assert re.search(message, lines[0]), err
+    assert "Traceback" not in err
+    assert not [path for path in place.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("taken", ["a folder of something else", "a file", "a damaged record"])
+def test_an_output_taken_by_something_else_is_left_alone(taken, place, capsys):
+    output = place / "taken"
+    file = {"a file": output, "a damaged record": output / "study.json"}.get(taken, output / "thesis.tex")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{")
+    assert main([*SMALL, "--output", "taken"]) == 2
+    err = capsys.readouterr().err
+    assert "taken" in err
+    assert "Give a new" in err
+    assert [path for path in place.rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "{"
+
+
+def test_a_study_prints_one_json_object_goes_on_and_refuses_other_settings(place, capsys):
+    words = [*SMALL, "--output", "out"]
+    assert main([*words, "--shard", "1/2", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (first["left"], first["trainings"]) == (1, 2)
+    assert not (place / "out/results.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in place.rglob("trial.json")}
+    assert len(done) == 1
+
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)  # exactly one object
+    assert found["kind"] == "study heads"
+    assert found["settings"]["heads"] == ["cls", "gap"]
+    assert found["settings"]["recipe"]["epochs"] == 1
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    results = json.loads((place / "out/results.json").read_text())
+    assert set(results["predictions"]["predictions"]) == {"cls", "gap"}
+    assert (place / "out/report.html").is_file()
+
+    for change, key, before, now in (
+        (["--recipe.epochs", "2"], "recipe.epochs", "1", "2"),
+        (["--seeds", "2"], "seeds", "[0]", "[0, 1]"),
+        (["--heads", "gap,cls"], "heads", "['cls', 'gap']", "['gap', 'cls']"),
+    ):
+        assert main([*words, *change]) == 2
+        err = capsys.readouterr().err
+        assert f"--output out holds a study with another {key}: {before} there, {now} now" in err
+    assert main(["study", "causal", "--data", "digits", "--output", "out"]) == 2
+    assert "another study: 'heads' there, 'causal' now" in capsys.readouterr().err
+    assert json.loads((place / "out/results.json").read_text()) == results
+
+
+def test_help_lists_every_study_and_the_options_of_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["study", "--help"])
+    assert not end.value.code
+    out = capsys.readouterr().out
+    assert len(STUDIES) >= 4
+    for name, kind in STUDIES.items():
+        assert f"  {name} " in out
+        assert kind.question in out
+    with pytest.raises(SystemExit):
+        main(["study", "heads", "--help"])
+    out = capsys.readouterr().out
+    for option in ("--heads", "--lr_grid", "--seeds", "--margin", "--recipe.lr", "--jobs", "--shard"):
+        assert option in out
+
+
+def _processes_of(session: int) -> list[str]:
+    """Command lines of the processes of a session that are still there."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
+            if fields and int(fields[3]) == session and fields[0] != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("jobs", "to_group", "signum"),
+    [
+        (1, True, signal.SIGINT),
+        (2, True, signal.SIGINT),
+        (2, False, signal.SIGINT),
+        (2, False, signal.SIGKILL),
+    ],
+    ids=["one process", "group", "parent alone", "parent killed"],
+)
+def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs, to_group, signum):
+    words = [*HEADS, *QUICK, "--recipe.epochs", "100000", "--jobs", str(jobs), "--output", "out"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "vit_cls", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 250
+        while len(list(place.glob("out/trials/*/run/checkpoints/last.ckpt"))) < jobs:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert len(_processes_of(process.pid)) >= jobs
+        (os.killpg if to_group else os.kill)(process.pid, signum)
+        try:
+            out, errors = process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    for _ in range(200):
+        if not _processes_of(process.pid):
+            break
+        time.sleep(0.05)
+    assert _processes_of(process.pid) == []
+    assert out == ""
+    assert len(list(place.glob("out/trials/*/run/checkpoints/last.ckpt"))) == jobs
+    if signum == signal.SIGKILL:
+        return
+    assert process.returncode == 130, errors
+    assert "stopped by SIGINT; 0 of 2 trainings are done, and the same command goes on from here." in errors
+    assert "Traceback" not in errors

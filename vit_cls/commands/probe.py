@@ -1,0 +1,90 @@
+"""``vit-cls probe``: what the frozen tokens of a model know."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, comma_lists, make_parser, parse
+from vit_cls.data.partition import partition_data
+from vit_cls.environment import environment
+from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.evaluation.output import check_output
+from vit_cls.lab.extraction import Running
+from vit_cls.lab.probes.table import PROBES
+from vit_cls.reports.lab import write_lab_report
+from vit_cls.reports.lab_words import lab_text
+from vit_cls.weights.factory import load
+
+SHARED = ("classifier", "parts", "partition", "running", "device")
+
+
+def run(words: list[str]) -> Outcome:
+    """Freeze the model, read its tokens, and report.
+
+    Args:
+        words: The words after ``probe``; the first is the probe's name.
+
+    Returns:
+        Verdicts and numbers; files in ``--output`` where one is given.
+
+    Raises:
+        VitClsError: If the request cannot be carried out.
+    """
+    started = time.perf_counter()
+    name, rest = _name(words)
+    probe = PROBES[name]
+    parser = make_parser(f"probe {name}", probe.question)
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--data", required=True, help="an image folder, or the word digits")
+    parser.add_argument("--val_fraction", type=float, default=0.2, help="share to choose by, if split here")
+    parser.add_argument("--test_fraction", type=float, default=0.25, help="share to report on, likewise")
+    parser.add_argument("--cache", type=str | None, default=None, help="folder of frozen tokens")
+    add_runtime_arguments(parser)
+    own = probe.add_options(parser, SHARED)
+    args = parse(parser, comma_lists(rest))
+    if args.compile:
+        raise ConfigError("--compile has no effect on a probe: tokens are computed once. Leave it out.")
+    output = check_output(args.output)
+    parts = partition_data(
+        args.data, seed=args.seed, val_fraction=args.val_fraction, test_fraction=args.test_fraction
+    )
+    cache = Path(args.cache) if args.cache is not None else default_cache()
+    running = Running(
+        args.device, args.precision, args.batch_size, args.num_workers, sys.stderr.isatty(), cache
+    )
+    result = probe.run(load(args.model), parts, running, {key: args[key] for key in own})
+    settings = {"model": args.model, "data": args.data, **result.settings}
+    result = replace(result, settings=settings, seconds=time.perf_counter() - started)
+    text = lab_text(result)
+    if output is not None:
+        try:
+            write_lab_report(output, result, versions=environment()["versions"])
+        except OSError as error:
+            raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error
+        text += f"\nfiles in {output}"
+    return Outcome(result.to_dict() | {"output": None if output is None else str(output)}, text)
+
+
+def default_cache() -> Path:
+    """Where frozen tokens are kept if ``--cache`` says nothing: ``vit_cls/tokens`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_cls" / "tokens"
+
+
+def _name(words: list[str]) -> tuple[str, list[str]]:
+    known = ", ".join(PROBES)
+    if words and words[0] in ("-h", "--help"):
+        print("usage: vit-cls probe NAME --model M --data DIR [options]\n")
+        print("\n".join(f"  {name:<10} {probe.question}" for name, probe in PROBES.items()))
+        print("\n  vit-cls probe NAME --help   the options of a probe")
+        raise SystemExit(0)
+    if not words or words[0].startswith("-"):
+        example = "vit-cls probe linear --model runs/x --data photos"
+        raise ConfigError(f"probe needs a name: {known}. Example: {example}.")
+    if words[0] not in PROBES:
+        raise ConfigError(f"there is no probe {words[0]!r}.{did_you_mean(words[0], PROBES)} Known: {known}.")
+    return words[0], words[1:]

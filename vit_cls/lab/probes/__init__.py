@@ -1,0 +1,1 @@
+"""What frozen tokens know; each file is one probe, or what probes share."""

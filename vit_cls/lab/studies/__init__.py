@@ -1,0 +1,1 @@
+"""Questions about the class token that need training; each file is one question."""

@@ -1,0 +1,291 @@
+"""Several class tokens of one model: how parallel they are, where they look, and what each of them knows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_cls.data.dataset import ImageSource
+from vit_cls.data.partition import Partition
+from vit_cls.errors import ConfigError
+from vit_cls.lab.attention import attention_module, capture_attention
+from vit_cls.lab.extraction import Rows, Running, token_batches
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
+from vit_cls.lab.reads import Reader
+from vit_cls.lab.statistics import permutation_p
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.pooling_tokens import ClassTokenPool, MultiClassTokenPool
+
+PERMUTATIONS = 499
+RUNNING = Running(precision="32")
+"""As the models of a study answer."""
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """The class tokens of one model on some images.
+
+    Args:
+        layers: Before the first block and after each, as the blocks left them, float32, shape
+            ``(images, depth + 1, K, dim)``.
+        output: After the last block and the final norm, float32, shape ``(images, K, dim)``.
+        overlap: Jensen-Shannon divergence of the tokens' attention to the patches in the last block, the mean
+            over heads and pairs, in units of log 2, shape ``(images,)``; None where weights are not known.
+        maps: That attention, the mean over heads, shape ``(images, K, patches)``; rows sum to 1.
+        rows: Which images.
+        preprocess: The model's, for showing them.
+        grid_size: Patch rows and columns.
+    """
+
+    layers: np.ndarray
+    output: np.ndarray
+    overlap: np.ndarray | None
+    maps: np.ndarray | None
+    rows: Rows
+    preprocess: Preprocess
+    grid_size: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        """How many class tokens there are."""
+        return int(self.output.shape[1])
+
+
+def watch_class_tokens(classifier: ImageClassifier, source: ImageSource) -> ClassTokens:
+    """Run a model over images and keep its class tokens and their attention.
+
+    Args:
+        classifier: With a class token at least; is moved to the device and put in evaluation mode.
+        source: The images.
+
+    Raises:
+        ConfigError: If the model has no class token.
+        DataError: If no image can be read.
+        ModelFileError: If tokens are not finite.
+    """
+    model = classifier.model
+    layout = model.layout
+    if not layout.class_token:
+        raise ConfigError("the model has no class token to look at. Choose one that has: model.pool cls.")
+    count = layout.num_class_tokens
+    kept: list[Tensor] = []
+    overlaps: list[Tensor] = []
+    failures: dict[int, str] = {}
+
+    def keep(weights: Tensor) -> Tensor:
+        rows = weights[:, :, :count, layout.num_prefix_tokens :].float()
+        rows = rows / rows.sum(dim=-1, keepdim=True)
+        overlaps.append(jensen_shannon(rows).mean(dim=1).cpu())
+        return rows.mean(dim=1).cpu()
+
+    blocks = [model.blocks[-1]]
+    try:
+        attention_module(blocks[0])
+    except ConfigError:
+        blocks = []
+    layers = range(len(model.blocks) + 1)
+    with capture_attention(blocks, keep) as maps:
+        for tokens, failed in token_batches(classifier, source, layers, RUNNING):
+            failures |= failed
+            if tokens:
+                kept.append(torch.stack([tokens[layer][:, :count] for layer in layers], dim=1))
+    rows = Rows.of(source, failures)
+    found = torch.cat(kept)
+    return ClassTokens(
+        found.numpy(),
+        Reader(model).normed(found[:, -1]).numpy(),
+        torch.cat(overlaps).double().numpy() if blocks else None,
+        torch.cat(maps).numpy() if blocks else None,
+        rows,
+        classifier.preprocess,
+        layout.grid_size,
+    )
+
+
+def pair_cosine(tokens: np.ndarray) -> np.ndarray:
+    """Mean cosine over the pairs of different tokens.
+
+    Args:
+        tokens: At least two, none of them zero, shape ``(..., K, dim)``.
+
+    Returns:
+        float64, shape ``(...)``.
+
+    Example:
+        >>> round(float(pair_cosine(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))), 6)
+        0.333333
+    """
+    count = tokens.shape[-2]
+    matrix = cosine_matrix(tokens)
+    diagonal = np.trace(matrix, axis1=-2, axis2=-1)
+    return (matrix.sum(axis=(-2, -1)) - diagonal) / (count * (count - 1))
+
+
+def cosine_matrix(tokens: np.ndarray) -> np.ndarray:
+    """Cosine of each token with each.
+
+    Args:
+        tokens: Shape ``(..., K, dim)``.
+
+    Returns:
+        float64, shape ``(..., K, K)``.
+    """
+    unit = tokens.astype(np.float64)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+    return unit @ np.swapaxes(unit, -1, -2)
+
+
+def image_cosine(tokens: np.ndarray, *, seed: int) -> float:
+    """Mean cosine of the same token on two different images: what parallel tokens must be judged against.
+
+    Args:
+        tokens: Shape ``(images, K, dim)``, at least two images.
+        seed: Which images are paired.
+
+    Example:
+        >>> round(image_cosine(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), seed=0), 6)
+        0.0
+    """
+    order = np.random.default_rng(seed).permutation(len(tokens))
+    pairs = np.stack([tokens[order], tokens[np.roll(order, 1)]], axis=-2)
+    return float(pair_cosine(pairs).mean())
+
+
+def jensen_shannon(rows: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions, the mean over pairs, in units of log 2.
+
+    Args:
+        rows: Each sums to 1 over the last axis; at least two, shape ``(..., K, places)``. One has nobody to
+            differ from: 0.
+
+    Returns:
+        From 0 (all equal) to 1 (no place in common), shape ``(...)``.
+
+    Example:
+        >>> jensen_shannon(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).item()
+        1.0
+
+    Source:
+        Lin 1991, https://doi.org/10.1109/18.61115.
+    """
+    count = rows.shape[-2]
+    if count == 1:
+        return rows.new_zeros(rows.shape[:-2])
+    i, j = torch.triu_indices(count, count, offset=1)
+    one, other = rows[..., i, :], rows[..., j, :]
+    own = (torch.special.entr(one).sum(dim=-1) + torch.special.entr(other).sum(dim=-1)) / 2
+    joint = torch.special.entr((one + other) / 2).sum(dim=-1)
+    return (joint - own).clamp(min=0).mean(dim=-1) / math.log(2)
+
+
+@dataclass(frozen=True)
+class TokenAnswers:
+    """What each class token says about the class.
+
+    Args:
+        preds: Class by each token, int, shape ``(images, K)``.
+        surest: The token with the highest score for any class, int, shape ``(images,)``.
+        targets: True classes, shape ``(images,)``.
+        read_by: ``own head``, or ``ridge`` where the head reads no single token.
+    """
+
+    preds: np.ndarray
+    surest: np.ndarray
+    targets: np.ndarray
+    read_by: str
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each token is right, bool, shape ``(images, K)``."""
+        return self.preds == self.targets[:, None]
+
+    @property
+    def disagreement(self) -> np.ndarray:
+        """Share of the pairs of tokens that name different classes, shape ``(images,)``."""
+        count = self.preds.shape[1]
+        differ = (self.preds[:, :, None] != self.preds[:, None, :]).sum(axis=(1, 2))
+        return differ / max(1, count * (count - 1))
+
+
+def token_answers(classifier: ImageClassifier, parts: Partition, test: ClassTokens) -> TokenAnswers:
+    """Classify by each class token alone.
+
+    A head whose width is that of a token reads each token as it reads their mean. Else each token gets a
+    ridge classifier, whose penalty is chosen on validation.
+
+    Args:
+        classifier: The model.
+        parts: Its images.
+        test: Its class tokens on the test part.
+    """
+    model = classifier.model
+    if type(model.pool) in (ClassTokenPool, MultiClassTokenPool):
+        with torch.inference_mode():
+            head = copy.deepcopy(model.head).to("cpu", torch.float32)
+            scores = head(torch.from_numpy(test.output)).softmax(dim=-1).numpy()
+        return _answers(scores, test, "own head")
+    train, val = (watch_class_tokens(classifier, part) for part in (parts.train, parts.val))
+    columns = []
+    for k in range(test.count):
+        fit = fit_linear(
+            (train.output[:, k], train.rows.labels),
+            (val.output[:, k], val.rows.labels),
+            num_classes=len(classifier.class_names),
+            settings=LinearSettings(),
+        )
+        columns.append(test.output[:, k].astype(np.float64) @ fit.weight + fit.bias)
+    return _answers(np.stack(columns, axis=1), test, "ridge")
+
+
+def _answers(scores: np.ndarray, test: ClassTokens, read_by: str) -> TokenAnswers:
+    return TokenAnswers(scores.argmax(axis=2), scores.max(axis=2).argmax(axis=1), test.rows.labels, read_by)
+
+
+def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
+    """How much the choice of a token tells about the class, averaged over seeds.
+
+    Args:
+        tokens: Which token, int, shape ``(seeds, images)``.
+        labels: Class of each image, shape ``(images,)``.
+
+    Returns:
+        In bits; the estimate from counts, which is above 0 by chance.
+
+    Example:
+        >>> mutual_information(np.array([[0, 0, 1, 1]]), np.array([3, 3, 5, 5]))
+        1.0
+    """
+    classes = int(labels.max()) + 1
+    return float(np.mean([_information(row * classes + labels, classes) for row in tokens]))
+
+
+def _information(cells: np.ndarray, classes: int) -> float:
+    """Mutual information in bits, from the number of the cell that each image falls into."""
+    joint = np.bincount(cells, minlength=(int(cells.max()) // classes + 1) * classes).reshape(-1, classes)
+    shares = joint / joint.sum()
+    independent = shares.sum(axis=1, keepdims=True) * shares.sum(axis=0)
+    there = joint > 0
+    return float((shares[there] * np.log2(shares[there] / independent[there])).sum())
+
+
+def information_test(tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tuple[float, float, float]:
+    """Whether token and class depend on each other, by permuting the labels for all seeds alike.
+
+    Args:
+        tokens: As for `mutual_information`.
+        labels: As for `mutual_information`.
+        seed: Of the permutations.
+
+    Returns:
+        Mutual information in bits, its mean under permutation, and the p-value of no dependence.
+    """
+    rng = np.random.default_rng(seed)
+    found = mutual_information(tokens, labels)
+    null = np.array([mutual_information(tokens, rng.permutation(labels)) for _ in range(PERMUTATIONS)])
+    # Sums in another order differ by rounding: what is equal shall count as equal.
+    return found, float(null.mean()), permutation_p(found - 1e-12, null)

@@ -1,0 +1,198 @@
+"""``study depth``: do more blocks help, and the class token more than the mean of the patches?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_cls.errors import ConfigError
+from vit_cls.lab.results import Finding, LabResult, Line, LineChart
+from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.studies.arms import (
+    LAST_EPOCH,
+    ONE_RATE,
+    PAIRED,
+    arms_table,
+    difference_chart,
+    headline,
+    refuse_pretrained,
+    train_arms,
+)
+from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.studies.recipe import Recipe
+from vit_cls.lab.studies.study import Answers, Setup, Study
+from vit_cls.lab.studies.trials import Trial
+from vit_cls.lab.verdicts import GREATER, Claim, judge_all
+from vit_cls.model.pooling import num_class_tokens
+
+MOST_LINES = 8
+
+
+class DepthStudy(Study):
+    """Encoders of several depths, each read by several heads, with as many steps for all.
+
+    Claims: each depth beats the one before it, for each head; and the first head gains more from depth than
+    each other head, as the contrast of two slopes over log2 of the depth, fitted to every image.
+
+    Args:
+        setup: What all studies share; its recipe's depth is not used.
+        depths: Encoder blocks, two different numbers or more.
+        heads: Rows of the table of poolings, the first is compared with the others.
+
+    Raises:
+        ConfigError: If a depth or a head is impossible or given twice, there is one depth only, weights are
+            to be loaded, or the recipe has a depth too.
+
+    Source:
+        Depth at scale: ViT, https://arxiv.org/abs/2010.11929, appendix D.2, figure 8.
+    """
+
+    name = "depth"
+    question = "Do more blocks help, and the class token more than the mean of the patches?"
+
+    def __init__(
+        self,
+        setup: Setup,
+        depths: Sequence[int] = (1, 2, 3, 4, 6),
+        heads: Sequence[str] = ("cls", "gap"),
+    ) -> None:
+        super().__init__(setup)
+        self.depths = sorted(depths)
+        self.heads = list(heads)
+        given = ",".join(map(str, depths)) or "none"
+        if len(self.depths) < 2 or self.depths[0] < 1 or len(set(self.depths)) < len(self.depths):
+            raise ConfigError(
+                f"--depths needs two or more different numbers from 1 on, such as 1,2,4; got {given}."
+            )
+        if not 1 <= len(self.heads) <= MOST_LINES or len(set(self.heads)) < len(self.heads):
+            raise ConfigError(
+                f"--heads needs one to {MOST_LINES} different heads, such as cls,gap; got "
+                f"{','.join(self.heads) or 'none'}."
+            )
+        for head in self.heads:
+            num_class_tokens(head, 1)  # refuses what is no pooling
+        refuse_pretrained(setup, self.name, "the weights have a depth of their own")
+        if setup.recipe.depth != Recipe().resolved(setup.data).depth:
+            raise ConfigError(
+                f"--recipe.depth {setup.recipe.depth} has no effect in study depth; give --depths instead."
+            )
+
+    def arms(self) -> dict[str, dict[int, list[Trial]]]:
+        """Trials by head and depth, a seed each."""
+        return {
+            head: {
+                depth: train_arms(
+                    self.setup,
+                    {f"{head}, depth {depth}": {**head_settings(head, pretrained=False), "depth": depth}},
+                )[f"{head}, depth {depth}"]
+                for depth in self.depths
+            }
+            for head in self.heads
+        }
+
+    def trials(self) -> list[Trial]:
+        """See `Study.trials`."""
+        return [
+            trial for by_depth in self.arms().values() for trials in by_depth.values() for trial in trials
+        ]
+
+    def analyse(self, answers: Answers) -> LabResult:
+        """See `Study.analyse`."""
+        arms = self.arms()
+        right = {
+            head: {depth: answers.correct(trials) for depth, trials in by_depth.items()}
+            for head, by_depth in arms.items()
+        }
+        slopes = {head: depth_slopes(by_depth) for head, by_depth in right.items()}
+        findings = judge_all(self._claims(right, slopes), seed=self.setup.seed)
+        flat = {f"{head}, depth {d}": trials for head, by in arms.items() for d, trials in by.items()}
+        return LabResult(
+            kind="study depth",
+            question=self.question,
+            headline=self._headline(findings, right),
+            findings=findings,
+            tables=[arms_table("Heads and depths", answers, flat)],
+            figures=[self._curves(right), self._steps(right)],
+            settings=self.settings(),
+            data=self.data_record(answers, self.trials()),
+            values={
+                "top1": {h: {str(d): r.mean(axis=1) for d, r in by.items()} for h, by in right.items()},
+                "gain_per_doubling": {head: rows.mean(axis=1) for head, rows in slopes.items()},
+            },
+            predictions=answers.predictions(flat),
+            notes=[
+                f"{PAIRED} A deeper encoder starts with the blocks of a shallower one.",
+                "All take the same number of steps; deeper ones take more time for them.",
+                ONE_RATE,
+                LAST_EPOCH,
+            ],
+        )
+
+    def _claims(self, right: dict[str, dict[int, np.ndarray]], slopes: dict[str, np.ndarray]) -> list[Claim]:
+        """What is claimed of heads first, as it is asked for."""
+        margin, (first, *others) = self.setup.margin, self.heads
+        claims = [
+            Claim(
+                f"{first} gains more from depth than {head}.",
+                slopes[head],
+                slopes[first],
+                GREATER,
+                margin,
+                (f"the gain of {head} by doubling the depth", f"the gain of {first}"),
+            )
+            for head in others
+        ]
+        for head, by_depth in right.items():
+            for low, high in zip(self.depths, self.depths[1:], strict=False):
+                names = f"{head}, depth {low}", f"{head}, depth {high}"
+                text = f"With {head}, depth {high} beats depth {low}."
+                claims.append(Claim(text, by_depth[low], by_depth[high], GREATER, margin, names))
+        return claims
+
+    def _headline(self, findings: list[Finding], right: dict[str, dict[int, np.ndarray]]) -> str:
+        """Of two heads, which gains more; of one, whether the last step helps."""
+        finding = findings[0] if len(self.heads) > 1 else findings[-1]
+        means = {(h, d): float(rows.mean()) for h, by in right.items() for d, rows in by.items()}
+        head, depth = max(means, key=lambda key: (means[key], -key[1]))
+        return headline(finding, f"Highest: {head} with depth {depth}, {100 * means[head, depth]:.1f} %.")
+
+    def _curves(self, right: dict[str, dict[int, np.ndarray]]) -> LineChart:
+        lines = []
+        for head, by_depth in right.items():
+            means = {depth: mean_interval(rows) for depth, rows in by_depth.items()}
+            points = [(float(depth), one.estimate) for depth, one in means.items()]
+            lines.append(Line(head, points, [one.ci95 for one in means.values()]))
+        note = (
+            "Mean over seeds and images, with 95 % intervals; differences are paired and closer than these."
+        )
+        return LineChart("Accuracy over depth", "encoder blocks", "test accuracy", lines, note=note)
+
+    def _steps(self, right: dict[str, dict[int, np.ndarray]]) -> Any:
+        pairs = {
+            f"{head}: {high} minus {low}": (by_depth[low], by_depth[high])
+            for head, by_depth in right.items()
+            for low, high in zip(self.depths, self.depths[1:], strict=False)
+        }
+        return difference_chart("What each step adds", pairs, self.setup.margin, seed=self.setup.seed)
+
+
+def depth_slopes(right: dict[int, np.ndarray]) -> np.ndarray:
+    """Least-squares slope over log2 of the depth, for every seed and image.
+
+    Args:
+        right: Which images the models of each depth had right, bool, shape ``(seeds, images)``; two depths or
+            more.
+
+    Returns:
+        Gain of accuracy by doubling the depth, float64, shape ``(seeds, images)``: a linear combination of
+        the scores, so that its mean is the slope of the mean accuracies.
+
+    Example:
+        >>> depth_slopes({1: np.array([[False, False]]), 4: np.array([[True, False]])})
+        array([[0.5, 0. ]])
+    """
+    x = np.log2(list(right))
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    return np.tensordot(weights, np.stack(list(right.values())).astype(np.float64), axes=1)

@@ -1,0 +1,306 @@
+"""``study heads``: which token should a head read, with the learning rate tuned for each head?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_cls.errors import ConfigError, RunError
+from vit_cls.lab.results import (
+    Finding,
+    ForestChart,
+    HeatMap,
+    LabResult,
+    Line,
+    LineChart,
+    ScatterChart,
+    Table,
+)
+from vit_cls.lab.statistics import mean_interval, paired_difference
+from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
+from vit_cls.lab.studies.trials import Trial
+from vit_cls.lab.verdicts import Claim, judge_all
+from vit_cls.model.pooling import needs_class_token, num_class_tokens
+
+LR_FACTORS = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 1.0, 2.0), 5: (0.25, 0.5, 1.0, 2.0, 4.0)}
+DEFAULT_HEADS = ("cls", "gap", "max", "map", "ep:8")
+
+
+class HeadsStudy(Study):
+    """Poolings on the same encoder, each at its own best learning rate.
+
+    Per seed all heads start from the same encoder and see the same images in the same order. A head's
+    learning rate is the one with the best mean validation accuracy; the test images are looked at with that
+    one, and with the shared one to show what a comparison at one rate would have said.
+
+    Args:
+        setup: What all studies share.
+        heads: Rows of the table of poolings; the first is what others are compared with.
+        lr_grid: How many learning rates are tried for each head: 1, 2, 3 or 5, factors of 2 apart.
+
+    Raises:
+        ConfigError: If a head is unknown or there are fewer than two, or ``lr_grid`` is another number.
+
+    Source:
+        The effect of one shared learning rate: ViT, https://arxiv.org/abs/2010.11929, appendix D.3, figure 9.
+    """
+
+    name = "heads"
+    question = "Which token should the head read, when each head has its own learning rate?"
+
+    def __init__(self, setup: Setup, heads: Sequence[str] = DEFAULT_HEADS, lr_grid: int = 3) -> None:
+        super().__init__(setup)
+        self.heads = list(heads)
+        self.lr_grid = lr_grid
+        if len(self.heads) < 2:
+            given = ", ".join(self.heads) or "none"
+            raise ConfigError(f"--heads needs two or more, such as cls,gap; got {given}.")
+        if lr_grid not in LR_FACTORS:
+            raise ConfigError(f"--lr_grid must be one of {', '.join(map(str, LR_FACTORS))}; got {lr_grid}.")
+        for head in self.heads:
+            num_class_tokens(head, 1)  # refuses what is no pooling
+
+    @property
+    def arms(self) -> list[str]:
+        """A name for each head; of equal ones the later are numbered."""
+        return [
+            head if head not in self.heads[:i] else f"{head} ({self.heads[:i].count(head) + 1})"
+            for i, head in enumerate(self.heads)
+        ]
+
+    def grid(self) -> dict[str, dict[float, list[Trial]]]:
+        """Trials by arm and factor of the learning rate, a seed each."""
+        setup = self.setup
+        found: dict[str, dict[float, list[Trial]]] = {}
+        for arm, head in zip(self.arms, self.heads, strict=True):
+            found[arm] = {
+                factor: [
+                    setup.trial(
+                        arm,
+                        seed,
+                        model=head_settings(head, pretrained=setup.recipe.pretrained is not None),
+                        lr_factor=factor,
+                        variant=f"lr x{factor:g}",
+                    )
+                    for seed in setup.all_seeds
+                ]
+                for factor in LR_FACTORS[self.lr_grid]
+            }
+        return found
+
+    def trials(self) -> list[Trial]:
+        """See `Study.trials`."""
+        return [trial for rates in self.grid().values() for trials in rates.values() for trial in trials]
+
+    def analyse(self, answers: Answers) -> LabResult:
+        """See `Study.analyse`."""
+        grid = self.grid()
+        usable = {
+            arm: {f: t for f, t in rates.items() if not any(answers.failed(one) for one in t)}
+            for arm, rates in grid.items()
+        }
+        for arm, rates in usable.items():
+            if not rates:
+                errors = [answers.failed(trial) for trials in grid[arm].values() for trial in trials]
+                raise RunError(f"no learning rate worked for {arm}: {next(filter(None, errors))}")
+        tuned = {arm: best_rate(answers, rates) for arm, rates in usable.items()}
+        chosen = {arm: usable[arm][factor] for arm, factor in tuned.items()}
+        shared = {arm: rates[1.0] for arm, rates in usable.items() if 1.0 in rates}
+        right = {arm: answers.correct(trials) for arm, trials in chosen.items()}
+        findings = compare_with_first(right, self.setup.margin, self.setup.seed)
+        return LabResult(
+            kind="study heads",
+            question=self.question,
+            headline=self._headline(right, findings),
+            findings=findings,
+            tables=self._tables(answers, chosen, shared, tuned),
+            figures=self._figures(answers, usable, chosen, findings, right),
+            settings=self.settings(),
+            data=self.data_record(answers, self.trials()),
+            values={
+                "tuned_lr": {arm: self._lr(factor) for arm, factor in tuned.items()},
+                "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
+                "top1_shared_lr": {arm: answers.correct(t).mean(axis=1) for arm, t in shared.items()},
+            },
+            predictions=answers.predictions(chosen),
+            notes=self._notes(grid, usable),
+        )
+
+    def _headline(self, right: dict[str, np.ndarray], findings: Sequence[Finding]) -> str:
+        """The comparison that is asked most: CLS with GAP where both are there, else the first two."""
+        arms = list(right)
+        other = "gap" if arms[0] != "gap" and "gap" in arms else arms[1]
+        finding = findings[arms[1:].index(other)]
+        best = max(arms, key=lambda arm: right[arm].mean())
+        top = f"Highest of all: {best}, {100 * right[best].mean():.1f} %."
+        return f"{finding.verdict.capitalize()}: {finding.sentence} {top}"
+
+    def _lr(self, factor: float) -> float:
+        assert self.setup.recipe.lr is not None
+        return self.setup.recipe.lr * factor
+
+    def _tables(
+        self,
+        answers: Answers,
+        chosen: dict[str, list[Trial]],
+        shared: dict[str, list[Trial]],
+        tuned: dict[str, float],
+    ) -> list[Table]:
+        rows: list[list[Any]] = []
+        for arm, trials in chosen.items():
+            note = answers.note(trials[0])
+            seconds = float(np.median([answers.note(trial)["seconds"] for trial in trials]))
+            rows.append(
+                [
+                    arm,
+                    *answers.cells(trials),
+                    answers.val_accuracy(trials),
+                    self._lr(tuned[arm]),
+                    note["parameters"],
+                    note["head_parameters"],
+                    note["head_macs"],
+                    seconds,
+                ]
+            )
+        rows.sort(key=lambda row: -row[1])
+        costs = ["validation (%)", "learning rate", "parameters", "of pooling and head", "their MACs"]
+        order = sorted(shared, key=lambda arm: -answers.correct(shared[arm]).mean())
+        ranks = [
+            [place, row[0], order[place - 1] if place <= len(order) else None]
+            for place, row in enumerate(rows, 1)
+        ]
+        return [
+            Table(
+                "Each head at its own learning rate",
+                ["head", *ARM_COLUMNS, *costs, "seconds"],
+                rows,
+                "Test images; the learning rate was chosen on validation images. Seconds of one training.",
+            ),
+            Table(
+                "Rankings",
+                ["place", "each at its own learning rate", f"all at {self._lr(1.0):g}"],
+                ranks,
+                "Where the two differ, a comparison at one learning rate would have misled.",
+            ),
+            Table(
+                "All at the shared learning rate",
+                ["head", *ARM_COLUMNS],
+                [[arm, *answers.cells(shared[arm])] for arm in order],
+            ),
+        ]
+
+    def _figures(
+        self,
+        answers: Answers,
+        usable: dict[str, dict[float, list[Trial]]],
+        chosen: dict[str, list[Trial]],
+        findings: Sequence[Finding],
+        right: dict[str, np.ndarray],
+    ) -> list[Any]:
+        arms = list(chosen)
+        response = [
+            Line(arm, [(self._lr(f), answers.val_accuracy(t)) for f, t in sorted(rates.items())])
+            for arm, rates in list(usable.items())[:8]
+        ]
+        points = []
+        for arm, trials in chosen.items():
+            mean = mean_interval(right[arm])
+            points.append((arm, float(answers.note(trials[0])["head_parameters"]), mean.estimate, mean.ci95))
+        matrix = [
+            [paired_difference(right[a], right[b]).estimate if a != b else float("nan") for b in arms]
+            for a in arms
+        ]
+        return [
+            difference_forest(f"Difference to {arms[0]}", findings, arms, self.setup.margin),
+            LineChart(
+                "Response to the learning rate",
+                "learning rate",
+                "validation accuracy",
+                response,
+                log_x=True,
+                note="Mean over the seeds. A curve that ends at its highest point wants a wider --lr_grid.",
+            ),
+            ScatterChart("Accuracy over cost", "parameters of pooling and head", "test accuracy", points),
+            HeatMap(
+                "Column minus row",
+                matrix,
+                arms,
+                arms,
+                note="Mean difference of test accuracy over seeds and images.",
+            ),
+        ]
+
+    def _notes(self, grid: dict[str, Any], usable: dict[str, Any]) -> list[str]:
+        notes = [
+            "Per seed all heads start from the same encoder and see the same images in the same order.",
+            "The model after the last epoch counts; no epoch was selected.",
+        ]
+        if self.setup.recipe.pretrained is None:
+            notes.append("Heads that do not read a class token are trained without one.")
+        notes += [
+            f"{arm}: learning rate {self._lr(factor):g} failed and was left out."
+            for arm in grid
+            for factor in grid[arm]
+            if factor not in usable[arm]
+        ]
+        return notes
+
+
+def head_settings(head: str, *, pretrained: bool) -> dict[str, Any]:
+    """Settings of ``fit``'s ``model`` for a pooling.
+
+    Args:
+        head: A row of the table of poolings.
+        pretrained: Whether the weights have a class token, which is then kept even where it is not read.
+
+    Example:
+        >>> head_settings("gap", pretrained=False)
+        {'pool': 'gap', 'class_token': False}
+    """
+    return {"pool": head} | ({} if pretrained or needs_class_token(head) else {"class_token": False})
+
+
+def best_rate(answers: Answers, rates: dict[float, list[Trial]]) -> float:
+    """The factor with the best mean validation accuracy; of equals the one nearest to 1.
+
+    Args:
+        answers: Of the models.
+        rates: Trials by factor.
+    """
+    return max(rates, key=lambda factor: (answers.val_accuracy(rates[factor]), -abs(np.log(factor))))
+
+
+def compare_with_first(right: dict[str, np.ndarray], margin: float, seed: int) -> list[Finding]:
+    """Judge each arm's difference to the first.
+
+    Args:
+        right: Which test images each arm classified right, bool, shape ``(seeds, images)``.
+        margin: The largest difference that does not matter.
+        seed: Of the resampling.
+    """
+    (first, reference), *others = right.items()
+    claims = [
+        Claim(f"{arm} and {first} differ.", reference, rows, margin=margin, names=(first, arm))
+        for arm, rows in others
+    ]
+    return judge_all(claims, seed=seed)
+
+
+def difference_forest(
+    title: str, findings: Sequence[Finding], arms: Sequence[str], margin: float
+) -> ForestChart:
+    """Draw what `compare_with_first` found.
+
+    Args:
+        title: What the chart shows.
+        findings: One for each arm but the first.
+        arms: The first is what others are compared with.
+        margin: The largest difference that does not matter.
+    """
+    rows = [
+        (f"{arm} minus {arms[0]}", float(finding.estimate or 0.0), finding.ci95 or (0.0, 0.0))
+        for arm, finding in zip(arms[1:], findings, strict=True)
+    ]
+    return ForestChart(title, rows, margin)

@@ -1,0 +1,297 @@
+"""``study specialise``: do several class tokens come to know different things?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_cls.data.partition import Partition
+from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.evaluation.calibration import measure_calibration
+from vit_cls.lab.results import REFUTED, SUPPORTED, Figure, Finding, ForestChart, LabResult, Table
+from vit_cls.lab.statistics import paired_difference
+from vit_cls.lab.studies.class_token_views import (
+    COLLAPSED,
+    FROM_TO,
+    Seen,
+    alike_table,
+    cosine_map,
+    knowledge_table,
+    layer_chart,
+    token_pictures,
+)
+from vit_cls.lab.studies.class_tokens import token_answers, watch_class_tokens
+from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
+from vit_cls.lab.studies.trials import Trial
+from vit_cls.lab.verdicts import GREATER, LESS, Claim, judge_all
+
+VARIANTS = {"mean": "multicls", "concat": "multicls-concat", "diverse": "multicls-diverse"}
+"""Poolings by the word that is typed."""
+ONE, REGISTER = "cls", "extra register"
+COSINE = "of cosine"
+
+
+class SpecialiseStudy(Study):
+    """Models with 1, 2, 4 ... class tokens, and with one class token and a register.
+
+    Per seed all arms start from the same encoder and see the same images in the same order. Class tokens
+    start apart: equal ones would stay equal for ever.
+
+    Args:
+        setup: What all studies share.
+        counts: Numbers of class tokens, 1 among them: the one that others are compared with.
+        variants: How the head reads several: ``mean``, always there; ``concat`` side by side; ``diverse``, a
+            sum of differently weighted tokens in which equal ones cancel.
+
+    Raises:
+        ConfigError: If a count or a variant is unknown, named twice, or missing.
+
+    Source:
+        Two class tokens that end with a cosine of 0.999: DeiT, https://arxiv.org/abs/2012.12877, section 5.3.
+        ``diverse``: Multi-CLS BERT, https://arxiv.org/abs/2210.05043. Registers:
+        https://arxiv.org/abs/2309.16588.
+    """
+
+    name = "specialise"
+    question = "Do several class tokens come to know different things?"
+
+    def __init__(
+        self,
+        setup: Setup,
+        counts: Sequence[int] = (1, 2, 4),
+        variants: Sequence[str] = ("mean", "concat", "diverse"),
+    ) -> None:
+        super().__init__(setup)
+        self.counts = sorted(counts)
+        self.variants = list(variants)
+        given = ", ".join(map(str, counts)) or "none"
+        if 1 not in self.counts or self.counts[0] < 1 or len(self.counts) < 2:
+            raise ConfigError(
+                f"--counts needs 1, which others are compared with, and a larger number; got {given}. "
+                "Write --counts 1,2,4."
+            )
+        for variant in self.variants:
+            if variant not in VARIANTS:
+                raise ConfigError(
+                    f"--variants must be of {', '.join(VARIANTS)}; got {variant!r}."
+                    f"{did_you_mean(variant, VARIANTS)}"
+                )
+        if "mean" not in self.variants:
+            named = ", ".join(self.variants) or "none"
+            raise ConfigError(f"--variants needs mean, which others are compared with; got {named}.")
+        for option, values in (("--counts", self.counts), ("--variants", self.variants)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{option} must name each one once; got {', '.join(map(str, values))}.")
+
+    @property
+    def several(self) -> dict[str, str]:
+        """Poolings of the arms with several class tokens."""
+        counts = [count for count in self.counts if count > 1]
+        return {f"{word} {k}": f"{VARIANTS[word]}:{k}" for word in self.variants for k in counts}
+
+    def grid(self) -> dict[str, list[Trial]]:
+        """Trials by arm, a seed each."""
+        models: dict[str, dict[str, Any]] = {ONE: {"pool": "cls"}, REGISTER: {"pool": "cls", "reg_tokens": 1}}
+        models |= {arm: {"pool": pool} for arm, pool in self.several.items()}
+        return {
+            arm: [self.setup.trial(arm, seed, model=model) for seed in self.setup.all_seeds]
+            for arm, model in models.items()
+        }
+
+    def trials(self) -> list[Trial]:
+        """See `Study.trials`."""
+        return [trial for trials in self.grid().values() for trial in trials]
+
+    def analyse(self, answers: Answers) -> LabResult:
+        """See `Study.analyse`."""
+        grid = self.grid()
+        right = {arm: answers.correct(trials) for arm, trials in grid.items()}
+        parts = {seed: grid[ONE][0].data.parts(seed) for seed in self.setup.all_seeds}
+        seen = {arm: look(answers, grid[arm], parts) for arm in self.several}
+        findings = self._findings(seen, right)
+        return LabResult(
+            kind="study specialise",
+            question=self.question,
+            headline=self._headline(findings),
+            findings=findings,
+            tables=[
+                alike_table(seen, seed=self.setup.seed),
+                knowledge_table(seen, seed=self.setup.seed),
+                self._accuracy(answers, grid, right),
+            ],
+            figures=self._figures(seen, right, parts[self.setup.seed]),
+            settings=self.settings(),
+            data=self.data_record(answers, self.trials()),
+            values=self._values(seen, right),
+            predictions=answers.predictions(grid),
+            notes=self._notes(seen),
+        )
+
+    def _headline(self, findings: Sequence[Finding]) -> str:
+        """Whether the most tokens end parallel, and what they gain over one."""
+        parallel, gain = findings[0], findings[len(self.counts) - 1]
+        return f"{parallel.verdict.capitalize()}: {parallel.sentence} {gain.sentence}"
+
+    def _findings(self, seen: dict[str, Seen], right: dict[str, np.ndarray]) -> list[Finding]:
+        counts, margin = [count for count in reversed(self.counts) if count > 1], self.setup.margin
+        parallel = [
+            Claim(
+                f"{k} class tokens read by their mean end parallel: their cosine is above {COLLAPSED}.",
+                np.zeros_like(seen[f"mean {k}"].cosines),
+                seen[f"mean {k}"].cosines,
+                expect=GREATER,
+                margin=margin,
+                names=("0", f"the cosine of {k} tokens"),
+                unit=COSINE,
+                at_least=COLLAPSED,
+            )
+            for k in counts
+        ]
+        gains = [
+            Claim(
+                f"{k} class tokens read by their mean beat {words}.",
+                right[arm],
+                right[f"mean {k}"],
+                expect=GREATER,
+                margin=margin,
+                names=(arm, f"mean {k}"),
+            )
+            for k in counts
+            for arm, words in ((ONE, "one"), (REGISTER, "one and a register"))
+        ]
+        lower = [
+            Claim(
+                f"The diverse head lowers the cosine of {k} class tokens.",
+                seen[f"mean {k}"].cosines,
+                seen[f"diverse {k}"].cosines,
+                expect=LESS,
+                margin=margin,
+                names=(f"the cosine of mean {k}", f"that of diverse {k}"),
+                unit=COSINE,
+            )
+            for k in counts
+            if "diverse" in self.variants
+        ]
+        found = judge_all([*parallel, *gains, *lower], seed=self.setup.seed)
+        spoken = [_spoken(one, f"{k} class tokens") for one, k in zip(found, counts, strict=False)]
+        told = [_lower_or_higher(one) for one in found[len(found) - len(lower) :]]
+        return [*spoken, *found[len(spoken) : len(found) - len(lower)], *told]
+
+    def _accuracy(
+        self, answers: Answers, grid: dict[str, list[Trial]], right: dict[str, np.ndarray]
+    ) -> Table:
+        rows: list[list[Any]] = []
+        for arm, trials in grid.items():
+            note = answers.note(trials[0])
+            errors = [_ece(answers, trial) for trial in trials]
+            gains = [
+                [None] * 3 if arm == other else [found.estimate, *found.ci95]
+                for other in (ONE, REGISTER)
+                for found in [paired_difference(right[other], right[arm], seed=self.setup.seed)]
+            ]
+            calibration = [float(np.mean(errors)), min(errors), max(errors)]
+            costs = [note["tokens"], note["parameters"]]
+            rows.append([arm, *costs, *answers.cells(trials), *gains[0], *gains[1], *calibration])
+        columns = ["arm", "tokens", "parameters", *ARM_COLUMNS, f"minus {ONE} (%)", *FROM_TO]
+        columns += [f"minus {REGISTER} (%)", *FROM_TO, "ECE", "lowest seed", "highest seed"]
+        return Table(
+            "Accuracy",
+            columns,
+            rows,
+            "Test images. Intervals of differences are paired and not adjusted for their number.",
+        )
+
+    def _figures(self, seen: dict[str, Seen], right: dict[str, np.ndarray], parts: Partition) -> list[Figure]:
+        gains = []
+        for other in (ONE, REGISTER):
+            for arm in seen:
+                found = paired_difference(right[other], right[arm], seed=self.setup.seed)
+                gains.append((f"{arm} minus {other}", found.estimate, found.ci95))
+        most = [f"{word} {self.counts[-1]}" for word in ("mean", "diverse") if word in self.variants]
+        first = {arm: seen[arm].tokens[0] for arm in most}
+        figures: list[Figure] = [
+            layer_chart(seen),
+            ForestChart("Accuracy against one class token", gains, self.setup.margin),
+            *(cosine_map(arm, tokens) for arm, tokens in first.items()),
+        ]
+        pictures = token_pictures(parts.test, first)
+        return figures if pictures is None else [*figures, pictures]
+
+    def _values(self, seen: dict[str, Seen], right: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {
+            "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
+            "output_cosine": {arm: one.cosines.mean(axis=1) for arm, one in seen.items()},
+            "layer_cosine": {arm: one.layer_cosines.mean(axis=2).T for arm, one in seen.items()},
+            "other_image_cosine": {arm: one.other_image_cosine(self.setup.seed) for arm, one in seen.items()},
+            "token_top1": {
+                arm: [each.right.mean(axis=0) for each in one.answers] for arm, one in seen.items()
+            },
+            "attention_apart": {
+                arm: [None if each.overlap is None else each.overlap.mean() for each in one.tokens]
+                for arm, one in seen.items()
+            },
+        }
+
+    def _notes(self, seen: dict[str, Seen]) -> list[str]:
+        assert self.setup.recipe.lr is not None
+        notes = [
+            f"One learning rate for all arms, {self.setup.recipe.lr:g}, not tuned.",
+            "Several class tokens start apart (standard deviation 0.02; a single one 1e-6): equal ones would "
+            "stay equal for ever.",
+            f"The arm {REGISTER} has as many tokens as two class tokens, and a head that reads one of them.",
+            "A head that reads the mean reads each token alone as well. With other heads each token has a "
+            "ridge classifier, its penalty chosen on validation: the two kinds are not comparable in level.",
+            "Tokens have no order that holds from seed to seed; worst and best token are of any seed, on the "
+            "test images, and so too far apart.",
+            "Parallel tokens say little where the same token is as parallel to itself on other images.",
+        ]
+        if any(each.overlap is None for one in seen.values() for each in one.tokens):
+            notes.append("Attention weights are not known for this architecture, and were left out.")
+        return notes
+
+
+def look(answers: Answers, trials: Sequence[Trial], parts: dict[int, Partition]) -> Seen:
+    """Watch the class tokens of the models of one arm.
+
+    Args:
+        answers: Of the models.
+        trials: Of one arm, a seed each.
+        parts: The images by seed; validation images differ.
+
+    Raises:
+        RunError: If a training failed.
+    """
+    tokens, said = [], []
+    for trial in trials:
+        model = answers.model(trial)
+        tokens.append(watch_class_tokens(model, parts[trial.seed].test))
+        said.append(token_answers(model, parts[trial.seed], tokens[-1]))
+    return Seen(tokens, said)
+
+
+def _ece(answers: Answers, trial: Trial) -> float:
+    probs, targets = answers.probs(trial)
+    return measure_calibration(probs.astype(np.float64), targets, seed=trial.seed).ece
+
+
+def _spoken(finding: Finding, who: str) -> Finding:
+    """A claim on one quantity, not on a difference, needs a sentence of its own."""
+    low, high = finding.ci95 or (0.0, 0.0)
+    seeds, images = finding.counts["seeds"], finding.counts["images"]
+    place = {SUPPORTED: "above", REFUTED: "below"}.get(finding.verdict, "not told from")
+    needed = f"; needed: {finding.needed}" if finding.needed else ""
+    sentence = (
+        f"the mean cosine of {who} after the final norm is {finding.estimate:.3f} (95 % interval {low:.3f} "
+        f"to {min(1.0, high):.3f}; {seeds} seed{'s' if seeds > 1 else ''}, {images:,} images), {place} "
+        f"{COLLAPSED:g}{needed}."
+    )
+    return dataclasses.replace(finding, sentence=sentence)
+
+
+def _lower_or_higher(finding: Finding) -> Finding:
+    """Cosines are neither better nor worse."""
+    words = finding.sentence.replace(" is better than ", " is higher than ")
+    return dataclasses.replace(finding, sentence=words.replace(" is worse than ", " is lower than "))

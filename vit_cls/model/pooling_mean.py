@@ -1,0 +1,182 @@
+"""Poolings over the patches, channel by channel: mean, max, and what lies between them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vit_cls.model.pooling_base import Pooling, PoolingContext
+
+GEM_EPS = 1e-6
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the valid tokens.
+
+    Args:
+        tokens: Shape ``(batch, tokens, dim)``.
+        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
+
+    Returns:
+        Shape ``(batch, dim)``.
+    """
+    if mask is None:
+        return tokens.mean(dim=1)
+    return tokens.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def masked_max(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Largest value of each channel over the valid tokens.
+
+    Args:
+        tokens: Shape ``(batch, tokens, dim)``.
+        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
+
+    Returns:
+        Shape ``(batch, dim)``.
+    """
+    if mask is not None:
+        tokens = tokens.masked_fill(~mask[:, :, None], -torch.inf)
+    return tokens.amax(dim=1)
+
+
+def generalised_mean(
+    tokens: Tensor, p: float | Tensor, mask: Tensor | None = None, *, eps: float = GEM_EPS
+) -> Tensor:
+    """``(mean x ** p) ** (1 / p)`` of each channel: the mean for p = 1, the maximum for p towards infinity.
+
+    Args:
+        tokens: Shape ``(batch, tokens, dim)``. Values below ``eps`` count as ``eps``: what is negative is
+            lost.
+        p: The exponent, above 0.
+        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
+        eps: The smallest value.
+
+    Returns:
+        Shape ``(batch, dim)``.
+
+    Example:
+        >>> generalised_mean(torch.tensor([[[1.0], [7.0]]]), 2.0)
+        tensor([[5.]])
+
+    Source:
+        GeM, https://arxiv.org/abs/1711.02512, equation 3.
+    """
+    tokens = tokens.clamp_min(eps)
+    # In units of the largest: no power under- or overflows. The unit cancels, and its gradient with it.
+    unit = masked_max(tokens, mask).detach()
+    return unit * masked_mean((tokens / unit[:, None]) ** p, mask) ** (1 / p)
+
+
+def log_mean_exp(tokens: Tensor, r: float | Tensor, mask: Tensor | None = None) -> Tensor:
+    """``log(mean exp(r x)) / r`` of each channel: the mean for r towards 0, the maximum towards infinity.
+
+    Args:
+        tokens: Shape ``(batch, tokens, dim)``, of any sign.
+        r: The sharpness, above 0.
+        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
+
+    Returns:
+        Shape ``(batch, dim)``.
+
+    Source:
+        LSE pooling, https://arxiv.org/abs/1411.6228, equation 6.
+    """
+    scaled = r * tokens
+    if mask is None:
+        return (scaled.logsumexp(dim=1) - math.log(tokens.shape[1])) / r
+    total = scaled.masked_fill(~mask[:, :, None], -torch.inf).logsumexp(dim=1)
+    return (total - mask.sum(dim=1, keepdim=True).double().log().to(total)) / r
+
+
+class MeanPool(Pooling):
+    """Global average over the patches, prefix tokens excluded. Source: ViT, appendix D.3."""
+
+    norm_after = True
+
+    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
+        super().__init__(context)
+        self.read = context.patches
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Pooling.forward`."""
+        return masked_mean(tokens, mask)
+
+
+class MaxPool(Pooling):
+    """The largest value of each channel over the patches, prefix tokens excluded. Source: timm's ``max``."""
+
+    norm_after = True
+
+    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
+        super().__init__(context)
+        self.read = context.patches
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Pooling.forward`."""
+        return masked_max(tokens, mask)
+
+
+class MeanMaxPool(Pooling):
+    """``avgmax``: half the mean and half the maximum over the patches. Source: timm's ``avgmax``."""
+
+    norm_after = True
+
+    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
+        super().__init__(context)
+        self.read = context.patches
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Pooling.forward`."""
+        return 0.5 * (masked_mean(tokens, mask) + masked_max(tokens, mask))
+
+
+class GeneralisedMeanPool(Pooling):
+    """``gem``: `generalised_mean` over the patches with one learned exponent, which starts at 3.
+
+    Source:
+        GeM, https://arxiv.org/abs/1711.02512; its features follow a ReLU. Here what is negative before the
+        pooling is lost, and the encoder learns to do without; `LogMeanExpPool` keeps it.
+    """
+
+    norm_after = True
+
+    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
+        super().__init__(context)
+        self.read = context.patches
+        self.p = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Pooling.forward`; the exponent does not fall below 1, the mean."""
+        return generalised_mean(tokens, self.p.clamp_min(1.0), mask)
+
+    def reset_parameters(self) -> None:
+        """See `Pooling.reset_parameters`."""
+        nn.init.constant_(self.p, 3.0)
+
+
+class LogMeanExpPool(Pooling):
+    """``lse``: `log_mean_exp` over the patches with one learned sharpness, which starts at 1.
+
+    Source:
+        LSE pooling, https://arxiv.org/abs/1411.6228, where the sharpness is fixed.
+    """
+
+    norm_after = True
+
+    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
+        super().__init__(context)
+        self.read = context.patches
+        self.r = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Pooling.forward`; the sharpness does not fall below 0.01, all but the mean."""
+        return log_mean_exp(tokens, self.r.clamp_min(0.01), mask)
+
+    def reset_parameters(self) -> None:
+        """See `Pooling.reset_parameters`."""
+        nn.init.ones_(self.r)
