@@ -46,7 +46,7 @@ CASES = {
     "recipe's model": ([*SMALL, "--recipe.num_heads", "3"], r"3 heads and width 8"),
     "weights": ([*SMALL, "--recipe.pretrained", "nowhere.safetensors"], r"nowhere.safetensors"),
     "another study's option": ([*SMALL, "--depths", "1,2"], r"unknown key --depths"),
-    "typo": ([*SMALL, "--seedz", "2"], r"--seedz.*Did you mean `seeds`"),
+    "typo": ([*SMALL, "--seedz", "2"], r"unknown key --seedz. Did you mean `seed`"),
     "depth of weights": (
         ["study", "depth", "--data", "digits", "--recipe.pretrained", "x"],
         r"fresh weights.*depth of their own; got --recipe.pretrained x",

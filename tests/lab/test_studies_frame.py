@@ -376,7 +376,7 @@ def test_rankings_differ_between_tuned_and_shared_rates(setup, told):
     assert best.rows[0][1] == pytest.approx(0.95, abs=0.001)
     assert shared.rows[1][1] == pytest.approx(0.6, abs=0.001)
     assert result.headline.startswith("Supported: gap is better than cls by 5.0 points")
-    assert "Highest of all: gap, 95.0 %." in result.headline
+    assert "Best on validation: gap, with 95.0 % of the test images right." in result.headline
 
 
 def test_of_equal_rates_the_one_nearest_to_the_shared_wins(setup, told):
@@ -399,6 +399,19 @@ def test_the_choice_of_rates_never_sees_the_test_images(setup, told):
     after = study.analyse(answers)
     assert after.values["tuned_lr"] == before.values["tuned_lr"]
     assert after.values["top1"]["gap"].max() < 0.3 < before.values["top1"]["gap"].min()
+
+
+def test_the_head_called_best_is_not_chosen_by_the_test_images(setup, told):
+    study = _study(setup)
+    answers = _tell(told, study, {"cls": {1.0: 0.9}, "gap": {1.0: 0.8}})
+    for trial in study.trials():
+        file = trial_folder(setup.folder, trial) / ANSWERS
+        arrays = dict(np.load(file))
+        if trial.arm == "cls":  # now it has no test image right
+            arrays["test_probs"] = np.roll(np.eye(10, dtype=np.float32)[arrays["test_targets"]], 1, axis=1)
+        np.savez(file, **arrays)
+    headline = study.analyse(answers).headline
+    assert headline.endswith("Best on validation: cls, with 0.0 % of the test images right.")
 
 
 def test_a_result_names_every_test_image_and_what_was_said_of_it(setup, told):

@@ -164,11 +164,11 @@ def test_claims_about_frozen_patches_are_supported_where_they_hold():
         patches = rng.random((3, 16, 4000)) < single
         return FrozenReads(name, (0, 1, 2), (4, 4), patches, {way: rng.random((3, 4000)) < pooled}, {})
 
-    cls, gap = reads("CLS-trained", "cls", 0.95, 0.80), reads("GAP-trained", "gap", 0.94, 0.935)
+    cls, gap = reads("CLS-trained", "cls", 0.95, 0.80), reads("GAP-trained", "gap", 0.94, 0.94)
     found = judge_all(frozen_claims(cls, gap, margin=0.01), seed=0)
-    assert [one.verdict for one in found] == ["supported"] * 3
+    assert [one.verdict for one in found] == ["supported", "equivalent", "supported"]
     same = judge_all(frozen_claims(gap_as_cls(gap), gap, margin=0.01), seed=0)
-    assert same[0].verdict == "refuted"  # not 6 points ahead
+    assert same[0].verdict in ("equivalent", "cannot tell")
     assert same[2].verdict != "supported"
 
 

@@ -114,3 +114,17 @@ def test_among_equal_heads_a_winner_is_found_in_no_more_than_5_of_100_studies():
         claims = [Claim("differ", a, b) for a, b in itertools.combinations(heads, 2)]
         winners += any(one.verdict == SUPPORTED for one in judge_all(claims, seed=0))
     assert winners / studies <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / studies)
+
+
+def test_a_difference_as_large_as_the_margin_refutes_equality_in_no_more_than_5_of_100_studies():
+    rng = np.random.default_rng(12)
+    refuted, studies, margin, discordance = 0, 50, 0.01, 0.04
+    for _ in range(studies):
+        claims = []
+        for _ in range(8):
+            u, both = rng.random((2, 1, 600))
+            only_a, only_b = u > 1 - (discordance - margin) / 2, u < (discordance + margin) / 2
+            a, b = (only_a | (both < 0.9)) & ~only_b, only_b | ((both < 0.9) & ~only_a)
+            claims.append(Claim("the same", a, b, expect="equal", margin=margin))
+        refuted += any(one.verdict == REFUTED for one in judge_all(claims, seed=0))
+    assert refuted / studies <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / studies)

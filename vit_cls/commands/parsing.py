@@ -14,9 +14,9 @@ MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
 _LISTS = "counts depths fractions heads layers modes neighbours temperatures tokens variants ways"
-LISTS = tuple(f"--{name}" for name in _LISTS.split())
+LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
 """Options that hold several values, which people write with commas."""
-NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
 
 
@@ -75,8 +75,8 @@ def comma_lists(words: list[str]) -> list[str]:
         words: The words after the verb.
 
     Example:
-        >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2"])
-        ['--heads', '["cls", "ep:8"]', '--layers=[1, 2]']
+        >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2", "--temperatures", ".07,1e-1"])
+        ['--heads', '["cls", "ep:8"]', '--layers=[1, 2]', '--temperatures', '[0.07, 0.1]']
     """
     found = list(words)
     for i, word in enumerate(words):
@@ -92,7 +92,16 @@ def _list(text: str) -> str:
     if text.startswith("[") or text == "null":
         return text
     parts = [part.strip() for part in text.split(",")]
-    return f"[{', '.join(part if NUMBER.fullmatch(part) else json.dumps(part) for part in parts if part)}]"
+    written = (_number(part) if NUMBER.fullmatch(part) else json.dumps(part) for part in parts if part)
+    return f"[{', '.join(written)}]"
+
+
+def _number(text: str) -> str:
+    """As JSON has it, which knows no ``.5`` and no ``+1``."""
+    try:
+        return json.dumps(json.loads(text))
+    except ValueError:
+        return repr(float(text))
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

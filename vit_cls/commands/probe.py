@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -15,10 +16,14 @@ from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.evaluation.output import check_output
 from vit_cls.lab.extraction import Running
+from vit_cls.lab.probes.common import described
+from vit_cls.lab.probes.seen import find_record, seen_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text
 from vit_cls.weights.factory import load
+
+log = logging.getLogger("vit_cls")
 
 SHARED = ("classifier", "parts", "partition", "running", "device")
 
@@ -43,23 +48,35 @@ def run(words: list[str]) -> Outcome:
     parser.add_argument("--data", required=True, help="an image folder, or the word digits")
     parser.add_argument("--val_fraction", type=float, default=0.2, help="share to choose by, if split here")
     parser.add_argument("--test_fraction", type=float, default=0.25, help="share to report on, likewise")
-    parser.add_argument("--cache", type=str | None, default=None, help="folder of frozen tokens")
+    parser.add_argument(
+        "--cache",
+        type=str | None,
+        default=None,
+        help="folder that keeps frozen tokens, so that they are not computed again; may be deleted at any "
+        "time (default: vit_cls/tokens in $XDG_CACHE_HOME or ~/.cache)",
+    )
     add_runtime_arguments(parser)
     own = probe.add_options(parser, SHARED)
     args = parse(parser, comma_lists(rest))
     if args.compile:
         raise ConfigError("--compile has no effect on a probe: tokens are computed once. Leave it out.")
-    output = check_output(args.output)
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be 0 or more; got {args.seed}.")
+    output, cache = check_output(args.output), cache_folder(args.cache)
+    classifier = load(args.model)
     parts = partition_data(
         args.data, seed=args.seed, val_fraction=args.val_fraction, test_fraction=args.test_fraction
     )
-    cache = Path(args.cache) if args.cache is not None else default_cache()
     running = Running(
         args.device, args.precision, args.batch_size, args.num_workers, sys.stderr.isatty(), cache
     )
-    result = probe.run(load(args.model), parts, running, {key: args[key] for key in own})
-    settings = {"model": args.model, "data": args.data, **result.settings}
-    result = replace(result, settings=settings, seconds=time.perf_counter() - started)
+    options = args.as_dict()
+    result = probe.run(classifier, parts, running, {key: options[key] for key in own})
+    architecture = described(classifier.model)
+    settings = {"model": args.model, "architecture": architecture, "data": args.data, **result.settings}
+    notes = [*result.notes, *seen_note(find_record(args.model), parts, args.data)]
+    seconds = time.perf_counter() - started
+    result = replace(result, settings=settings, notes=notes, seconds=seconds)
     text = lab_text(result)
     if output is not None:
         try:
@@ -70,9 +87,28 @@ def run(words: list[str]) -> Outcome:
     return Outcome(result.to_dict() | {"output": None if output is None else str(output)}, text)
 
 
-def default_cache() -> Path:
-    """Where frozen tokens are kept if ``--cache`` says nothing: ``vit_cls/tokens`` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_cls" / "tokens"
+def cache_folder(cache: str | None) -> Path | None:
+    """Where frozen tokens are kept; creates nothing.
+
+    Args:
+        cache: The folder as the user wrote it; None means ``vit_cls/tokens`` in the user's cache.
+
+    Returns:
+        The folder; None, and a warning, where none was asked for and the user's cache cannot be written.
+
+    Raises:
+        ConfigError: If ``cache`` is a file, or cannot be made or written.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "vit_cls" / "tokens" if cache is None else Path(cache)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return folder
+    reason = "does not allow it" if nearest.is_dir() else "is a file"
+    if cache is not None:
+        raise ConfigError(f"--cache {cache} cannot be written: {nearest} {reason}. Choose another folder.")
+    log.warning(f"tokens are not kept, for {nearest} {reason}; --cache FOLDER keeps them")
+    return None
 
 
 def _name(words: list[str]) -> tuple[str, list[str]]:

@@ -105,8 +105,8 @@ def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
     A claim of direction or difference is supported where the adjusted test rejects and the interval lies on
     its side of the null hypothesis, refuted where it lies on the other. Without such a difference, two
     one-sided tests within the margin make it equivalent. A claim of equality is equivalent where these tests
-    succeed, whatever else, and refuted where the difference is significant and the interval lies outside of
-    the margin. Everything else cannot be told, and what would settle it is said.
+    succeed, whatever else, and refuted where an adjusted test rejects that the difference is within the
+    margin, and the interval lies outside. Everything else cannot be told, and what would settle it is said.
 
     Args:
         claims: In the order of the answer.
@@ -122,10 +122,15 @@ def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
     differences = [paired_difference(one.a, one.b, seed=seed) for one in claims]
     tests = [_p(one, found) for one, found in zip(claims, differences, strict=True)]
     sames = [equivalence_p(found, one.margin) for one, found in zip(claims, differences, strict=True)]
+    # Of claims of equality it is not zero but the margin that a refutation has to leave behind.
+    against = [
+        _p_beyond(one, found) if one.expect == EQUAL else p
+        for one, found, p in zip(claims, differences, tests, strict=True)
+    ]
     return [
-        _finding(one, found, (p, p_holm, same), ALPHA / len(claims))
-        for one, found, p, p_holm, same in zip(
-            claims, differences, tests, holm(tests), holm(sames), strict=True
+        _finding(one, found, ps, ALPHA / len(claims))
+        for one, found, *ps in zip(
+            claims, differences, tests, holm(tests), holm(sames), holm(against), strict=True
         )
     ]
 
@@ -136,9 +141,15 @@ def _p(claim: Claim, difference: Difference) -> float:
     return min(1.0, 2 * difference.tail(abs(difference.estimate - claim.null)))
 
 
-def _finding(claim: Claim, difference: Difference, p: tuple[float, float, float], alpha: float) -> Finding:
-    different, same = p[1] <= ALPHA, p[2] <= ALPHA
-    verdict = _verdict(claim, difference, different, same)
+def _p_beyond(claim: Claim, difference: Difference) -> float:
+    """Two-sided p-value of a difference that is as large as the margin at most."""
+    outside = abs(difference.estimate) - claim.margin
+    return min(1.0, 2 * difference.tail(outside)) if outside > 0 else 1.0
+
+
+def _finding(claim: Claim, difference: Difference, p: Sequence[float], alpha: float) -> Finding:
+    different, same, against = (one <= ALPHA for one in p[1:])
+    verdict = _verdict(claim, difference, against, same)
     missing = None
     if verdict == CANNOT_TELL:
         missing = needed(difference, claim.margin, null=_to_be_told_from(claim, difference), alpha=alpha)
@@ -158,13 +169,13 @@ def _finding(claim: Claim, difference: Difference, p: tuple[float, float, float]
     )
 
 
-def _verdict(claim: Claim, difference: Difference, different: bool, same: bool) -> str:
+def _verdict(claim: Claim, difference: Difference, rejected: bool, same: bool) -> str:
     low, high = difference.ci95
     if claim.expect == EQUAL:
         if same:
             return EQUIVALENT
-        return REFUTED if different and (low > claim.margin or high < -claim.margin) else CANNOT_TELL
-    above, below = different and low > claim.null, different and high < claim.null
+        return REFUTED if rejected and (low > claim.margin or high < -claim.margin) else CANNOT_TELL
+    above, below = rejected and low > claim.null, rejected and high < claim.null
     as_claimed = {DIFFERS: above or below, GREATER: above, LESS: below}[claim.expect]
     if as_claimed:
         return SUPPORTED

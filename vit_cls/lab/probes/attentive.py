@@ -16,6 +16,7 @@ from vit_cls.errors import ConfigError
 from vit_cls.evaluation.predictions import choose_device
 from vit_cls.lab.frozen import FrozenTokens, Running, freeze
 from vit_cls.lab.least_squares import chosen_classifier
+from vit_cls.lab.probes.common import check_parts, described, failures_note
 from vit_cls.lab.probes.head_fits import HeadFit, Recipe, check_pooling, fit_head
 from vit_cls.lab.results import Figure, ForestChart, LabResult, ScatterChart, Table
 from vit_cls.lab.seeding import seeded
@@ -28,6 +29,7 @@ QUESTION = "Does a head that looks at all tokens find more than the class token 
 QUERIES = (1, 2, 4, 8, 16, 32)
 HEADS = ("cls", "gap", *(f"ep:{count}" for count in QUERIES))
 MARGIN = 0.01
+PARTS = ("train", "val", "test")
 IN_MEMORY = 1 << 28
 """Up to so many numbers (1 GB), normed tokens are kept; else they are normed batch by batch."""
 
@@ -92,14 +94,16 @@ def attentive(
     """
     start = time.perf_counter()
     if num_seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1; got {num_seeds}.")
+        raise ConfigError(f"--num_seeds must be at least 1; got {num_seeds}.")
     if not 0.0 < margin < 1.0:
         raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
     wanted, notes = heads_that_fit(heads, classifier)
     running = running or Running()
-    recipe = recipe or Recipe(device=str(choose_device(running.device)))
+    recipe = recipe or Recipe()
+    recipe = dataclasses.replace(recipe, device=str(choose_device(recipe.device or running.device)))
     sources, layers = (parts.train, parts.val, parts.test), None if layer is None else [layer]
     frozen = [freeze(classifier, one, layers=layers, **dataclasses.asdict(running)) for one in sources]
+    check_parts(*(one.rows for one in frozen))
     layer = frozen[0].depth if layer is None else layer
     train, val, test = (NormedTokens(one, layer) for one in frozen)
     context, classes, seeds = (
@@ -115,10 +119,10 @@ def attentive(
         for head in wanted
     }
     ridge = _ridge(frozen, layer, wanted[0], classes)
-    settings = {"architecture": classifier.model.config.to_dict(), "heads": wanted, "layer": layer}
+    settings = {"architecture": described(classifier.model), "heads": wanted, "layer": layer}
     settings |= {**dataclasses.asdict(recipe), "margin": margin, "seeds": seeds}
     data: dict[str, Any] = {"origin": parts.origin}
-    for name, one in zip(("train", "val", "test"), frozen, strict=True):
+    for name, one in zip(PARTS, frozen, strict=True):
         data |= {name: len(one), f"{name} failures": one.failures}
     found = _Found(fits, ridge, frozen[2].labels, list(frozen[2].paths), seed, margin)
     return LabResult(
@@ -132,7 +136,7 @@ def attentive(
         data,
         found.values(),
         found.predictions(),
-        [*notes, *_notes(found, recipe)],
+        [*notes, *_notes(found, recipe), *failures_note(dict(zip(PARTS, frozen, strict=True)))],
         time.perf_counter() - start,
     )
 
@@ -235,13 +239,18 @@ class _Found:
         low, high = own.ci95
         if self.chosen is None:
             return (
-                f"A linear probe of {self.baseline} has {own.estimate:.1%} of {images} test images right (95 "
-                f"% interval {low:.1%} to {high:.1%}); there was no other head to compare it with."
+                f"A linear probe of {self.baseline} has {100 * own.estimate:.1f} % of {images} test images "
+                f"right (95 % interval {100 * low:.1f} to {100 * high:.1f}); there was no other head to "
+                "compare it with."
             )
+        its = self.means[self.chosen]
+        several = f", which validation chose among {', '.join(self.learned)},"
+        among = several if len(self.learned) > 1 else ""
         return (
-            f"{self.findings[0].claim[:-1]}: {self.findings[0].verdict}. On {images} test images "
-            f"{self.chosen}, which validation chose among {', '.join(self.learned)}, has "
-            f"{self.means[self.chosen].estimate:.1%} right, {self.baseline} {own.estimate:.1%}."
+            f"{self.findings[0].claim[:-1]}: {self.findings[0].verdict}. Of {images} test images "
+            f"{self.chosen}{among} has {100 * its.estimate:.1f} % right (95 % interval "
+            f"{100 * its.ci95[0]:.1f} to {100 * its.ci95[1]:.1f}), {self.baseline} "
+            f"{100 * own.estimate:.1f} % ({100 * low:.1f} to {100 * high:.1f})."
         )
 
     def values(self) -> dict[str, Any]:
@@ -273,6 +282,12 @@ def _notes(found: _Found, recipe: Recipe) -> list[str]:
         "Every head is trained in one way, by AdamW; ridge regression of the baseline, in closed form, has "
         "no such choices to make."
     ]
+    ridge, own = found.ridge_mean.estimate, found.means[found.baseline].estimate
+    if ridge > own:
+        notes.append(
+            f"Ridge regression of {found.baseline} has {100 * (ridge - own):.1f} points more than its "
+            "trained linear probe, so that much of another head's lead may be due to the training."
+        )
     ends = {min(recipe.learning_rates), max(recipe.learning_rates)}
     at_end = [h for h, some in found.fits.items() if any(one.learning_rate in ends for one in some)]
     if at_end and len(recipe.learning_rates) > 1:

@@ -14,6 +14,7 @@ from vit_cls.lab.frozen import FrozenTokens
 from vit_cls.lab.reads import WAYS, layers_of, parse_way, possible_ways
 from vit_cls.lab.results import Finding, ForestChart
 from vit_cls.lab.verdicts import Claim, judge_all
+from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
 
 MARGIN = 0.01
@@ -72,7 +73,7 @@ def chosen_ways(
     if not ways:
         return possible_ways(default, layout)
     for way in ways:
-        parse_way(way, layout, depth)
+        parse_way(way, layout, depth, name="--ways")
     return list(dict.fromkeys(ways)), []
 
 
@@ -88,7 +89,9 @@ def layers_needed(ways: Sequence[str], layout: TokenLayout, depth: int) -> list[
         >>> layers_needed(["last:2", "gap"], TokenLayout(True, 0, (2, 2)), 12)
         [11, 12]
     """
-    return sorted({one for way in ways for one in layers_of(parse_way(way, layout, depth), depth)})
+    return sorted(
+        {one for way in ways for one in layers_of(parse_way(way, layout, depth), depth, name="--ways")}
+    )
 
 
 def reference_way(ways: Sequence[str]) -> str:
@@ -102,6 +105,26 @@ def reference_way(ways: Sequence[str]) -> str:
         ('cls', 'gap')
     """
     return next((way for way in ("cls", "gap") if way in ways), ways[0])
+
+
+def described(model: TokenModel) -> str:
+    """What a model is, in a few words, for the settings of a result.
+
+    Args:
+        model: Any.
+
+    Example:
+        >>> from vit_cls import create_model
+        >>> described(create_model("vit_pico_patch7_28"))
+        '4 blocks, width 96, 3 heads, 4x4 patches of 28x28 pixels, class token, pool cls'
+    """
+    config, layout = model.config, model.layout
+    image, grid = ("x".join(map(str, sides)) for sides in (config.image_hw, layout.grid_size))
+    tokens = "class token" if layout.class_token else "no class token"
+    if layout.reg_tokens:
+        tokens += f", {layout.reg_tokens} registers"
+    size = f"{len(model.blocks)} blocks, width {config.embed_dim}, {config.num_heads} heads"
+    return f"{size}, {grid} patches of {image} pixels, {tokens}, pool {config.pool}"
 
 
 def accuracy_cells(right: np.ndarray) -> tuple[float, float, float, int, int]:

@@ -14,6 +14,7 @@ from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
 from vit_cls.lab.frozen import FrozenTokens, Running, freeze
 from vit_cls.lab.least_squares import PENALTIES
+from vit_cls.lab.probes.common import check_parts, described, failures_note
 from vit_cls.lab.probes.explained import R2_UNIT, r2_scores
 from vit_cls.lab.probes.mosaics import Mosaics, make_mosaics, tile_of_patches
 from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
@@ -30,6 +31,7 @@ MAX_IMAGES = 1000
 ROUNDS = 4
 """How often a training image is used in mosaics."""
 PATCHES = "patch tokens"
+PARTS = ("train", "val", "test")
 TASKS = {
     "position": "patch found (accuracy)",
     "place": "row and column (R2)",
@@ -76,13 +78,13 @@ def dense(
         raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
     if k < 2 or max_images < 2 * k * k:
         raise ConfigError(
-            f"--tiles must be at least 2, and --max_images enough for two mosaics; got {k} and {max_images}."
+            f"--k must be at least 2, and --max_images enough for two mosaics; got {k} and {max_images}."
         )
     depth = len(classifier.model.blocks)
     probe = _Dense(classifier, parts, [depth] if layers is None else sorted(set(layers)), k, max_images, seed)
     probe.run(running or Running())
     settings = {
-        "architecture": classifier.model.config.to_dict(),
+        "architecture": described(classifier.model),
         "layers": probe.layers,
         "tiles": f"{k}x{k}",
         "max_images": max_images,
@@ -98,9 +100,9 @@ def dense(
     )
     headline = (
         f"{findings[0].claim[:-1]}: {findings[0].verdict}. After layer {last}, patch tokens name the class "
-        f"of their tile in {tile[0]:.1%} of places, the {probe.whole} in {tile[1]:.1%} "
-        f"({len(probe.constant)} mosaics); and their own place in {position[0]:.1%} (chance "
-        f"{1 / probe.num_patches:.1%})."
+        f"of their tile in {100 * tile[0]:.1f} % of places, the {probe.whole} in {100 * tile[1]:.1f} % "
+        f"({len(probe.constant)} mosaics), and their own place in {100 * position[0]:.1f} % of places "
+        f"(chance {100 / probe.num_patches:.1f} %)."
     )
     return LabResult(
         "probe dense",
@@ -150,11 +152,14 @@ class _Dense:
         self.constant: np.ndarray = np.zeros(0)
         self.counts: dict[str, Any] = {}
         self.paths: list[str] = []
+        self.failed: list[str] = []
 
     def run(self, running: Running) -> None:
         """Freeze, fit, and keep the errors."""
         options = dataclasses.asdict(running)
         frozen = [freeze(self.classifier, one, layers=self.layers, **options) for one in self.sources]
+        check_parts(*(one.rows for one in frozen))
+        self.failed = failures_note(dict(zip(PARTS, frozen, strict=True)))
         self.paths = list(frozen[2].paths)
         colours = [self._colours(one, source) for one, source in zip(frozen, self.sources, strict=True)]
         places = place_targets(self.grid_size)
@@ -184,7 +189,7 @@ class _Dense:
                     self.missed = np.array(missed)
                 found |= fit_by_patch(tiled[0], tiled[1], tiled[2], tile_losses)
                 self.errors[layer, read] = found
-        for name, one, size, some in zip(("train", "val", "test"), frozen, self.sizes, mosaics, strict=True):
+        for name, one, size, some in zip(PARTS, frozen, self.sizes, mosaics, strict=True):
             self.counts |= {
                 name: len(one),
                 f"{name} images there were": size,
@@ -223,8 +228,9 @@ class _Dense:
                 rounds=rounds,
                 seed=self.seed,
                 most=self.max_images,
+                part=part,
             )
-            for source, one, rounds in zip(self.sources, frozen, (ROUNDS, 1, 1), strict=True)
+            for part, source, one, rounds in zip(PARTS, self.sources, frozen, (ROUNDS, 1, 1), strict=True)
         ]
 
     def _tile_targets(self, mosaics: Mosaics) -> np.ndarray:
@@ -233,7 +239,7 @@ class _Dense:
         tile = tile_of_patches(config.image_hw, self.grid_size, config.patch_size, self.k)
         if (tile < 0).all():
             raise ConfigError(
-                f"--tiles {self.k}: every patch of the {self.grid_size[0]}x{self.grid_size[1]} grid lies in "
+                f"--k {self.k}: every patch of the {self.grid_size[0]}x{self.grid_size[1]} grid lies in "
                 "more than one tile. Use fewer tiles."
             )
         labels = mosaics.tiles.reshape(len(mosaics.tiles), -1)[:, tile]
@@ -265,7 +271,7 @@ class _Dense:
                 self.scores(last, PATCHES, task),
                 GREATER,
                 margin,
-                (self.whole, PATCHES),
+                (f"reading the {self.whole}", f"reading {PATCHES}"),
                 R2_UNIT if task in self.totals else POINTS,
             )
             for task, text in texts.items()
@@ -318,14 +324,16 @@ class _Dense:
             figures.append(LineChart(title, x_label, TASKS[task], lines, marks=marks.get(task, {})))
         found = (1 - self.missed).reshape(self.grid_size).tolist()
         title = f"Patches that are found by their token after layer {self.layers[-1]}"
-        return [*figures, HeatMap(title, found, limits=(0.0, 1.0))]
+        note = f"Share of {len(self.paths)} test images. One cell a patch, as the image lies."
+        return [*figures, HeatMap(title, found, limits=(0.0, 1.0), note=note)]
 
     def notes(self) -> list[str]:
         """What to bear in mind."""
         notes = [
             "The same vector at every place cannot tell places apart: it finds one patch of each image, and "
             "its R2 of row and column is 0. A class that stands in several tiles of a mosaic helps it.",
-            f"Tiles are images shrunk {self.k} times, which the model was not trained on.",
+            f"Tiles are images shrunk to 1/{self.k} of their height and width; the model was not trained on "
+            "such.",
         ]
         if any(size > self.max_images for size in self.sizes):
             notes.append(f"Of each part {self.max_images} images at most were used, drawn at random.")
@@ -335,7 +343,7 @@ class _Dense:
             notes.append(
                 f"{int((tile < 0).sum())} of {len(tile)} patches lie in several tiles and do not count."
             )
-        return notes
+        return notes + self.failed
 
 
 def subset(source: ImageSource, most: int, rng: np.random.Generator) -> ImageSource:

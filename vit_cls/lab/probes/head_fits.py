@@ -17,7 +17,7 @@ from vit_cls.lab.seeding import seeded
 from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling, num_class_tokens
 from vit_cls.model.tokens import TokenLayout
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 WEIGHT_DECAY = 0.01
 """Of the linear classifier; queries and the pooling's other weights have none."""
 WARMUP = 0.05
@@ -43,7 +43,7 @@ class Recipe:
         epochs: Passes over the training tokens, at least 1; the best one on validation is kept.
         batch_size: Images a step, at least 2.
         learning_rates: Peaks to choose from on validation.
-        device: Where the head is trained, such as ``cpu`` or ``cuda``.
+        device: Where the heads are trained, such as ``cpu`` or ``cuda``; None means where the model runs.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -52,7 +52,7 @@ class Recipe:
     epochs: int = 40
     batch_size: int = 128
     learning_rates: Sequence[float] = LEARNING_RATES
-    device: str = "cpu"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -63,6 +63,11 @@ class Recipe:
             raise ConfigError(
                 f"learning_rates must be one or more positive numbers; got {list(self.learning_rates)}."
             )
+
+    @property
+    def where(self) -> str:
+        """The device, and the CPU where none was named."""
+        return self.device or "cpu"
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def fit_head(
     tried = {}
     for rate in recipe.learning_rates:
         with seeded(seed):
-            model = ProbeHead(make_pooling(head, context), num_classes, *statistics).to(recipe.device)
+            model = ProbeHead(make_pooling(head, context), num_classes, *statistics).to(recipe.where)
         score, epoch, state = _train(model, train, val, rate, recipe, seed)
         tried[rate] = score[0]
         if best is None or score > best[0]:
@@ -204,7 +209,7 @@ def fit_head(
     assert best is not None
     score, rate, epoch, model, state = best
     model.load_state_dict(state)
-    preds = _logits(model, test, recipe.device).argmax(dim=1).numpy()
+    preds = _logits(model, test, recipe.where).argmax(dim=1).numpy()
     return HeadFit(head, rate, epoch, score[0], preds, model.params, model.macs, tried)
 
 
@@ -256,12 +261,12 @@ def _train(
             share = step / warmup if step <= warmup else _cosine((step - warmup) / (total - warmup))
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
-            logits = model(train.rows(rows).to(recipe.device))
-            loss = F.cross_entropy(logits, labels[rows].to(recipe.device))
+            logits = model(train.rows(rows).to(recipe.where))
+            loss = F.cross_entropy(logits, labels[rows].to(recipe.where))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        logits = _logits(model, val, recipe.device)
+        logits = _logits(model, val, recipe.where)
         right = float((logits.argmax(dim=1) == targets).double().mean())
         score = (right, -float(F.cross_entropy(logits, targets)))
         if best is None or score > best[0]:

@@ -11,8 +11,9 @@ import numpy as np
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.lab.frozen import Running
+from vit_cls.lab.extraction import Running, checked_layers
 from vit_cls.lab.least_squares import PENALTIES
+from vit_cls.lab.probes.common import check_parts, described, failures_note
 from vit_cls.lab.probes.explained import R2_UNIT, r2, r2_scores
 from vit_cls.lab.probes.picture_metrics import frequency_bands
 from vit_cls.lab.probes.pixel_decoders import MAX_FLAT, Decoded
@@ -71,10 +72,13 @@ def invert(
     if not 0.0 < margin < 1.0:
         raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
     running = running or Running()
+    depth = len(classifier.model.blocks)
+    wanted = checked_layers(classifier.model, range(depth + 1) if layers is None else layers)
     probe = Reconstructions(classifier, parts, decoder, seed, running)
+    check_parts(*(one.rows for one in probe.frozen))
     decoded = probe.decode()
     scores = {name: probe.score(one.images) for name, one in decoded.items()}
-    curves = probe.curves(range(probe.frozen[2].depth + 1) if layers is None else layers)
+    curves = probe.curves(wanted)
     return _result(probe, decoded, scores, curves, margin, time.perf_counter() - start)
 
 
@@ -91,14 +95,16 @@ def _result(
     findings = judge_all(claims, seed=seed)
     shares = {name: r2(one.errors, totals) for name, one in scores.items()}
     own = "cls" if "cls" in shares else "gap"
+    low, high = _interval(scores[own].errors, totals)
     headline = (
         f"{findings[0].claim[:-1]}: {findings[0].verdict}. Of the pixels' variance in {len(test)} test "
-        f"images, the {READS[own]} explains {shares[own]:.1%}, the label alone {shares['label']:.1%}, all "
-        f"tokens {shares['tokens']:.1%} ({probe.decoder} decoder)."
+        f"images, the {READS[own]} explains {100 * shares[own]:.1f} % (95 % interval {100 * low:.1f} to "
+        f"{100 * high:.1f}), the label alone {100 * shares['label']:.1f} %, all tokens "
+        f"{100 * shares['tokens']:.1f} % ({probe.decoder} decoder)."
     )
     size = probe.size
     settings: dict[str, Any] = {
-        "architecture": probe.classifier.model.config.to_dict(),
+        "architecture": described(probe.classifier.model),
         "decoder": probe.decoder,
         "margin": margin,
         "seed": seed,
@@ -150,13 +156,19 @@ def _claims(scores: dict[str, Scores], totals: np.ndarray, margin: float) -> lis
         return r2_scores(scores[name].errors, totals)
 
     return [
-        Claim(claim, score(a), score(b), GREATER, margin, (_short(a), _short(b)), R2_UNIT)
+        Claim(claim, score(a), score(b), GREATER, margin, (NAMES[a], NAMES[b]), R2_UNIT)
         for claim, a, b in wanted
     ]
 
 
-def _short(name: str) -> str:
-    return READS[name].partition(" (")[0]
+NAMES = {
+    "cls": "reading the class token",
+    "gap": "reading the mean of the patches",
+    "tokens": "reading all tokens",
+    "random": "reading the class token of a random encoder",
+    "label": "knowing the label alone",
+}
+"""Subjects of the sentences of verdicts; each is singular."""
 
 
 def _interval(errors: np.ndarray, totals: np.ndarray) -> tuple[float, float]:
@@ -291,6 +303,11 @@ def _notes(probe: Reconstructions) -> list[str]:
         "The label alone is the true label of each test image, which no read-out was given.",
         "What a linear decoder does not find may still be there for another one.",
     ]
+    if not probe.names_data:
+        notes.append(
+            "The classes of the model are not those of the data, so it is not said whether it gives a "
+            "reconstruction the class that it gives the image."
+        )
     flat = probe.layout.num_tokens * probe.frozen[0].embed_dim <= MAX_FLAT
     if probe.decoder == "ridge" and not flat:
         notes.append(
@@ -301,4 +318,4 @@ def _notes(probe: Reconstructions) -> list[str]:
         notes.append("The model has no class token, so nothing was read from one.")
     if probe.decoder == "conv":
         notes.append("The network is not linear: the principal components are no ceiling for it.")
-    return notes
+    return notes + failures_note(dict(zip(("train", "val", "test"), probe.frozen, strict=True)))

@@ -10,7 +10,6 @@ import numpy as np
 
 from vit_cls.data.partition import Partition
 from vit_cls.lab.extraction import Running
-from vit_cls.lab.frozen import freeze_reads
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
@@ -23,7 +22,9 @@ from vit_cls.lab.probes.common import (
     in_words,
     predictions_of,
 )
+from vit_cls.lab.probes.kept_reads import kept_reads
 from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
+from vit_cls.lab.reads import layers_of, parse_way
 from vit_cls.lab.results import Finding, LabResult, Line, LineChart, Table
 from vit_cls.lab.verdicts import Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier
@@ -64,8 +65,8 @@ def layers(
 ) -> LabResult:
     """Fit a ridge probe on each read before the first and after each block.
 
-    Tokens are not kept: every layer is read in one pass over the images. In memory are the reads, of all
-    layers.
+    Every layer is read in one pass over the images; the reads are kept in memory, and in the cache if there
+    is one, but not the tokens.
 
     Args:
         classifier: The frozen model.
@@ -84,10 +85,12 @@ def layers(
     settings = settings or LayerSettings()
     depth, layout = len(classifier.model.blocks), classifier.model.layout
     ways, notes = chosen_ways(settings.ways, layout, depth, default=LAYER_WAYS)
+    for way in ways:
+        layers_of(parse_way(way, layout, depth), 0, name="--ways")
     reads, rows = {}, {}
     for part in PARTS:
         source = getattr(partition, part)
-        reads[part], rows[part] = freeze_reads(classifier, source, range(depth + 1), ways, running=running)
+        reads[part], rows[part] = kept_reads(classifier, source, range(depth + 1), ways, running=running)
     check_parts(*rows.values())
     labels = {part: one.labels for part, one in rows.items()}
     fits: dict[Pair, Fit] = {}

@@ -152,8 +152,10 @@ def _table(
     unit = ", in multiples of the mean variance of the standardised features" if settings.ridge else ""
     note = (
         f"Intervals: Wilson's, 95 %. The {strength} was chosen on {val_images} validation images from "
-        f"{len(grid)} values, {grid[0]:g} to {grid[-1]:g}{unit}. A dash: not tested, for it was not chosen."
+        f"{len(grid)} values, {grid[0]:g} to {grid[-1]:g}{unit}."
     )
+    if len(right) < len(ways):
+        note += " A dash: not tested, for it was not chosen."
     return Table("Linear classifiers on frozen reads, test part", columns, rows, note)
 
 

@@ -41,6 +41,7 @@ def make_mosaics(
     rounds: int,
     seed: int,
     most: int,
+    part: str = "given",
 ) -> Mosaics:
     """Shrink ``k * k`` images, drawn at random, into one of the model's size, again and again.
 
@@ -52,6 +53,7 @@ def make_mosaics(
         rounds: How often each image is used; 1 keeps the mosaics independent of each other.
         seed: Of the draws.
         most: Mosaics at most.
+        part: What the images are a part of, for the error message.
 
     Raises:
         DataError: If there are fewer than two mosaics.
@@ -60,8 +62,8 @@ def make_mosaics(
     each = len(positions) // (k * k)
     if each * rounds < 2:
         raise DataError(
-            f"{source.index.root}: {len(positions)} images are too few for two mosaics of {k}x{k} tiles. "
-            "Give more images."
+            f"{source.index.root}: the {len(positions)} images of the {part} part are too few for two "
+            f"mosaics of {k}x{k} tiles. Give more images."
         )
     drawn = np.concatenate([rng.permutation(positions)[: each * k * k] for _ in range(rounds)])
     drawn = drawn.reshape(-1, k * k)[:most]

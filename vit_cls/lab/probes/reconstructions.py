@@ -11,7 +11,8 @@ import torch
 from sklearn.decomposition import PCA
 
 from vit_cls.data.partition import Partition
-from vit_cls.lab.frozen import FrozenTokens, Running, freeze, freeze_reads
+from vit_cls.lab.frozen import FrozenTokens, Running, freeze
+from vit_cls.lab.probes.kept_reads import kept_reads
 from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
 from vit_cls.lab.probes.pixel_decoders import (
     MAX_FLAT,
@@ -34,7 +35,7 @@ READS = {
     "random": "class token, random encoder",
     "label": "label alone (mean image of the class)",
     "mean": "mean image",
-    "pca": "principal components, as many as a token is wide",
+    "pca": "as many principal components as channels",
 }
 
 
@@ -49,7 +50,7 @@ class Scores:
         identified: Of each image, see `vit_cls.lab.picture_metrics.identified`.
         bands: Squared error of each image in each ring of frequencies, shape ``(images, bands)``.
         agrees: Whether the model gives each reconstruction the class that it gives the image; None where the
-            reconstructions are not of the model's size.
+            reconstructions are not of the model's size, or its classes are not those of the data.
     """
 
     errors: np.ndarray
@@ -95,7 +96,9 @@ class Reconstructions:
         self.totals = np.square(test - self.mean).reshape(len(test), -1).sum(axis=1)
         self.num_bands = max(1, min(8, min(self.size) // 2))
         self.total_bands = band_energy(test - self.mean, self.num_bands)
-        self.own_preds = self._preds(test) if self.size == hw else None
+        # A class that the data does not have is none to agree on.
+        self.names_data = list(classifier.class_names) == list(parts.class_names)
+        self.own_preds = self._preds(test) if self.size == hw and self.names_data else None
 
     def decode(self) -> dict[str, Decoded]:
         """Test images from every read of the last layer, and the baselines."""
@@ -145,7 +148,7 @@ class Reconstructions:
             model = build_model(old.model.config)
         fresh = ImageClassifier(model, old.preprocess, old.class_names)
         train, val, test = (
-            freeze_reads(fresh, source, [depth], ["cls"], running=self.running)[0]["cls", depth]
+            kept_reads(fresh, source, [depth], ["cls"], running=self.running)[0]["cls", depth]
             for source in self.sources
         )
         return train, val, test
@@ -206,7 +209,7 @@ class Reconstructions:
         """
         ways = ["cls", "gap"] if self.layout.class_token else ["gap"]
         train, val, test = (
-            freeze_reads(self.classifier, source, list(layers), ways, running=self.running)[0]
+            kept_reads(self.classifier, source, list(layers), ways, running=self.running)[0]
             for source in self.sources
         )
         found: dict[str, dict[int, np.ndarray]] = {way: {} for way in ways}

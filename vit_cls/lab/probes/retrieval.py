@@ -160,7 +160,7 @@ def _findings(
     compared = [(way, "raw") for way in ways if way != reference]
     compared.sort(key=lambda pair: pair[0] != "gap")  # what is claimed most often comes first
     compared += [(reference, change) for change in CHANGES[1:]]
-    names = [way if change == "raw" else f"{way}, {change}" for way, change in compared]
+    names = [way if change == "raw" else f"{change} {way}" for way, change in compared]
     claims = [
         Claim(
             f"Searching by {name} and by {reference} gives different mean average precision.",
@@ -172,7 +172,8 @@ def _findings(
         )
         for name, pair in zip(names, compared, strict=True)
     ]
-    return names, judge_all(claims, seed=settings.seed)
+    labels = [way if change == "raw" else f"{way}, {change}" for way, change in compared]
+    return labels, judge_all(claims, seed=settings.seed)
 
 
 def _table(found: Mapping[tuple[str, str], Rankings]) -> Table:

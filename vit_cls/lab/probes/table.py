@@ -14,6 +14,7 @@ from vit_cls.lab.frozen import FrozenTokens, freeze
 from vit_cls.lab.probes.attentive import attentive
 from vit_cls.lab.probes.common import chosen_ways, layers_needed
 from vit_cls.lab.probes.dense import dense
+from vit_cls.lab.probes.head_fits import Recipe
 from vit_cls.lab.probes.inversion import invert
 from vit_cls.lab.probes.knn import KnnSettings, knn
 from vit_cls.lab.probes.layers import LayerSettings, layers
@@ -66,7 +67,7 @@ class Probe:
             classifier: The model.
             parts: Its images.
             running: How the model is run.
-            options: By name.
+            options: By name; what groups several is a mapping.
 
         Raises:
             ConfigError: If an option does not fit the model.
@@ -124,6 +125,21 @@ def _retrieval(
     return retrieval(train, test, settings=settings, origin=parts.origin)
 
 
+def _tokens(
+    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+) -> LabResult:
+    settings = TokenSettings(**options)
+    return tokens(*freeze_parts(classifier, parts, running), settings=settings, origin=parts.origin)
+
+
+def _attentive(
+    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+) -> LabResult:
+    recipe = options["recipe"]
+    options = options | {"recipe": None if recipe is None else Recipe(**recipe)}
+    return attentive(classifier, parts, running=running, **options)
+
+
 PROBES: dict[str, Probe] = {
     "linear": Probe("How much can a linear classifier read, from which token?", LinearSettings, _linear),
     "knn": Probe("Do neighbours share a class, without any training?", KnnSettings, _knn),
@@ -136,14 +152,12 @@ PROBES: dict[str, Probe] = {
     "tokens": Probe(
         "Does a single patch token know the class as well as the class token?",
         TokenSettings,
-        lambda c, parts, running, o: tokens(
-            *freeze_parts(c, parts, running), settings=TokenSettings(**o), origin=parts.origin
-        ),
+        _tokens,
     ),
     "attentive": Probe(
         "Do a few learned queries beat the class token?",
         attentive,
-        lambda c, parts, running, o: attentive(c, parts, running=running, **o),
+        _attentive,
     ),
     "dense": Probe(
         "What do patch tokens know of their place that the class token does not?",

@@ -151,10 +151,8 @@ class AnyTokenStudy(Study):
         margin = self.setup.margin
         groups = {mode: self._claims(mode, one) for mode, one in right.items()}
         groups |= {FROZEN: frozen_claims(reads[CLS], reads[GAP], margin=margin)} if reads else {}
-        judged = judge_all([claim for claims in groups.values() for claim in claims], seed=self.setup.seed)
-        findings: dict[str, list[Finding]] = {}
-        for mode, claims in groups.items():
-            findings[mode], judged = judged[: len(claims)], judged[len(claims) :]
+        # Each mode is a question of its own, and is adjusted for the number of its own claims.
+        findings = {mode: judge_all(claims, seed=self.setup.seed) for mode, claims in groups.items()}
         everything = {**self.scratch(), **{f"{FINETUNED} {k}": t for k, t in self.finetuned().items()}}
         return LabResult(
             kind="study any-token",

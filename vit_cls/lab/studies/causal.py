@@ -36,9 +36,6 @@ class CausalStudy(Study):
     class token that stands first sees itself alone, so that its answer is the same for every image. The rest
     is measured: what the other places cost, and whether the mean of the patches minds the mask.
 
-    Args:
-        setup: What all studies share.
-
     Source:
         Attention's order: ViT, https://arxiv.org/abs/2010.11929, equations 5 to 8. The causal mask:
         https://arxiv.org/abs/1706.03762, section 3.2.3.

@@ -134,7 +134,7 @@ class PositionStudy(Study):
             right[one].astype(np.float64) - right[other]
             for one, other in ((GAP_LEARNED, GAP_NONE), (LEARNED, NONE))
         ]
-        names = "what positions give to gap", "what they give to cls"
+        names = "what positions give to gap", "what positions give to cls"
         text = "cls and gap need positions to a different degree."
         return [*claims, Claim(text, losses[0], losses[1], DIFFERS, margin, names)]
 
