@@ -195,9 +195,8 @@ def probes(args: argparse.Namespace) -> list[dict[str, Any]]:
         retrieved.append(precision["cls raw"] - precision["gap raw"])
         values = command("probe", "invert", *shared, "--output", places["invert"])["values"]
         r2 = {name: one["r2"] for name, one in values.items() if isinstance(one, dict) and "r2" in one}
-        label = next(value for name, value in r2.items() if name.startswith("label alone"))
-        beyond_label.append(r2["class token"] - label)
-        lost.append(r2["all tokens"] - r2["class token"])
+        beyond_label.append(r2["cls"] - r2["label"])
+        lost.append(r2["tokens"] - r2["cls"])
     return [
         bar(
             "retrieval, CLS-trained: mAP by CLS minus by the mean of patches >= .2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,3 +187,18 @@ def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs,
     assert process.returncode == 130, errors
     assert "stopped by SIGINT; 0 of 2 trainings are done, and the same command goes on from here." in errors
     assert "Traceback" not in errors
+
+
+def test_a_study_does_not_go_on_with_other_images(place, image_root, capsys):
+    shutil.copytree(image_root, place / "photos")
+    quick = [*QUICK, "--recipe.img_size", "16", "--recipe.patch_size", "8"]
+    words = ["photos" if word == "digits" else word for word in [*HEADS, *quick]]
+    assert main(words) == 0
+    first = json.loads((place / "studies" / "heads_photos" / "results.json").read_text())
+    rows = next(one for one in first["tables"] if one["title"] == "Every pair")["rows"]
+    assert [row[:2] for row in rows] == [["gap", "cls"]]
+    assert main(words) == 0  # the same images: nothing to train
+    assert "trainings to do" not in capsys.readouterr().err.rpartition("2 of 2:")[2]
+    (place / "photos/train/red/0.png").rename(place / "photos/train/red/other.png")
+    assert main(words) == 2
+    assert "holds a study of other images: in the train part" in " ".join(capsys.readouterr().err.split())

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import comma_lists, make_parser, parse
+from vit_cls.data.partition import PARTS
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError, VitClsError, did_you_mean
 from vit_cls.evaluation.saving import Stopped
@@ -61,7 +62,9 @@ def run(words: list[str]) -> Outcome:
     study, folder = _study(name, kind, args)
     spread = Spread.parse(default_jobs(study.setup.data) if args.jobs is None else args.jobs, args.shard)
     trials = study.trials()
-    left = _train(trials, folder, spread, new=_claim_folder(folder, study))
+    parts = study.setup.trial_data.parts(study.setup.seed)
+    images = {part: getattr(parts, part).index.fingerprint() for part in PARTS}
+    left = _train(trials, folder, spread, new=_claim_folder(folder, study, images))
     if left:
         text = f"{left} of {len(trials)} trainings are left for other shards; their results merge in {folder}"
         return Outcome({"kind": f"study {name}", "left": left, "trainings": len(trials)}, text)
@@ -111,15 +114,20 @@ def _train(trials: Sequence[Trial], folder: Path, spread: Spread, *, new: bool) 
         raise
 
 
-def _claim_folder(folder: Path, study: Study) -> bool:
+def _claim_folder(folder: Path, study: Study, images: dict[str, str]) -> bool:
     """Begin there, or go on where the same study began; gives whether it begins."""
-    record = {"study": study.name, **plain(study.settings())}
+    record = {"study": study.name, "images": images, **plain(study.settings())}
     file = folder / RECORD
     if file.is_file():
         before, now = _flat(_read(file)), _flat(record)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
             key = changed[0]
+            if key.startswith("images."):
+                raise RunError(
+                    f"--output {folder} holds a study of other images: in the {key.partition('.')[2]} part "
+                    f"of {study.setup.data} files were added, removed or renamed since. Give a new folder."
+                )
             raise RunError(
                 f"--output {folder} holds a study with another {key}: {before.get(key)!r} there, "
                 f"{now.get(key)!r} now. Give another folder, or the same settings to go on."
@@ -145,6 +153,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's settings by their dotted names."""
-    recipe = {f"recipe.{key}": value for key, value in record.get("recipe", {}).items()}
-    return {key: value for key, value in record.items() if key != "recipe"} | recipe
+    """The recipe's settings, and the images, by their dotted names."""
+    nested = ("recipe", "images")
+    dotted = {f"{name}.{key}": value for name in nested for key, value in record.get(name, {}).items()}
+    return {key: value for key, value in record.items() if key not in nested} | dotted

@@ -17,6 +17,7 @@ from vit_cls.errors import ConfigError, DataError
 DIGITS = "digits"
 VAL_NAMES = ("val", "validation", "valid")
 TEST_NAMES = ("test", "testing")
+PARTS = ("train", "val", "test")
 TEST_SEED = 0
 """The test images are the same whatever the seed, so that results of several seeds can be paired."""
 
@@ -44,7 +45,7 @@ class Partition:
 
     def counts(self) -> dict[str, int]:
         """Images of each part, by its name."""
-        return {part: len(getattr(self, part).index) for part in ("train", "val", "test")}
+        return {part: len(getattr(self, part).index) for part in PARTS}
 
 
 def partition_data(

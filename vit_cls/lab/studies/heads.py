@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,12 +164,13 @@ class HeadsStudy(Study):
                     self._lr(tuned[arm]),
                     note["parameters"],
                     note["head_parameters"],
+                    note["macs"],
                     note["head_macs"],
                     seconds,
                 ]
             )
         rows.sort(key=lambda row: -row[1])
-        costs = ["validation (%)", "learning rate", "parameters", "of pooling and head", "their MACs"]
+        costs = ["validation (%)", "learning rate", "parameters", "of pooling and head", "MACs", "of these"]
         order = sorted(shared, key=lambda arm: -answers.correct(shared[arm]).mean())
         ranks = [
             [place, row[0], order[place - 1] if place <= len(order) else None]
@@ -179,7 +181,9 @@ class HeadsStudy(Study):
                 "Each head at its own learning rate",
                 ["head", *ARM_COLUMNS, *costs, "seconds"],
                 rows,
-                "Test images; the learning rate was chosen on validation images. Seconds of one training.",
+                "Test images; the learning rate was chosen on validation images. MACs: multiply-adds for one "
+                "image, encoder included, then of pooling and head. Seconds: of a training and its answers, "
+                "beside others where --jobs is above 1.",
             ),
             Table(
                 "Rankings",
@@ -192,7 +196,27 @@ class HeadsStudy(Study):
                 ["head", *ARM_COLUMNS],
                 [[arm, *answers.cells(shared[arm])] for arm in order],
             ),
+            self._pairs({arm: answers.correct(trials) for arm, trials in chosen.items()}),
         ]
+
+    def _pairs(self, right: dict[str, np.ndarray]) -> Table:
+        pairs = list(itertools.combinations(right, 2))
+        judged = judge_all(
+            [
+                Claim(f"{b} and {a} differ.", right[a], right[b], margin=self.setup.margin, names=(a, b))
+                for a, b in pairs
+            ],
+            seed=self.setup.seed,
+        )
+        return Table(
+            "Every pair",
+            ["head", "less", "difference (%)", "from (%)", "to (%)", "p, Holm", "p of equivalence, Holm"],
+            [
+                [b, a, one.estimate, *(one.ci95 or (None, None)), one.p_holm, one.p_equivalence]
+                for (a, b), one in zip(pairs, judged, strict=True)
+            ],
+            f"Each at its own learning rate, paired by seed and image; adjusted over all {len(pairs)} pairs.",
+        )
 
     def _figures(
         self,
@@ -210,7 +234,7 @@ class HeadsStudy(Study):
         points = []
         for arm, trials in chosen.items():
             mean = mean_interval(right[arm])
-            points.append((arm, float(answers.note(trials[0])["head_parameters"]), mean.estimate, mean.ci95))
+            points.append((arm, float(answers.note(trials[0])["macs"]), mean.estimate, mean.ci95))
         matrix = [
             [paired_difference(right[a], right[b]).estimate if a != b else float("nan") for b in arms]
             for a in arms
@@ -225,7 +249,7 @@ class HeadsStudy(Study):
                 log_x=True,
                 note="Mean over the seeds. A curve that ends at its highest point wants a wider --lr_grid.",
             ),
-            ScatterChart("Accuracy over cost", "parameters of pooling and head", "test accuracy", points),
+            ScatterChart("Accuracy over cost", "multiply-adds for one image", "test accuracy", points),
             HeatMap(
                 "Column minus row",
                 matrix,

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
@@ -258,10 +260,20 @@ def _costs(classifier: ImageClassifier) -> dict[str, Any]:
     rows = model.layout.num_prefix_tokens - model.layout.reg_tokens if model.pool.per_class else 1
     return {
         "parameters": _count(model),
+        "macs": _macs(classifier),
         "head_parameters": head + _count(model.pool),
         "head_macs": model.pool.macs + rows * head,
         "tokens": model.layout.num_tokens,
     }
+
+
+def _macs(classifier: ImageClassifier) -> int:
+    """Multiply-adds of one image, as torch counts them; not the fused attention, which is taken apart."""
+    config = classifier.model.config
+    image = torch.zeros(1, config.in_chans, *config.image_hw)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        classifier.cpu().eval().model(image)
+    return counter.get_total_flops() // 2
 
 
 def _count(module: nn.Module) -> int:

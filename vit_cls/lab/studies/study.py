@@ -127,6 +127,7 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._notes: dict[str, dict[str, Any]] = {}
+        self._positions: np.ndarray | None = None
 
     def note(self, trial: Trial) -> dict[str, Any]:
         """What the trial left about itself: costs, seconds, counts, ``error`` where it failed.
@@ -170,10 +171,12 @@ class Answers:
             float32, shape ``(images, classes)``, and int64, shape ``(images,)``.
 
         Raises:
-            RunError: If its training failed.
+            RunError: If its training failed, or it answered for other test images than the trials before.
         """
         self._refuse_failed(trial)
         with np.load(trial_folder(self.folder, trial) / ANSWERS, allow_pickle=False) as arrays:
+            if part == "test":
+                self._refuse_others(trial, arrays["test_positions"])
             return arrays[f"{part}_probs"], arrays[f"{part}_targets"]
 
     def correct(self, trials: Sequence[Trial], part: str = "test") -> np.ndarray:
@@ -237,6 +240,17 @@ class Answers:
             "targets": self.probs(first)[1].tolist(),
             "predictions": found,
         }
+
+    def _refuse_others(self, trial: Trial, positions: np.ndarray) -> None:
+        """Everything here is paired by image."""
+        if self._positions is None:
+            self._positions = positions
+        if not np.array_equal(positions, self._positions):
+            raise RunError(
+                f"the training {trial.key} answered for {len(positions)} test images, others for "
+                f"{len(self._positions)}, and not for the same ones: some file could not be read every time. "
+                "Mend or remove it (`vit-cls doctor` names it), and give a new --output."
+            )
 
     def _refuse_failed(self, trial: Trial) -> None:
         error = self.failed(trial)
