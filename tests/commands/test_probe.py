@@ -15,7 +15,7 @@ import vit_cls.lab.frozen as frozen
 from vit_cls.cli import main
 from vit_cls.commands.parsing import comma_lists
 from vit_cls.data.partition import partition_data
-from vit_cls.lab.probes.seen import UNKNOWN, seen_note
+from vit_cls.lab.probes.seen import UNKNOWN, find_record, seen_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -98,7 +98,9 @@ def test_a_probe_says_one_object_writes_its_files_and_computes_nothing_twice(
     assert found["output"] == "out"
     assert found["findings"]
     assert found["settings"]["model"] == "model.safetensors"
-    assert found["settings"]["architecture"].startswith("2 blocks, width 16, 2 heads, 2x2 patches")
+    assert found["settings"]["architecture"].startswith(
+        "2 blocks, width 16, 2 heads, 8x8 pixels in 2x2 patches"
+    )
     assert found["data"]["origin"].startswith("0.25 of each class of photos is the test part")
     for file in ("results.json", "report.html", "report.md"):
         assert found["headline"] in (place / "out" / file).read_text().replace("&#39;", "'"), file
@@ -205,6 +207,10 @@ CASES = {
     "cache": ([*BASE, "--cache", "model.safetensors"], r"--cache model.safetensors .*is a file"),
     "compile": ([*BASE, "--compile"], r"--compile has no effect on a probe"),
     "fraction": ([*BASE, "--val_fraction", "1"], r"val_fraction must be between 0 and 1.*got 1"),
+    "share of a part that is there": (
+        _words("linear", "--test_fraction", "0.3", data="digits"),
+        r"--test_fraction 0\.3 has no effect.*held-out third",
+    ),
     "batch": ([*BASE, "--batch_size", "0"], r"batch_size.*0"),
     "device": ([*BASE, "--device", "tpu"], r"tpu"),
     "typo": ([*BASE, "--wayz", "cls"], r"unknown key --wayz.*Did you mean `ways`"),
@@ -299,6 +305,16 @@ def test_the_result_says_whether_the_model_may_have_seen_the_images(root, note, 
         (place / "run/run.json").unlink()
     notes = " ".join(_json(capsys, _words("linear", model=model))["notes"])
     assert (note in notes) if note else ("trained on this data" not in notes and UNKNOWN not in notes)
+
+
+def test_a_name_of_a_model_does_not_take_the_record_of_the_folder_one_stands_in(place):
+    (place / "run.json").write_text("{}")
+    assert find_record("vit_tiny_patch16_224") is None
+    (place / "checkpoints").mkdir()
+    (place / "checkpoints/last.ckpt").touch()
+    assert find_record("checkpoints/last.ckpt") == {}
+    (place / "run.json").write_text("{")
+    assert find_record(str(place)) is None
 
 
 def test_a_test_part_that_was_never_trained_on_is_said_to_be():

@@ -6,10 +6,8 @@ import os
 
 import pytest
 
-from vit_cls.data.partition import partition_data
+from vit_cls.data.partition import PARTS, partition_data
 from vit_cls.errors import ConfigError, DataError
-
-PARTS = ("train", "val", "test")
 
 
 def _files(partition, part):
@@ -129,6 +127,27 @@ def test_train_alone_or_test_alone_is_refused_with_what_to_give_instead(tmp_path
 def test_a_missing_folder_is_named_as_the_user_wrote_it(tmp_path):
     with pytest.raises(DataError, match=r"--images .*nowhere does not exist"):
         partition_data(tmp_path / "nowhere", name="--images")
+
+
+def test_a_share_that_was_asked_for_of_a_part_that_is_there_already_is_refused(tmp_path, write_folder):
+    for part in PARTS:
+        write_folder(tmp_path / "three" / part, {"a": 4, "b": 4})
+        if part != "val":
+            write_folder(tmp_path / "two" / part, {"a": 4, "b": 4})
+    write_folder(tmp_path / "one", {"a": 4, "b": 4})
+    both = {"val_fraction": 0.5, "test_fraction": 0.25}
+    partition_data(tmp_path / "one", **both).refuse_unused(both)
+    for data in (tmp_path / "two", "digits"):
+        found = partition_data(data, **both)
+        found.refuse_unused({"val_fraction": 0.5})
+        with pytest.raises(
+            ConfigError, match=r"--test_fraction 0\.25 has no effect, for the test part is not"
+        ):
+            found.refuse_unused({"test_fraction": 0.25})
+    found = partition_data(tmp_path / "three", **both)
+    found.refuse_unused({})
+    with pytest.raises(ConfigError, match=r"--val_fraction 0\.5 has no effect.*the folders train/, val/ and"):
+        found.refuse_unused(both)
 
 
 @pytest.mark.parametrize("setting", ["val_fraction", "test_fraction"])

@@ -106,6 +106,7 @@ def told():
                 arrays[f"{part}_positions"] = np.arange(len(targets))
             np.savez(place / ANSWERS, **arrays)
             record = {"data": parts.counts(), "origin": parts.origin, "seconds": 1.0, "parameters": 9}
-            (place / DONE).write_text(json.dumps({**record, "head_parameters": 1, "head_macs": 1, **note}))
+            costs = {"head_parameters": 1, "head_macs": 1, "macs": 2}
+            (place / DONE).write_text(json.dumps({**record, **costs, **note}))
 
     return tell

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
 from vit_cls.lab.frozen import Running, freeze
+from vit_cls.lab.least_squares import chosen_classifier
+from vit_cls.lab.probes import attentive as attentive_module
 from vit_cls.lab.probes.attentive import NormedTokens, attentive, heads_that_fit
 from vit_cls.lab.probes.dense import subset
-from vit_cls.lab.probes.head_fits import ProbeHead, Recipe, fit_head, token_statistics
+from vit_cls.lab.probes.head_fits import HeadRecipe, ProbeHead, fit_head, token_statistics
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -24,7 +26,7 @@ from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
 
 RUNNING = Running(device="cpu", precision="32")
-SHORT = Recipe(epochs=3, batch_size=32, learning_rates=(1e-2,))
+SHORT = HeadRecipe(epochs=3, batch_size=32, learning_rates=(1e-2,))
 LAYOUT = TokenLayout(True, 0, (2, 4))
 CONTEXT = PoolingContext(LAYOUT, embed_dim=8, num_heads=2, mlp_dim=16)
 
@@ -61,7 +63,7 @@ def _spread(count: int, seed: int) -> _Memory:
 
 def _accuracy(make, head: str) -> float:
     parts = make(400, 0), make(100, 1), make(300, 2)
-    recipe = Recipe(epochs=25, batch_size=100, learning_rates=(3e-2,))
+    recipe = HeadRecipe(epochs=25, batch_size=100, learning_rates=(3e-2,))
     fit = fit_head(head, CONTEXT, parts, num_classes=2, recipe=recipe, seed=0)
     return float((fit.preds == parts[2].labels).mean())
 
@@ -126,7 +128,7 @@ def test_each_kind_of_token_is_standardised_and_places_are_kept():
 
 def test_validation_chooses_rate_and_epoch_and_test_labels_have_no_part():
     parts = _spread(200, 0), _spread(60, 1), _spread(80, 2)
-    recipe = Recipe(epochs=6, batch_size=50, learning_rates=(1e-7, 1e-2))
+    recipe = HeadRecipe(epochs=6, batch_size=50, learning_rates=(1e-7, 1e-2))
     fit = fit_head("gap", CONTEXT, parts, num_classes=2, recipe=recipe, seed=0)
     assert fit.learning_rate == 1e-2
     assert fit.val_accuracy == max(fit.tried.values())
@@ -134,6 +136,22 @@ def test_validation_chooses_rate_and_epoch_and_test_labels_have_no_part():
     again = fit_head("gap", CONTEXT, (parts[0], parts[1], blind), num_classes=2, recipe=recipe, seed=0)
     np.testing.assert_array_equal(again.preds, fit.preds)
     assert dataclasses.replace(again, preds=fit.preds) == fit
+
+
+@pytest.mark.parametrize("rates", [(1e-7, 1e-2), (1e-2,)])
+def test_wrong_labels_of_the_validation_part_change_the_choice_and_those_of_training_do_not_make_it(rates):
+    train, val, test = _spread(200, 0), _spread(60, 1), _spread(80, 2)
+    wrong = _Memory(val.tokens.numpy(), 1 - val.labels)
+    recipe = HeadRecipe(epochs=6, batch_size=50, learning_rates=rates)
+    right, misled = (
+        fit_head("gap", CONTEXT, (train, one, test), num_classes=2, recipe=recipe, seed=0)
+        for one in (val, wrong)
+    )
+    # Whoever learns the training labels is wrong on these: the least trained is the best.
+    assert (right.learning_rate, misled.learning_rate) == (rates[-1], rates[0])
+    assert right.val_accuracy > 0.8
+    assert misled.epoch < right.epoch or misled.learning_rate < right.learning_rate
+    assert misled.val_accuracy < 0.7
 
 
 def _digits() -> Partition:
@@ -171,8 +189,9 @@ def test_the_result_pairs_every_head_with_the_class_token_and_repeats_itself():
         h: np.stack(found.predictions[h]) == found.predictions["targets"]
         for h in ("cls", found.values["chosen"])
     }
+    reference = found.predictions[found.values["compared_with"]] == found.predictions["targets"]
     assert found.findings[0].estimate == pytest.approx(
-        right[found.values["chosen"]].mean() - right["cls"].mean()
+        right[found.values["chosen"]].mean() - reference.mean()
     )
     assert found.findings[0].counts == {"seeds": 2, "images": 50}
     assert [one.p_holm >= one.p for one in found.findings] == [True] * 3
@@ -183,6 +202,39 @@ def test_the_result_pairs_every_head_with_the_class_token_and_repeats_itself():
     ).to_dict(predictions=True)
     other = run(seed=1)
     np.testing.assert_array_equal(other.predictions["ep:4"][0], found.predictions["ep:4"][1])
+
+
+@pytest.mark.parametrize("by_ridge", [True, False])
+def test_heads_are_compared_with_the_linear_probe_that_validation_prefers(by_ridge, monkeypatch):
+    parts = _digits()
+    rng = np.random.default_rng(0)
+    preds = np.where(rng.random(50) < 0.5, parts.test.index.labels, 0)
+    # Worse on test than AdamW or not: only validation has a say.
+    monkeypatch.setattr(attentive_module, "_ridge", lambda *_: (preds, 1.0 if by_ridge else 0.0))
+    found = attentive(_classifier(), parts, heads=["gap"], recipe=SHORT, num_seeds=2, running=RUNNING)
+    targets = found.predictions["targets"]
+    compared = {True: ("ridge cls", "ridge regression"), False: ("cls", "AdamW")}[by_ridge]
+    assert found.values["compared_with"] == compared[0]
+    own = np.mean(found.predictions[compared[0]] == targets)
+    assert found.findings[0].estimate == pytest.approx(np.mean(found.predictions["gap"] == targets) - own)
+    assert found.findings[0].counts == {"seeds": 2, "images": 50}
+    assert f"a linear probe of cls by {compared[1]}: " in found.headline
+    assert f"cls by {compared[1]} {100 * own:.1f} %" in found.headline
+    assert f"compared with cls by {compared[1]}, the linear probe that does no worse" in " ".join(found.notes)
+
+
+def test_ridge_regression_is_scored_on_validation_images():
+    parts = _digits()
+    frozen = [
+        freeze(_classifier(), one, device="cpu", precision="32")
+        for one in (parts.train, parts.val, parts.test)
+    ]
+    preds, share = attentive_module._ridge(frozen, 1, "cls", 10)
+    fit = chosen_classifier(
+        *(part for one in frozen[:2] for part in (one.read("cls"), one.labels)), num_classes=10
+    )
+    assert share == np.mean(fit(frozen[1].read("cls")).argmax(axis=1) == frozen[1].labels)
+    np.testing.assert_array_equal(preds, fit(frozen[2].read("cls")).argmax(axis=1))
 
 
 def test_tokens_read_from_the_memory_map_are_those_in_memory(monkeypatch):
@@ -212,7 +264,7 @@ def test_heads_that_do_not_fit_the_width_are_left_out_and_it_is_said():
         ({"heads": ["multicls:4"]}, r"--heads multicls:4 reads several class tokens"),
         ({"heads": []}, r"--heads must name at least one head"),
         ({"heads": ["eb:1"]}, r"model.pool must be one of"),
-        ({"num_seeds": 0}, r"--seeds must be at least 1; got 0"),
+        ({"num_seeds": 0}, r"--num_seeds must be at least 1; got 0"),
         ({"layer": 2}, r"layers must be from 0"),
     ],
 )
@@ -224,4 +276,4 @@ def test_impossible_settings_are_refused(options, message):
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 1}, {"learning_rates": ()}])
 def test_impossible_recipes_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        Recipe(**options)
+        HeadRecipe(**options)

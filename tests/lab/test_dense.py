@@ -12,9 +12,10 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.lab.frozen import Running
+from vit_cls.lab.least_squares import PENALTIES, fits_of_moments, moments_of
 from vit_cls.lab.probes.dense import PATCHES, dense, subset
-from vit_cls.lab.probes.mosaics import make_mosaics, mosaic, tile_of_patches
 from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
+from vit_cls.lab.probes.tiled import make_mosaics, mosaic, tile_of_patches
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -103,6 +104,55 @@ def test_findings_are_paired_and_repeat_themselves(found):
     assert other.values["constant_tile"] != found.values["constant_tile"]
 
 
+def test_the_variance_of_colours_is_that_around_the_mean_of_training_images():
+    parts, classifier = _digits(), _classifier()
+    # Brighter than those of training: the mean of test images would leave less to explain.
+    bright = ArraySource(parts.test.index, parts.test.images // 2 + 120)
+    whole = dataclasses.replace(classifier.preprocess, crop_pct=1.0)
+    classifier = ImageClassifier(classifier.model, whole, classifier.class_names).eval()
+    found = dense(classifier, dataclasses.replace(parts, test=bright), layers=[2], running=RUNNING)
+
+    def patches(source):
+        pixels = source.images.double().numpy() / 255
+        return pixels.reshape(-1, 3, 4, 2, 4, 2).mean(axis=(3, 5)).reshape(-1, 3, 16)
+
+    seen = patches(bright)
+    by_train, by_test = (
+        np.square(seen - patches(one).mean(axis=(0, 2))[:, None]).sum() for one in (parts.train, bright)
+    )
+    assert by_train > 1.5 * by_test
+    for read in (PATCHES, "class token"):
+        errors = found.predictions[f"layer 2, {read}"]["colour"].sum()
+        estimate = found.values["layer 2"][read]["colour"]["estimate"]
+        assert estimate == pytest.approx(1 - errors / by_train)
+
+
+def test_penalties_of_patches_are_chosen_on_validation_images():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(40, 1))
+
+    def noisy(images):  # 3 x 4 patches of 40 numbers to fit on: least squares fits the noise
+        x = rng.normal(size=(images, 4, 40))
+        y = x @ weight + 6 * rng.normal(size=(images, 4, 1))
+        return Part(images, x.__getitem__, y.__getitem__)
+
+    def losses(predicted, targets):
+        return {"error": np.square(predicted - targets).sum(axis=(1, 2))}
+
+    train, val, test = noisy(3), noisy(50), noisy(50)
+    x, y = (part.reshape(12, -1) for part in next(train.chunks()))
+    sums = {"val": [], "train": [], "test": []}
+    for fit in fits_of_moments(moments_of([(x, y)]), PENALTIES):
+        for name, part in (("val", val), ("train", train), ("test", test)):
+            (some,) = part.chunks()
+            sums[name].append(float(np.square(some[0] @ fit.weight + fit.bias - some[1]).sum()))
+    best = int(np.argmin(sums["val"]))
+    assert np.argmin(sums["train"]) == 0 < best
+    found = fit_by_patch(train, val, test, losses)["error"].sum()
+    assert found == pytest.approx(sums["test"][best])
+    assert found != pytest.approx(sums["test"][0], rel=1e-3)
+
+
 def test_a_map_shows_where_patches_are_found(found):
     (shown,) = [one for one in found.figures if hasattr(one, "values")]
     assert np.mean(shown.values) == pytest.approx(found.values["layer 2"][PATCHES]["position"]["estimate"])
@@ -177,7 +227,7 @@ def test_patches_that_lie_in_two_tiles_are_found():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 1}, r"--tiles must be at least 2"),
+        ({"k": 1}, r"--k must be at least 2"),
         ({"max_images": 7}, r"--max_images enough for two mosaics; got 2 and 7"),
         ({"margin": 1.0}, r"--margin must be between 0 and 1 .* got 1\."),
         ({"k": 8, "max_images": 200}, r"(?s)too few for two mosaics of 8x8 tiles"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from vit_cls.data.index import ImageIndex, index_folder
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.lab import frozen as frozen_module
 from vit_cls.lab.extraction import Running
+from vit_cls.lab.fingerprints import data_digest
 from vit_cls.lab.frozen import cache_key, freeze, freeze_reads
 from vit_cls.lab.reads import WAYS, possible_ways
 from vit_cls.model.classifier import ImageClassifier, Preprocess
@@ -202,6 +204,22 @@ def test_without_a_class_token_ways_that_read_it_are_left_out_with_a_note_or_ref
     assert notes == ["Not read: cls, cls+gap, cls+gem4, for the model has no class token."]
     np.testing.assert_allclose(found.read("token:0"), found.normed(3)[:, 0], atol=1e-6)  # no prefix to skip
     assert possible_ways(WAYS, TokenLayout(True, 0, (2, 2))) == (list(WAYS), [])
+
+
+def test_images_in_memory_are_the_same_wherever_one_stands_and_files_of_another_folder_are_not(
+    tmp_path, monkeypatch
+):
+    for folder in ("one", "other"):
+        (tmp_path / folder / "photos/a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "photos/a/0.png")
+        os.utime(tmp_path / folder / "photos/a/0.png", (1, 1))
+    found = []
+    for folder in ("one", "other"):
+        monkeypatch.chdir(tmp_path / folder)
+        files = FolderSource(index_folder(Path("photos"), min_classes=1))
+        found.append((data_digest(_source()), data_digest(files)))
+    assert found[0][0] == found[1][0] != data_digest(_source(seed=1))
+    assert found[0][1] != found[1][1]
 
 
 def test_the_same_key_is_computed_once(tmp_path, monkeypatch):

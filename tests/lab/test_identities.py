@@ -396,10 +396,27 @@ TOOLS = [
     (
         "vit_cls.lab.identities.heads.generalised_mean",
         lambda tokens, p: tokens.mean(dim=1),
-        {"gem-p1-is-mean"},
+        {"gem-p1-is-mean", "gem-large-p-is-max"},
+    ),
+    (
+        "vit_cls.lab.identities.heads.generalised_mean",
+        lambda tokens, p: tokens.clamp_min(heads.GEM_EPS).pow(p).mean(dim=1).pow(1 / p),
+        {"gem-large-p-is-max"},  # powers that underflow
+    ),
+    (
+        "vit_cls.lab.identities.heads.generalised_mean",
+        lambda tokens, p: tokens.clamp_min(heads.GEM_EPS).pow(min(p, 300)).mean(dim=1).pow(1 / min(p, 300)),
+        {"gem-large-p-is-max"},  # short of the bound by a little
     ),
     ("vit_cls.lab.identities.heads.log_mean_exp", lambda tokens, r: tokens.mean(dim=1), {"lse-limits"}),
     ("vit_cls.lab.identities.heads.log_mean_exp", lambda tokens, r: tokens.amax(dim=1), {"lse-limits"}),
+    (
+        "vit_cls.lab.identities.heads.votes",
+        lambda scores, labels, temperature, classes: (
+            F.one_hot(labels, classes).double() * (-scores / temperature).exp()[:, :, None]
+        ).sum(dim=1),
+        {"knn-weights-argmax"},
+    ),
     (
         "vit_cls.lab.identities.heads.dinov2_weights",
         lambda scores: (-scores / 0.01).softmax(dim=1),
@@ -421,6 +438,6 @@ def test_every_identity_has_a_model_or_a_tool_that_fails_it():
 
 def test_every_identity_says_in_one_sentence_what_must_hold():
     sentences = [what(name) for name in IDENTITIES]
-    assert len(set(sentences)) == len(IDENTITIES) == 28
+    assert len(set(sentences)) == len(IDENTITIES) == 29
     assert all(one.endswith(".") for one in sentences)
     assert heads.NEIGHBOURS == (10, 20, 100, 200)

@@ -15,7 +15,7 @@ from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import bootstrap_means, percentile_interval
 from vit_cls.lab.frozen import Running, freeze
-from vit_cls.lab.least_squares import fits_of_moments, moments_of, ridge_fits
+from vit_cls.lab.least_squares import PENALTIES, fits_of_moments, moments_of, ridge_fits
 from vit_cls.lab.probes.explained import r2, r2_scores
 from vit_cls.lab.probes.inversion import invert
 from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
@@ -149,6 +149,47 @@ def test_shared_weights_are_least_squares_with_an_intercept_for_each_place(gener
     expected = x @ np.linalg.lstsq(x, target, rcond=None)[0]
     assert found.settings["penalty"] == 0.0  # validated on what it was fitted on
     np.testing.assert_allclose(np.concatenate([found.images[:, 0, 0, 0], found.images[:, 0, 0, 1]]), expected)
+
+
+def _more_features_than_images(rng):
+    """Vectors of 60 numbers, 20 images to fit on, pixels that are mostly noise: least squares fits it all."""
+    weight = rng.normal(size=(60, 12))
+    x = [rng.normal(size=(images, 60)) for images in (20, 80, 30)]
+    y = [one @ weight + 20 * rng.normal(size=(len(one), 12)) for one in x]
+    return tuple(x), tuple(one.reshape(-1, 3, 2, 2) for one in y)
+
+
+def test_the_penalty_of_pixels_is_chosen_on_validation_images():
+    x, y = _more_features_than_images(np.random.default_rng(0))
+    found = ridge_decoded(x, y)
+    flat = [one.reshape(len(one), -1) for one in y]
+    fits = list(ridge_fits(x[0], flat[0], [0.0, *PENALTIES]))
+    errors = [np.square(fit(x[1]) - flat[1]).sum() for fit in fits]
+    assert found.settings["penalty"] == fits[int(np.argmin(errors))].penalty > PENALTIES[0]
+    assert found.in_sample == pytest.approx(1)
+
+
+def test_the_penalty_of_pixels_by_patch_is_chosen_on_validation_images():
+    x, y = _more_features_than_images(np.random.default_rng(0))
+    # Two patches of two pixels, each from half of the vector: as many rows as images times patches.
+    found, own = (
+        ridge_decoded_by_patch(
+            lambda part, i, order=order: x[order[part]][:, 30 * i : 30 * i + 30],
+            TokenLayout(False, 0, (1, 2)),
+            tuple(y[i] for i in order),
+        ).settings["penalty"]
+        for order in ((0, 1, 2), (0, 0, 2))
+    )
+    assert own == 0.0  # validated on what it was fitted on
+    assert found > PENALTIES[0]
+
+
+def test_a_network_stops_where_validation_images_say_so(monkeypatch):
+    monkeypatch.setattr("vit_cls.lab.probes.pixel_decoders.CONV_STEPS", 50)
+    x, y = _more_features_than_images(np.random.default_rng(0))
+    mean_image = y[0].mean(axis=0, keepdims=True).repeat(len(y[1]), axis=0)  # where training starts from
+    assert conv_decoded(x, (y[0], mean_image, y[2]), (1, 1), seed=0).settings == {"steps": 0.0}
+    assert conv_decoded((x[0], x[0], x[2]), (y[0], y[0], y[2]), (1, 1), seed=0).settings == {"steps": 50.0}
 
 
 def test_psnr_is_the_hand_worked_one_and_has_a_ceiling():

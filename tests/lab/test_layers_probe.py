@@ -12,7 +12,7 @@ import torch
 from vit_cls import create_model
 from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex
-from vit_cls.data.partition import Partition
+from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
 from vit_cls.lab.extraction import Running
 from vit_cls.lab.frozen import freeze
@@ -50,7 +50,7 @@ def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, par
     result = layers(classifier, partition, running=RUNNING)
     parts = [
         freeze(classifier, getattr(partition, part), device="cpu", precision="32", num_workers=0)
-        for part in ("train", "val", "test")
+        for part in PARTS
     ]
     last = linear(*parts, settings=LinearSettings(ways=("cls", "gap", "max")))
     for way in ("cls", "gap", "max"):

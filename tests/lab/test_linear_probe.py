@@ -12,8 +12,10 @@ from sklearn.preprocessing import StandardScaler
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.lab.probes import linear_fits
+from vit_cls.lab.probes.common import layers_needed
 from vit_cls.lab.probes.linear import linear, linear_ways
 from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
+from vit_cls.lab.reads import WAYS
 from vit_cls.model.tokens import TokenLayout
 
 
@@ -126,12 +128,12 @@ def test_the_result_has_counts_intervals_and_predictions_that_give_the_numbers_a
     result = linear(*noisy_parts(), origin="made here")
     table = result.tables[0]
     preds, labels = result.predictions["preds"], result.predictions["labels"]
-    assert list(preds) == ["cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4"]
+    assert list(preds) == ["cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4", "last:4"]
     for row in table.rows:
         right = int((preds[row[0]] == labels).sum())
         assert row[1:6] == [right / 80, *wilson_interval(right, 80), right, 80]
         assert result.values["top1"][row[0]] == right / 80
-    assert [finding.counts["images"] for finding in result.findings] == [80] * 6
+    assert [finding.counts["images"] for finding in result.findings] == [80] * 7
     gap = result.findings[0]
     assert gap.estimate == pytest.approx(result.values["top1"]["gap"] - result.values["top1"]["cls"])
     assert result.figures[0].rows[0][:2] == ("gap", gap.estimate)
@@ -164,6 +166,18 @@ def test_the_dinov2_protocol_takes_the_blocks_that_there_are():
     ]
     with pytest.raises(ConfigError, match="reads the class token, but the model has none"):
         linear_ways(LinearSettings(protocol="dinov2"), TokenLayout(False, 0, (2, 2)), 4)
+
+
+@pytest.mark.parametrize(("depth", "last"), [(12, "last:4"), (4, "last:4"), (3, "last:3"), (2, "last:2")])
+def test_the_class_tokens_of_the_last_blocks_are_read_by_default_as_far_as_there_are_blocks(depth, last):
+    layout = TokenLayout(True, 0, (2, 2))
+    ways, notes = linear_ways(LinearSettings(), layout, depth)
+    assert (ways[:-1], ways[-1], notes) == (list(WAYS), last, [])
+    assert layers_needed(ways, layout, depth) == list(range(depth + 1))[-min(4, depth) :]
+
+
+def test_one_block_has_no_earlier_class_token_to_read():
+    assert linear_ways(LinearSettings(), TokenLayout(True, 0, (2, 2)), 1)[0] == list(WAYS)
 
 
 def test_the_mae_protocol_is_a_batch_norm_without_parameters_then_cross_entropy():
@@ -207,7 +221,7 @@ def test_without_a_class_token_the_ways_that_read_it_are_left_out_with_a_note(fr
     ]
     result = linear(*parts)
     assert result.settings["ways"] == ["gap", "max", "gem", "gem4"]
-    assert "Not read: cls, cls+gap, cls+gem4, for the model has no class token." in result.notes
+    assert "Not read: cls, cls+gap, cls+gem4, last:4, for the model has no class token." in result.notes
 
 
 def test_impossible_settings_and_parts_are_refused(noisy_parts, frozen_part):

@@ -23,6 +23,10 @@ def _data(rows=60, dim=7, classes=4, seed=0, signal=1.0):
     return x, labels
 
 
+def _noise(rng, images):
+    return {layer: rng.standard_normal((images, 5, 6)) for layer in (1, 2, 3, 4)}
+
+
 def test_a_case_worked_by_hand():
     hits = np.array([[True, False, True, False, True]])
     assert average_precision(hits)[0] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 3)
@@ -120,7 +124,7 @@ def test_whitening_is_scikit_learns_and_is_fitted_on_the_training_part_alone():
 def test_queries_without_a_positive_are_left_out_and_counted(noisy_parts, frozen_part):
     train = noisy_parts()[0]
     rng = np.random.default_rng(0)
-    test = frozen_part({4: rng.standard_normal((5, 5, 6))}, np.array([0, 0, 0, 1, 2]), classes=3)
+    test = frozen_part(_noise(rng, 5), np.array([0, 0, 0, 1, 2]), classes=3)
     result = retrieval(train, test)
     assert result.data["queries_without_positive"] == 2
     assert any("2 of 5 test images have no other image of their class" in note for note in result.notes)
@@ -130,7 +134,7 @@ def test_queries_without_a_positive_are_left_out_and_counted(noisy_parts, frozen
         retrieval(train, test, settings=RetrievalSettings(gallery="train")).data["queries_without_positive"]
         == 0
     )
-    lonely = frozen_part({4: rng.standard_normal((3, 5, 6))}, np.arange(3), classes=3)
+    lonely = frozen_part(_noise(rng, 3), np.arange(3), classes=3)
     with pytest.raises(DataError, match="only 0 of 3 test images have another image of their class"):
         retrieval(train, lonely)
 
@@ -139,9 +143,10 @@ def test_the_result_compares_every_read_with_the_class_token_over_the_same_queri
     train, _, test = noisy_parts()
     result = retrieval(train, test)
     scores = result.predictions["average_precision"]
-    assert len(result.findings) == 6 + 2  # the other reads, then the class token centred and whitened
+    assert len(result.findings) == 7 + 2  # the other reads, then the class token centred and whitened
     labels = [row[0] for row in result.figures[0].rows]
-    assert labels == ["gap", "max", "gem", "gem4", "cls+gap", "cls+gem4", "cls, centred", "cls, whitened"]
+    reads = ["gap", "max", "gem", "gem4", "cls+gap", "cls+gem4", "last:4"]
+    assert labels == [*reads, "cls, centred", "cls, whitened"]
     gap = result.findings[0]
     assert gap.estimate == pytest.approx(np.mean(scores["gap raw"] - scores["cls raw"]))
     assert gap.ci95[0] < gap.estimate < gap.ci95[1] < 0
@@ -150,8 +155,18 @@ def test_the_result_compares_every_read_with_the_class_token_over_the_same_queri
     assert rows["cls", "raw"][2] == pytest.approx(scores["cls raw"].mean())
     assert rows["cls", "raw"][3] < rows["cls", "raw"][2] < rows["cls", "raw"][4]
     assert rows["random order", "expected"][2] == result.values["map_by_chance"]
-    assert len(rows) == 7 * 3 + 1
+    assert len(rows) == 8 * 3 + 1
     json.dumps(result.to_dict(predictions=True))
+
+
+def test_it_is_said_that_queries_in_each_others_galleries_are_not_independent(noisy_parts):
+    train, _, test = noisy_parts(counts=(20, 3, 12))
+    said = {
+        gallery: "not independent"
+        in " ".join(retrieval(train, test, settings=RetrievalSettings(("cls", "gap"), gallery)).notes)
+        for gallery in ("test", "train")
+    }
+    assert said == {"test": True, "train": False}
 
 
 def test_an_unknown_gallery_is_refused():

@@ -49,9 +49,48 @@ def test_gains_and_the_difference_of_gains_are_found(setup, told):
     contrast = found["cls gains more from depth than gap."]
     assert contrast.estimate == pytest.approx(0.2 - 0.05, abs=0.002)  # points by doubling the depth
     assert found["With cls, depth 4 beats depth 2."].estimate == pytest.approx(0.2, abs=0.002)
-    assert result.headline.startswith("Supported: the gain of cls is better than the gain of gap by doubling")
-    assert "Highest: cls with depth 4, 90.0 %." in result.headline
+    assert result.headline.startswith(
+        "Supported: the slope of cls is higher than the slope of gap by 14.9 points per doubling "
+    )
+    assert "Best on validation: cls with depth 4, with 90.0 % of the test images right." in result.headline
     assert all(one.p_holm >= one.p for one in result.findings)
+
+
+def test_slopes_are_the_same_where_they_add_up_to_no_more_than_the_margin_over_all_doublings(setup, told):
+    """One seed of 599 images tells the slopes apart by about 4 points per doubling, 8 from depth 1 to 4."""
+    rng = np.random.default_rng(0)
+    verdicts = {}
+    rows = {
+        (head, depth): rng.permutation(TESTED) < TESTED // 2 for head in ("cls", "gap") for depth in (1, 4)
+    }
+    for margin in (0.05, 0.1):
+        one = replace(setup, margin=margin, seeds=1, folder=setup.folder / str(margin))
+        study = DepthStudy(one, depths=[1, 4])
+        for head, by_depth in study.arms().items():
+            for depth, trials in by_depth.items():
+                told(one.folder, trials, [rows[head, depth]])
+        found = study.analyse(Answers(one.folder)).findings[0]
+        assert (found.margin, found.unit) == (margin / 2, "points per doubling")
+        assert abs(found.estimate) < 0.01
+        verdicts[margin] = found.verdict
+        if found.verdict == EQUIVALENT:
+            assert max(abs(bound) for bound in found.ci95) * 2 < margin  # accuracies at depth 4
+            assert f"are the same within {100 * margin / 2:.1f} points per doubling" in found.sentence
+    assert verdicts == {0.05: CANNOT_TELL, 0.1: EQUIVALENT}
+
+
+class Chosen(Answers):
+    """Answers whose validation images prefer another arm than the test images do."""
+
+    def val_accuracy(self, trials):
+        return float(trials[0].arm == "gap, depth 1")
+
+
+def test_the_best_is_chosen_by_the_validation_images(setup, told):
+    study = DepthStudy(setup, depths=[1, 2])
+    _analyse(told, study, {"cls": {1: 0.5, 2: 0.9}, "gap": {1: 0.6, 2: 0.8}})
+    result = study.analyse(Chosen(study.setup.folder))
+    assert "Best on validation: gap with depth 1, with 59.9 % of the test images right." in result.headline
 
 
 def test_the_curve_and_the_table_hold_what_was_measured(setup, told):

@@ -120,7 +120,7 @@ def test_claims_about_positions_are_judged(study, told, monkeypatch):
     assert found["Fixed positions do as well as learned ones."].estimate == pytest.approx(-0.1, abs=0.002)
     last = found["cls and gap need positions to a different degree."]
     assert last.estimate == pytest.approx(0.35, abs=0.002)
-    assert "what positions give to cls is better than what positions give to gap" in last.sentence
+    assert "what positions give to cls is larger than what positions give to gap" in last.sentence
     assert result.headline.startswith("Equivalent: cls, learned and cls, class token without are the same")
     assert "cls, none is worse than cls, learned by 35.1 points" in result.headline
     drawn = {label: size for label, size, _ in result.figures[0].rows}

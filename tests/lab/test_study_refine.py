@@ -64,15 +64,21 @@ def images(tmp_path_factory):
 def parts():
     """The same images in memory."""
 
-    def source(count: int) -> ArraySource:
-        labels = np.repeat([0, 1], count)
+    return in_memory({part: [count, count] for part, count in PER_CLASS.items()})
+
+
+def in_memory(counts: dict[str, list[int]]) -> Partition:
+    """So many images of each class in each part."""
+
+    def source(of_class: list[int]) -> ArraySource:
+        labels = np.repeat([0, 1], of_class)
         names = PathTable([f"{CLASSES[label]}/{i}.png" for i, label in enumerate(labels)])
         index = ImageIndex(Path("memory"), names, labels, CLASSES)
         return ArraySource(
             index, torch.stack([torch.from_numpy(pixels(one)).permute(2, 0, 1) for one in labels])
         )
 
-    return Partition(*(source(PER_CLASS[part]) for part in ("train", "val", "test")), "memory")
+    return Partition(*(source(counts[part]) for part in ("train", "val", "test")), "memory")
 
 
 def gathering_classifier(**settings) -> ImageClassifier:
@@ -138,10 +144,17 @@ def test_the_block_that_gathers_the_class_is_the_first_whose_class_token_is_used
         ),
         (["equivalent", "supported"], "block 2 of 2 on, and not before: "),
         (["equivalent", "cannot tell"], "Cannot tell: sentence 1"),
+        (
+            ["cannot tell", "supported", "equivalent", "cannot tell", "supported"],
+            "Supported: the class token is used after blocks 2 and 5 of 5; after the others no drop was "
+            "shown: sentence 1",
+        ),
+        (["supported", "equivalent"], "the class token is used after block 1 of 2; after the others no drop"),
+        (["supported", "refuted", "supported", "supported"], "is used after blocks 1, 3 and 4 of 4; after"),
     ],
 )
 def test_the_headline_says_no_more_than_the_verdicts(verdicts, words):
-    scores = np.ones((1, 3, 4))
+    scores = np.ones((1, len(verdicts) + 1, 4))
     curves = Curves(scores[:, 0] > 0, scores, scores, scores > 0, None, scores > 0, scores > 0)
     findings = [Finding("", verdict, f"sentence {i}") for i, verdict in enumerate(verdicts)]
     used = [layer for layer, verdict in enumerate(verdicts, 1) if verdict == "supported"]
@@ -157,6 +170,14 @@ def test_what_is_read_off_replaced_and_inserted_is_what_this_model_must_give(res
     assert values["inserted_here_only"].tolist() == [1.0, 1.0, 0.5, 0.5]
     assert values["kl"][:2].tolist() == [0.0, 0.0]
     assert values["kl"][2] > 0.001
+
+
+def test_the_mean_class_token_is_that_of_the_training_images():
+    """Most training images are black and most test images white: the mean of each part would say its own."""
+    found = refinement(gathering_classifier(), in_memory({"train": [12, 4], "val": [4, 4], "test": [6, 30]}))
+    assert found.preds.tolist() == [0] * 6 + [1] * 30
+    assert found.replaced[1].tolist() == found.preds.tolist()  # not yet needed
+    assert found.replaced[2].tolist() == found.replaced[3].tolist() == [0] * 36
 
 
 def test_shuffling_changes_nothing_before_the_first_block_and_permutes_logits_after_the_last(result):
@@ -208,6 +229,9 @@ def test_a_model_of_the_user_is_not_trained_and_answers_for_itself(images, tmp_p
     assert result.findings[1].counts == {"seeds": 1, "images": 80}
     assert "this one training" in result.findings[1].sentence
     assert any("6 permutations" in note for note in result.notes)
+    assert (
+        sum(note.startswith("If the model was trained on images of the train") for note in result.notes) == 1
+    )
     assert "recipe" not in result.settings
     assert result.settings["model"] == model_file
     assert (result.data["train"], result.data["val"], result.data["test"]) == (16, 8, 80)

@@ -18,10 +18,14 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
+from vit_cls.lab.extraction import Rows
 from vit_cls.lab.seeding import seeded
+from vit_cls.lab.studies import specialise
 from vit_cls.lab.studies.class_token_views import COLLAPSED, Seen, alike_table, knowledge_table
 from vit_cls.lab.studies.class_tokens import (
+    ClassTokens,
     TokenAnswers,
+    against_seeds,
     information_test,
     jensen_shannon,
     mutual_information,
@@ -215,6 +219,45 @@ def test_information_is_found_where_tokens_share_the_classes_and_not_where_they_
     assert mutual_information(tokens, labels) == pytest.approx(expected)
 
 
+def _models(rng, seeds: int, images: int, count: int, *, together: float) -> np.ndarray:
+    """Tokens of models, each of which has a direction of its own; its tokens share it as far as is said."""
+    own = rng.standard_normal((seeds, 1, 1, 16))
+    return together * own + rng.standard_normal((seeds, images, count, 16))
+
+
+def test_tokens_of_one_model_are_told_from_those_of_independent_models_where_they_share_something():
+    rng = np.random.default_rng(0)
+    outputs = _models(rng, 3, 20, 3, together=1.0)
+    found = against_seeds(outputs, seed=0)
+    across = []
+    for s in range(3):
+        for t in range(3):
+            if s != t:
+                a, b = outputs[s], outputs[t]
+                a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+                across.append(np.mean([a[:, i] @ b[:, j].T * np.eye(20) for i in range(3) for j in range(3)]))
+    assert found.independent == pytest.approx(20 * np.mean(across))  # the same image: the diagonal
+    # 280 ways to deal 9 tokens to 3 models
+    assert found.smallest_p == pytest.approx(1 / 280)
+    assert found.p < 0.02
+    assert against_seeds(outputs[:1], seed=0) is None
+    assert against_seeds(outputs[:2, :, :2], seed=0).smallest_p == pytest.approx(1 / 3)
+
+
+def test_tokens_that_share_nothing_are_told_apart_no_more_often_than_by_chance():
+    rng = np.random.default_rng(1)
+    ps = [against_seeds(_models(rng, 3, 5, 3, together=0.0), seed=i).p for i in range(100)]
+    assert np.mean(np.array(ps) <= 0.1) <= 0.1 + 2 * math.sqrt(0.1 * 0.9 / 100)
+    assert 0.4 < np.mean(ps) < 0.6
+
+
+def test_equal_tokens_of_all_models_give_a_p_of_1():
+    token = np.random.default_rng(2).standard_normal((1, 4, 1, 16))
+    found = against_seeds(np.broadcast_to(token, (3, 4, 2, 16)), seed=0)
+    assert found.p == 1.0
+    assert found.independent == pytest.approx(1.0)
+
+
 def _untrained(equal: bool):
     """What trains nothing; with ``equal`` several class tokens start alike."""
 
@@ -315,6 +358,90 @@ def test_accuracy_is_compared_with_one_token_and_with_a_register(collapsed):
     assert study.settings()["counts"] == [1, 2]
 
 
+RIGHT = {"cls": 0.5, "extra register": 0.6, "mean 2": 0.8, "mean 4": 0.7, "diverse 2": 0.4, "diverse 4": 0.3}
+COSINES = {"mean 2": 0.9, "mean 4": 0.99, "diverse 2": 0.2, "diverse 4": 0.3}
+
+
+def _made(arm: str, trials) -> Seen:
+    """Tokens all of whose pairs have the cosine above, each seed in a basis of its own."""
+    count, images = int(arm.split()[1]), 30
+    factor = np.linalg.cholesky(np.full((count, count), COSINES[arm]) + np.eye(count) * (1 - COSINES[arm]))
+    rows = Rows(np.arange(images) % 3, ["a", "b", "c"], [""] * images, np.arange(images), {})
+    answers = TokenAnswers(np.zeros((images, count), int), np.zeros(images, int), rows.labels, "ridge")
+    tokens = []
+    for trial in trials:
+        rng = np.random.default_rng(trial.seed)
+        bases = np.stack([np.linalg.qr(rng.standard_normal((8, 8)))[0][:count] for _ in range(images)])
+        output = factor @ bases
+        layers = np.stack([output] * 3, axis=1)
+        tokens.append(ClassTokens(layers, output, None, None, rows, Preprocess((8, 8)), (4, 4)))
+    return Seen(tokens, [answers] * len(tokens))
+
+
+def test_each_claim_is_about_the_arms_and_the_quantity_that_it_names(tmp_path, told, monkeypatch):
+    setup = Setup("digits", tmp_path, seeds=2, margin=0.05)
+    study = SpecialiseStudy(setup, counts=(1, 2, 4), variants=("mean", "diverse"))
+    for arm, trials in study.grid().items():
+        rows = [np.roll(np.arange(599) < round(RIGHT[arm] * 599), seed) for seed in range(2)]
+        told(tmp_path, trials, rows, tokens=17)
+    monkeypatch.setattr(specialise, "look", lambda answers, trials, parts: _made(trials[0].arm, trials))
+    result = study.analyse(Answers(tmp_path))
+    beat, lowers = "class tokens read by their mean beat", "The diverse head lowers the cosine of"
+    found = [(one.claim, one.verdict, one.margin, one.null, one.unit) for one in result.findings]
+    parallel = "class tokens read by their mean end parallel: their cosine is above 0.95."
+    assert found == [
+        (f"4 {parallel}", "supported", 0.01, 0.95, "of cosine"),
+        (f"2 {parallel}", "refuted", 0.01, 0.95, "of cosine"),
+        (f"4 {beat} one.", "supported", 0.05, 0.0, "points"),
+        (f"4 {beat} one and a register.", "supported", 0.05, 0.0, "points"),
+        (f"2 {beat} one.", "supported", 0.05, 0.0, "points"),
+        (f"2 {beat} one and a register.", "supported", 0.05, 0.0, "points"),
+        (f"{lowers} 4 class tokens.", "supported", 0.01, 0.0, "of cosine"),
+        (f"{lowers} 2 class tokens.", "supported", 0.01, 0.0, "of cosine"),
+    ]
+    sizes = [0.99, 0.9, 0.2, 0.1, 0.3, 0.2, -0.69, -0.7]
+    assert [one.estimate for one in result.findings] == pytest.approx(sizes, abs=0.002)
+    starts = [
+        "the mean cosine of 4 class tokens after the final norm is 0.990 (",
+        "the mean cosine of 2 class tokens after the final norm is 0.900 (",
+        "mean 4 is better than cls by ",
+        "mean 4 is better than extra register by ",
+        "mean 2 is better than cls by ",
+        "mean 2 is better than extra register by ",
+        "that of diverse 4 is lower than the cosine of mean 4 by 0.69 of cosine for ",
+        "that of diverse 2 is lower than the cosine of mean 2 by 0.7 of cosine for ",
+    ]
+    for one, start in zip(result.findings, starts, strict=True):
+        assert one.sentence.startswith(start)
+    assert result.headline == f"Supported: {result.findings[0].sentence} {result.findings[2].sentence}"
+    assert result.settings["cosine_margin"] == 0.01
+
+
+def test_the_headline_and_the_table_compare_with_other_images_and_independent_models(
+    tmp_path, told, monkeypatch
+):
+    setup = Setup("digits", tmp_path, seeds=3)
+    study = SpecialiseStudy(setup, counts=(1, 4), variants=("mean",))
+    for trials in study.grid().values():
+        told(tmp_path, trials, [np.arange(599) % 2 == 0] * 3, tokens=17)
+    monkeypatch.setattr(specialise, "look", lambda answers, trials, parts: _made(trials[0].arm, trials))
+    result = study.analyse(Answers(tmp_path))
+    seen = _made("mean 4", study.grid()["mean 4"])
+    chance = result.values["independent_models"]["mean 4"]
+    assert chance["p"] == 1 / 500  # tokens of cosine 0.99 are not met again by dealing them out anew
+    assert abs(chance["independent"]) < 0.1  # bases at random
+    assert (
+        f"; the same token on another image has {seen.other_image_cosine(0):.3f}, tokens of independent "
+        f"models {chance['independent']:.3f} (p 0.002)."
+    ) in result.headline
+    columns = list(result.tables[0].columns)
+    row = dict(zip(columns, result.tables[0].rows[0], strict=True))
+    assert (row["independent models"], row["p"], row["smallest p"]) == tuple(
+        chance[name] for name in ("independent", "p", "smallest_p")
+    )
+    assert not any("two seeds at least" in note for note in result.notes)
+
+
 def test_the_report_has_maps_for_each_token_and_the_answer_is_the_same_again(collapsed, tmp_path):
     study, result = collapsed
     again = study.analyse(Answers(study.setup.folder))
@@ -342,6 +469,8 @@ def test_tokens_that_start_apart_are_less_parallel_before_training(tmp_path):
     assert result.findings[0].verdict == "refuted"
     assert f"below {COLLAPSED:g}" in result.findings[0].sentence
     assert result.tables[0].rows[0][4] == "no"
+    assert result.values["independent_models"] == {"mean 2": None}
+    assert any("takes two seeds at least, and was not tested" in note for note in result.notes)
 
 
 def test_tables_state_cosine_with_other_images_beside(collapsed):

@@ -116,14 +116,16 @@ def test_a_head_that_keeps_what_gap_loses_is_supported_and_one_that_loses_more_r
     verdicts = [finding.verdict for finding in result.findings]
     assert verdicts[:3] == ["supported", "refuted", "equivalent"]
     halvings = np.array([0.0, 2.0, 3.0, 4.0])
+    margin_of_slopes = 0.05 / 4  # over the four halvings it is the margin of accuracies
     for finding, head in zip(result.findings, ("max", "cls", "map"), strict=False):
         gains = [levels[head][count] - falling[count] for count in (16, 4, 2, 1)]
         # Shares of 300 images are whole numbers of images.
-        assert finding.estimate == pytest.approx(100 * np.polyfit(halvings, gains, 1)[0], abs=1e-9)
-        assert finding.margin == pytest.approx(1.25)
+        assert finding.estimate == pytest.approx(np.polyfit(halvings, gains, 1)[0], abs=1e-9)
+        assert finding.margin == pytest.approx(margin_of_slopes)
+        assert finding.unit == "points per halving"
         assert finding.counts["images"] == 300
     assert result.headline.startswith("Supported: the slope of max is higher than the slope of gap by")
-    assert "max loses least" in result.headline
+    assert "Of all heads max loses least on validation" in result.headline
     levels_of_max = result.findings[3:7]
     assert [one.estimate for one in levels_of_max] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert [one.verdict for one in levels_of_max] == ["equivalent", *3 * ["supported"]]
@@ -131,7 +133,25 @@ def test_a_head_that_keeps_what_gap_loses_is_supported_and_one_that_loses_more_r
     assert result.values["relevant_share"] == [1.0, 0.25, 0.125, 0.0625]
     np.testing.assert_allclose(result.values["top1"]["gap"], [[0.9] * 3, [0.8] * 3, [0.7] * 3, [0.6] * 3])
     forest = result.figures[1].rows
-    assert forest[0][1] == pytest.approx(result.findings[0].estimate / 100)
+    assert forest[0][1] == pytest.approx(result.findings[0].estimate)
+
+
+class Chosen(Answers):
+    """Answers by whose validation images gap alone does not lose anything."""
+
+    def val_accuracy(self, trials):
+        return 0.9 if trials[0].arm == "gap" else 0.1 * int(trials[0].variant.split()[0]) / 16
+
+
+def test_the_head_that_loses_least_is_chosen_by_the_validation_images(tmp_path):
+    study = _study(tmp_path, heads=("max", "gap"), seeds=1)
+    levels = {"gap": {16: 0.9, 4: 0.7, 2: 0.6, 1: 0.5}, "max": dict.fromkeys((16, 4, 2, 1), 0.9)}
+    _pretend(study, _shares(levels))
+    result = study.analyse(Chosen(study.setup.folder))
+    assert result.headline.endswith(
+        "Of all heads gap loses least on validation as the relevant part shrinks; on the test images it is "
+        "-10.0 points per halving."
+    )
 
 
 def test_heads_at_chance_are_named_and_failed_files_are_in_the_record(tmp_path):

@@ -80,6 +80,38 @@ def test_sentences_say_who_by_how_much_and_for_what():
     assert one.counts["right only with GAP"] == 70
     plain = judge("c", a * 1.0, b * 1.0, expect="greater", margin=0.01, unit="of R2")
     assert "by 0.03 of R2 for" in plain.sentence
+    assert (plain.unit, found.unit) == ("of R2", "points")
+
+
+def test_a_claim_brings_words_and_unit_of_its_own():
+    a, b = _pair(0.03)
+    options = {
+        "margin": 0.004,
+        "names": ("X", "Y"),
+        "unit": "points per doubling",
+        "words": ("higher", "lower"),
+    }
+    up, down = (judge("c", *pair, expect="greater", **options) for pair in ((a, b), (b, a)))
+    assert up.sentence.startswith("Y is higher than X by 3.00 points per doubling for ")
+    assert down.sentence.startswith("Y is lower than X by 3.00 points per doubling for ")
+    assert up.unit == "points per doubling"
+    assert up.estimate == pytest.approx(0.03)  # a share, as of any points
+
+
+@pytest.mark.parametrize(
+    ("expect", "at_least", "null"),
+    [
+        ("greater", 0.06, 0.06),
+        ("less", 0.06, -0.06),
+        ("greater", -0.01, -0.01),
+        ("less", 0, 0),
+        ("equal", 0, 0),
+    ],
+)
+def test_a_finding_says_what_the_difference_was_tested_against(expect, at_least, null):
+    found = judge("c", *_pair(0.03), expect=expect, margin=0.01, at_least=at_least)
+    assert found.null == null
+    assert math.copysign(1, found.null) == (1 if null >= 0 else -1)  # no zero with a minus
 
 
 def test_holm_makes_claims_harder_together():

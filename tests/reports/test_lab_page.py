@@ -188,12 +188,12 @@ def test_each_finding_has_its_verdict_in_words_and_its_numbers(written):
     for verdict in VERDICTS:
         assert f"{verdict} cls against gap: {verdict}, so it is. Claim: cls and gap differ" in words
     numbers = [
-        ("estimate", "+0.004, 95 % interval -0.009 to +0.017"),
+        ("estimate", "+0.40 points, 95 % interval -0.90 to +1.70"),
         ("p of no difference", "0.4100"),
         ("p, Holm-adjusted", "1.0000"),
         ("p of equivalence", "< 0.0001"),
-        ("margin", "0.01"),
-        ("smallest detectable", "0.021, with a power of 80 %"),
+        ("margin", "1.00 points"),
+        ("smallest detectable", "2.10 points, with a power of 80 %"),
         ("needed to tell", "about 4,300 images of max"),
         ("counts", "5,400 images, 5 seeds"),
     ]

@@ -46,8 +46,12 @@ def run(words: list[str]) -> Outcome:
     parser = make_parser(f"probe {name}", probe.question)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--data", required=True, help="an image folder, or the word digits")
-    parser.add_argument("--val_fraction", type=float, default=0.2, help="share to choose by, if split here")
-    parser.add_argument("--test_fraction", type=float, default=0.25, help="share to report on, likewise")
+    parser.add_argument(
+        "--val_fraction", type=float | None, default=None, help="share to choose by, if split here; 0.2"
+    )
+    parser.add_argument(
+        "--test_fraction", type=float | None, default=None, help="share to report on, likewise; 0.25"
+    )
     parser.add_argument(
         "--cache",
         type=str | None,
@@ -64,9 +68,9 @@ def run(words: list[str]) -> Outcome:
         raise ConfigError(f"--seed must be 0 or more; got {args.seed}.")
     output, cache = check_output(args.output), cache_folder(args.cache)
     classifier = load(args.model)
-    parts = partition_data(
-        args.data, seed=args.seed, val_fraction=args.val_fraction, test_fraction=args.test_fraction
-    )
+    fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
+    parts = partition_data(args.data, seed=args.seed, **fractions)
+    parts.refuse_unused(fractions)
     running = Running(
         args.device, args.precision, args.batch_size, args.num_workers, sys.stderr.isatty(), cache
     )

@@ -63,6 +63,10 @@ def run(words: list[str]) -> Outcome:
     spread = Spread.parse(default_jobs(study.setup.data) if args.jobs is None else args.jobs, args.shard)
     trials = study.trials()
     parts = study.setup.trial_data.parts(study.setup.seed)
+    fractions = {
+        key: args[key] for key in ("val_fraction", "test_fraction") if args[key] != getattr(Setup, key)
+    }
+    parts.refuse_unused(fractions)
     images = {part: getattr(parts, part).index.fingerprint() for part in PARTS}
     left = _train(trials, folder, spread, new=_claim_folder(folder, study, images))
     if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -31,12 +32,14 @@ class Partition:
         val: Every choice (a penalty, a number of neighbours) is made on these.
         test: Touched once, with what was chosen.
         origin: One sentence: where each part came from.
+        made_here: Which of ``val`` and ``test`` were split off here; the others were there already.
     """
 
     train: ImageSource
     val: ImageSource
     test: ImageSource
     origin: str
+    made_here: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> list[str]:
@@ -46,6 +49,26 @@ class Partition:
     def counts(self) -> dict[str, int]:
         """Images of each part, by its name."""
         return {part: len(getattr(self, part).index) for part in PARTS}
+
+    def refuse_unused(self, fractions: Mapping[str, float]) -> None:
+        """Refuse shares that the user asked for and that have no effect, for the part is there already.
+
+        Args:
+            fractions: What the user gave, by name: ``val_fraction`` and ``test_fraction``.
+
+        Raises:
+            ConfigError: If one of them has no effect.
+
+        Example:
+            >>> partition_data("digits").refuse_unused({"val_fraction": 0.3})
+        """
+        for label, fraction in fractions.items():
+            part = label.removesuffix("_fraction")
+            if part not in self.made_here:
+                raise ConfigError(
+                    f"--{label} {fraction:g} has no effect, for the {part} part is not split off here "
+                    f"({self.origin}). Leave it out."
+                )
 
 
 def partition_data(
@@ -108,7 +131,8 @@ def partition_data(
         f"{held_out_share(rest, test, test_fraction, None)} of {root} is the test part (the same for every "
         f"seed); {held_out_share(train, val, val_fraction, None)} of the rest is for validation, seed {seed}"
     )
-    return Partition(FolderSource(train), FolderSource(val), FolderSource(test), origin)
+    made = FolderSource(train), FolderSource(val), FolderSource(test)
+    return Partition(*made, origin, made_here=("val", "test"))
 
 
 def _partition_digits(seed: int, val_fraction: float) -> Partition:
@@ -120,7 +144,7 @@ def _partition_digits(seed: int, val_fraction: float) -> Partition:
         f"embedded digits: their held-out third is the test part; {val_fraction:g} of each class of the "
         f"other two thirds is for validation, seed {seed}"
     )
-    return Partition(train, val, load_digits("test"), origin)
+    return Partition(train, val, load_digits("test"), origin, made_here=("val",))
 
 
 def _partition_split(
@@ -146,7 +170,8 @@ def _partition_split(
         f"{only}/ of {root} is the test part; {held_out_share(kept, val, val_fraction, None)} of "
         f"{train_name}/ is for validation, seed {seed}"
     )
-    return Partition(FolderSource(kept), FolderSource(val), FolderSource(others[only]), origin)
+    made = FolderSource(kept), FolderSource(val), FolderSource(others[only])
+    return Partition(*made, origin, made_here=("val",))
 
 
 def _hold_out(

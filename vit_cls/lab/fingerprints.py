@@ -51,11 +51,13 @@ def data_digest(source: ImageSource) -> str:
     """
     index = source.index
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{index.root.resolve()}\n{index.fingerprint()}\n".encode("utf-8", "surrogateescape"))
     if isinstance(source, ArraySource):
+        # Its root is a name, not a place: where one stands does not count.
+        digest.update(f"{index.root}\n{index.fingerprint()}\n".encode("utf-8", "surrogateescape"))
         digest.update(f"{tuple(source.images.shape)}\n".encode())
         digest.update(source.images.contiguous().numpy().data)
         return digest.hexdigest()
+    digest.update(f"{index.root.resolve()}\n{index.fingerprint()}\n".encode("utf-8", "surrogateescape"))
     for i in range(len(index)):
         try:
             status = os.stat(index.path(i))

@@ -5,44 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.model.pooling_mean import generalised_mean
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
-
-GEM_EPS = 1e-6
-"""Below it values are clamped: a generalised mean is one of positive values."""
-
-
-def gem(patches: Tensor, p: float) -> Tensor:
-    """Generalised mean over the tokens: the mean for ``p = 1``, the maximum for large ``p``.
-
-    Args:
-        patches: Shape ``(batch, tokens, dim)``; values below `GEM_EPS` count as that.
-        p: The power, at least 1.
-
-    Returns:
-        Shape ``(batch, dim)``.
-
-    Example:
-        >>> gem(torch.tensor([[[1.0], [3.0]]]), 2.0).square()
-        tensor([[5.]])
-
-    Source:
-        Radenovic et al. 2018, https://arxiv.org/abs/1711.02512, equation 3, ``p = 3``.
-    """
-    return patches.clamp(min=GEM_EPS).pow(p).mean(dim=1).pow(1 / p)
-
 
 READS: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {
     "cls": ("the class token, the first where there are several", None),
     "gap": ("the mean of the patch tokens", lambda patches: patches.mean(dim=1)),
     "max": ("the largest value of each channel over the patch tokens", lambda patches: patches.amax(dim=1)),
-    "gem": ("the generalised mean of the patch tokens, p = 3", lambda patches: gem(patches, 3.0)),
-    "gem4": ("the generalised mean of the patch tokens, p = 4", lambda patches: gem(patches, 4.0)),
+    "gem": ("the generalised mean of the patch tokens, p = 3", partial(generalised_mean, p=3.0)),
+    "gem4": ("the generalised mean of the patch tokens, p = 4", partial(generalised_mean, p=4.0)),
     "last": ("last:N: the class tokens after each of the last N blocks, concatenated", None),
     "token": ("token:K: patch token K, counted from 0 in raster order", None),
 }
@@ -50,7 +28,9 @@ READS: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {
 are concatenated. Source of ``last:N``: DINOv2's linear evaluation, https://arxiv.org/abs/2304.07193, B.3."""
 
 WAYS = ("cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4")
-"""The ways that are compared if nothing else is asked for."""
+"""The ways that read the last layer, of those that are compared if nothing else is asked for."""
+LAST = 4
+"""Blocks whose class tokens the usual ``last:N`` joins, as far as there are so many."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +85,19 @@ def parse_way(way: str, layout: TokenLayout, depth: int, *, name: str = "--read"
             )
         parts.append(Part(kind, value))
     return parts
+
+
+def usual_ways(depth: int) -> list[str]:
+    """The ways that are compared if nothing else is asked for.
+
+    Args:
+        depth: The model's blocks; of a single one, ``last:1`` would be ``cls``.
+
+    Example:
+        >>> usual_ways(2)[-2:], usual_ways(1)[-1]
+        (['cls+gem4', 'last:2'], 'cls+gem4')
+    """
+    return [*WAYS, *([f"last:{min(LAST, depth)}"] if depth > 1 else [])]
 
 
 def possible_ways(ways: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vit_cls.data.dataset import ImageSource
-from vit_cls.data.partition import Partition
+from vit_cls.data.partition import PARTS, Partition
 from vit_cls.data.splits import match_classes
 from vit_cls.errors import ConfigError
 from vit_cls.lab.extraction import Rows, Running, token_batches
@@ -22,8 +22,6 @@ from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
-
-PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

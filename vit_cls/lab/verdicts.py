@@ -11,12 +11,12 @@ import numpy as np
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.evaluation.paired import ALPHA, holm
 from vit_cls.lab.crossed import Difference
-from vit_cls.lab.results import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED, Finding
+from vit_cls.lab.results import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED, Finding, in_points
+from vit_cls.lab.results import POINTS as POINTS  # for those who claim
 from vit_cls.lab.statistics import equivalence_p, needed, paired_difference, smallest_detectable
 
 DIFFERS, GREATER, LESS, EQUAL = "differs", "greater", "less", "equal"
 EXPECTATIONS = (DIFFERS, GREATER, LESS, EQUAL)
-POINTS = "points"
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Claim:
         expect: One of `EXPECTATIONS`; ``greater`` means B above A.
         margin: The largest difference that does not matter, above 0, in the unit of the scores.
         names: Of A and of B.
-        unit: ``points`` writes shares as percentage points; any other unit writes the scores as they are.
+        unit: ``points``, or a unit that begins with it, writes shares as percentage points; any other unit
+            writes the scores as they are.
         at_least: For ``greater`` and ``less``: the size that the claim gives the difference, in the unit of
             the scores; it moves the null hypothesis. Below 0 it claims "no worse than".
+        words: What B is than A where it is above, and where it is below.
 
     Raises:
         ConfigError: If the expectation is unknown, or ``at_least`` has no meaning for it.
@@ -46,6 +48,7 @@ class Claim:
     names: tuple[str, str] = ("A", "B")
     unit: str = POINTS
     at_least: float = 0.0
+    words: tuple[str, str] = ("better", "worse")
 
     def __post_init__(self) -> None:
         if self.expect not in EXPECTATIONS:
@@ -62,7 +65,7 @@ class Claim:
     @property
     def null(self) -> float:
         """The difference that the claim is tested against."""
-        return -self.at_least if self.expect == LESS else self.at_least
+        return -self.at_least if self.at_least and self.expect == LESS else self.at_least
 
 
 def judge(
@@ -76,6 +79,7 @@ def judge(
     names: tuple[str, str] = ("A", "B"),
     unit: str = POINTS,
     at_least: float = 0.0,
+    words: tuple[str, str] = ("better", "worse"),
 ) -> Finding:
     """Verdict on one claim; where there are several, `judge_all` adjusts for their number.
 
@@ -89,6 +93,7 @@ def judge(
         names: See `Claim`.
         unit: See `Claim`.
         at_least: See `Claim`.
+        words: See `Claim`.
 
     Example:
         >>> right = np.arange(400) % 10 > 0
@@ -96,7 +101,7 @@ def judge(
         >>> found.verdict, found.estimate
         ('equivalent', 0.0)
     """
-    return judge_all([Claim(claim, a, b, expect, margin, names, unit, at_least)], seed=seed)[0]
+    return judge_all([Claim(claim, a, b, expect, margin, names, unit, at_least, words)], seed=seed)[0]
 
 
 def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
@@ -166,6 +171,8 @@ def _finding(claim: Claim, difference: Difference, p: Sequence[float], alpha: fl
         smallest_detectable=smallest_detectable(difference),
         needed=missing,
         counts=_counts(claim, difference),
+        null=claim.null,
+        unit=claim.unit,
     )
 
 
@@ -206,10 +213,10 @@ def _sentence(
 ) -> str:
     (a, b), (low, high), size = claim.names, difference.ci95, difference.estimate
     seeds = f"{difference.seeds} seed" + ("s" if difference.seeds > 1 else "")
-    digits = 2 if high - low < 0.005 else 1
+    digits = 2 if min(high - low, claim.margin) < 0.005 else 1
 
     def number(value: float, sign: str = "") -> str:
-        return f"{100 * value:{sign}.{digits}f}" if claim.unit == POINTS else f"{value:{sign}.3g}"
+        return f"{100 * value:{sign}.{digits}f}" if in_points(claim.unit) else f"{value:{sign}.3g}"
 
     data = f"(95 % interval {number(low, '+')} to {number(high, '+')}; {seeds}, {difference.images:,} images)"
     margin = f"{number(claim.margin)} {claim.unit}"
@@ -226,6 +233,6 @@ def _sentence(
     if claim.null:
         side = "above" if size > claim.null else "below"
         return f"{measured}, {side} the {number(claim.null, '+')} that the claim is about."
-    than = "better" if size > 0 else "worse"
+    than = claim.words[0 if size > 0 else 1]
     small = f", less than the {margin} that matter," if small_but_there else ""
     return f"{b} is {than} than {a} by {number(abs(size))} {claim.unit}{small} for {holds} {data}."

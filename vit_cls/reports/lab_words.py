@@ -9,11 +9,13 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_cls.lab.results import Finding, LabResult, Table, plain
+from vit_cls.lab.results import Finding, LabResult, Table, in_points, plain
 
 DASH = "-"
 MOST_LISTED = 20
 """Items of a list in the settings or the data that are written out; results.json has them all."""
+LABEL = 21
+"""Characters that labels of a finding's numbers take on the terminal, at least."""
 WIDEST_CELL = 44
 """Characters of a cell on the terminal."""
 
@@ -93,26 +95,33 @@ def finding_facts(finding: Finding) -> list[tuple[str, str]]:
 
     Example:
         >>> finding_facts(Finding("a", "cannot tell", "b", estimate=0.01, ci95=(-0.02, 0.04), margin=0.01))
-        [('estimate', '+0.01, 95 % interval -0.02 to +0.04'), ('margin', '0.01')]
+        [('estimate', '+1.00 points, 95 % interval -2.00 to +4.00'), ('margin', '1.00 points')]
     """
     signed = finding.margin is not None or finding.smallest_detectable is not None  # then it is a difference
+    percent, unit = in_points(finding.unit), clean(finding.unit)
+
+    def written(value: float | None, sign: bool = False) -> str:
+        return number(value, percent=percent, signed=sign)
+
     facts = []
     if finding.estimate is not None or finding.ci95 is not None:
-        text = number(finding.estimate, signed=signed)
+        text = f"{written(finding.estimate, signed)} {unit}"
         if finding.ci95 is not None:
-            low, high = (number(bound, signed=signed) for bound in finding.ci95)
+            low, high = (written(bound, signed) for bound in finding.ci95)
             text += f", 95 % interval {low} to {high}"
         facts.append(("estimate", text))
     if finding.p is not None:
-        facts.append(("p of no difference", p_value(finding.p)))
+        null = f"a difference of {written(finding.null, True)} {unit}" if finding.null else "no difference"
+        facts.append((f"p of {null}", p_value(finding.p)))
     if finding.p_holm is not None:
         facts.append(("p, Holm-adjusted", p_value(finding.p_holm)))
     if finding.p_equivalence is not None:
         facts.append(("p of equivalence", p_value(finding.p_equivalence)))
     if finding.margin is not None:
-        facts.append(("margin", number(finding.margin)))
+        facts.append(("margin", f"{written(finding.margin)} {unit}"))
     if finding.smallest_detectable is not None:
-        facts.append(("smallest detectable", f"{number(finding.smallest_detectable)}, with a power of 80 %"))
+        least = written(finding.smallest_detectable)
+        facts.append(("smallest detectable", f"{least} {unit}, with a power of 80 %"))
     if finding.needed:
         facts.append(("needed to tell", clean(finding.needed)))
     if finding.counts:
@@ -220,10 +229,11 @@ def lab_text(result: LabResult) -> str:
     for finding in result.findings:
         lines += ["", *textwrap.wrap(clean(finding.sentence), 100, initial_indent=f"{finding.verdict:<13}",
                                      subsequent_indent=" " * 13)]  # fmt: skip
-        for label, value in finding_facts(finding):
-            lines += textwrap.wrap(
-                value, 100, initial_indent=f"{'':<13}{label:<21}", subsequent_indent=" " * 34
-            )
+        told = finding_facts(finding)
+        width = max([LABEL, *(len(label) + 2 for label, _ in told)])
+        for label, value in told:
+            start, rest = f"{'':<13}{label:<{width}}", " " * (13 + width)
+            lines += textwrap.wrap(value, 100, initial_indent=start, subsequent_indent=rest)
     if result.tables:
         lines += ["", *_text_table(result.tables[0])]
     return "\n".join(lines)

@@ -43,6 +43,7 @@ IDENTITIES: dict[str, Callable[[Subject], Check]] = {
     "zero-query-equals-gap": heads.zero_query_equals_gap,
     "absorbed-map-equals-plain": heads.absorbed_map_equals_plain,
     "gem-p1-is-mean": heads.gem_p1_is_mean,
+    "gem-large-p-is-max": heads.gem_large_p_is_max,
     "lse-limits": heads.lse_limits,
     "knn-weights-argmax": heads.knn_weights_argmax,
     "batch-independence": outputs.batch_independence,

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vit_cls.lab.identities.subject import RELATIVE, Check, Subject, exact, relative_residual
+from vit_cls.lab.probes.knn import votes
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.pooling_attention import AttentionPool, EfficientProbePool
 from vit_cls.model.pooling_base import Pooling, PoolingContext
@@ -20,6 +21,7 @@ from vit_cls.model.pooling_mean import GEM_EPS, generalised_mean, log_mean_exp
 TOLERANCE = 1e-10
 """Everything here is computed in float64."""
 SMALL_R, LARGE_R = 1e-3, 1e3
+LARGE_P = 1e3
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 """Of the weights of nearest neighbours, as in DINO and DINOv2."""
@@ -120,6 +122,25 @@ def gem_p1_is_mean(subject: Subject) -> Check:
     return _close(generalised_mean(subject.patches, 1.0), positive.mean(dim=1))
 
 
+def gem_large_p_is_max(subject: Subject) -> Check:
+    """Generalised mean pooling with a large exponent is the maximum, within a known bound.
+
+    Of N positive values it falls short of the maximum by no more than ``max * (1 - N ** (-1 / p))``: the sum
+    of their powers is at least that of the largest.
+
+    Args:
+        subject: The model.
+
+    Source:
+        GeM, https://arxiv.org/abs/1711.02512.
+    """
+    high = subject.patches.clamp_min(GEM_EPS).amax(dim=1)
+    below = high - generalised_mean(subject.patches, LARGE_P)
+    most = high * (1 - subject.patches.shape[1] ** (-1 / LARGE_P))
+    outside = max(0.0, float((-below).amax()), float((below - most).amax()))
+    return Check(outside / float(high.amax()), RELATIVE, TOLERANCE)
+
+
 def lse_limits(subject: Subject) -> Check:
     """``log(mean exp(r x)) / r`` is the mean for small r and the maximum for large r, within known bounds.
 
@@ -146,6 +167,8 @@ def lse_limits(subject: Subject) -> Check:
 def knn_weights_argmax(subject: Subject) -> Check:
     """DINO's and DINOv2's weights of nearest neighbours choose the same class; residual: how often not.
 
+    DINO's are the votes of the probe ``knn``, so that a mistake in it is seen here.
+
     Args:
         subject: The model; its patch tokens with random labels, those of the first image as queries.
 
@@ -160,25 +183,14 @@ def knn_weights_argmax(subject: Subject) -> Check:
     exceptions = 0
     for k in {min(k, len(bank)) for k in NEIGHBOURS}:
         best, index = scores.topk(k, dim=1)
+        dino = votes(best, labels[index], TEMPERATURE, 10)
         one_hot = F.one_hot(labels[index], 10).double()
-        dino, dinov2 = (
-            torch.einsum("qk,qkc->qc", weights, one_hot)
-            for weights in (dino_weights(best), dinov2_weights(best))
-        )
-        chosen, other = (votes.argmax(dim=1, keepdim=True) for votes in (dino, dinov2))
+        dinov2 = torch.einsum("qk,qkc->qc", dinov2_weights(best), one_hot)
+        chosen, other = (said.argmax(dim=1, keepdim=True) for said in (dino, dinov2))
         # A tie, up to rounding, is no exception.
         apart = dino.gather(1, chosen) - dino.gather(1, other) > 1e-9 * dino.amax(dim=1, keepdim=True)
         exceptions += int(apart.sum())
     return exact(float(exceptions))
-
-
-def dino_weights(scores: Tensor) -> Tensor:
-    """How much each neighbour's vote counts in DINO's evaluation.
-
-    Args:
-        scores: Cosines with the neighbours, shape ``(queries, neighbours)``.
-    """
-    return (scores / TEMPERATURE).exp()
 
 
 def dinov2_weights(scores: Tensor) -> Tensor:

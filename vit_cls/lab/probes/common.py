@@ -11,7 +11,7 @@ from vit_cls.errors import ConfigError, DataError
 from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.lab.extraction import Rows
 from vit_cls.lab.frozen import FrozenTokens
-from vit_cls.lab.reads import WAYS, layers_of, parse_way, possible_ways
+from vit_cls.lab.reads import layers_of, parse_way, possible_ways, usual_ways
 from vit_cls.lab.results import Finding, ForestChart
 from vit_cls.lab.verdicts import Claim, judge_all
 from vit_cls.model.token_model import TokenModel
@@ -50,7 +50,7 @@ def check_parts(train: Rows, val: Rows, test: Rows) -> None:
 
 
 def chosen_ways(
-    ways: Sequence[str], layout: TokenLayout, depth: int, *, default: Sequence[str] = WAYS
+    ways: Sequence[str], layout: TokenLayout, depth: int, *, default: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
     """The ways to compare, each once.
 
@@ -58,7 +58,7 @@ def chosen_ways(
         ways: What the user named; none means ``default``, without what the model does not have.
         layout: The model's tokens.
         depth: The model's blocks.
-        default: Ways where none are named.
+        default: Ways where none are named; None means `usual_ways`.
 
     Returns:
         The ways, and notes about those that were left out.
@@ -71,7 +71,7 @@ def chosen_ways(
         (['gap'], [])
     """
     if not ways:
-        return possible_ways(default, layout)
+        return possible_ways(usual_ways(depth) if default is None else default, layout)
     for way in ways:
         parse_way(way, layout, depth, name="--ways")
     return list(dict.fromkeys(ways)), []
@@ -116,7 +116,7 @@ def described(model: TokenModel) -> str:
     Example:
         >>> from vit_cls import create_model
         >>> described(create_model("vit_pico_patch7_28"))
-        '4 blocks, width 96, 3 heads, 4x4 patches of 28x28 pixels, class token, pool cls'
+        '4 blocks, width 96, 3 heads, 28x28 pixels in 4x4 patches, class token, pool cls'
     """
     config, layout = model.config, model.layout
     image, grid = ("x".join(map(str, sides)) for sides in (config.image_hw, layout.grid_size))
@@ -124,7 +124,7 @@ def described(model: TokenModel) -> str:
     if layout.reg_tokens:
         tokens += f", {layout.reg_tokens} registers"
     size = f"{len(model.blocks)} blocks, width {config.embed_dim}, {config.num_heads} heads"
-    return f"{size}, {grid} patches of {image} pixels, {tokens}, pool {config.pool}"
+    return f"{size}, {image} pixels in {grid} patches, {tokens}, pool {config.pool}"
 
 
 def accuracy_cells(right: np.ndarray) -> tuple[float, float, float, int, int]:

@@ -10,28 +10,26 @@ from typing import Any
 import numpy as np
 
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
-from vit_cls.data.partition import Partition
+from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
 from vit_cls.lab.frozen import FrozenTokens, Running, freeze
 from vit_cls.lab.least_squares import PENALTIES
-from vit_cls.lab.probes.common import check_parts, described, failures_note
+from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
 from vit_cls.lab.probes.explained import R2_UNIT, r2_scores
-from vit_cls.lab.probes.mosaics import Mosaics, make_mosaics, tile_of_patches
 from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
 from vit_cls.lab.probes.pixel_decoders import pixels_of
+from vit_cls.lab.probes.tiled import Mosaics, make_mosaics, tile_of_patches
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Line, LineChart, Table
 from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.verdicts import GREATER, POINTS, Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier
 
 QUESTION = "Do patch tokens know more about their own place than one vector for the whole image does?"
-MARGIN = 0.01
 MAX_IMAGES = 1000
 """Of each part; there are as many samples as patches."""
 ROUNDS = 4
 """How often a training image is used in mosaics."""
 PATCHES = "patch tokens"
-PARTS = ("train", "val", "test")
 TASKS = {
     "position": "patch found (accuracy)",
     "place": "row and column (R2)",

@@ -36,7 +36,7 @@ class Tokens(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HeadRecipe:
     """How every head is trained, the linear probe of the class token among them.
 
     Args:
@@ -179,7 +179,7 @@ def fit_head(
     parts: tuple[Tokens, Tokens, Tokens],
     *,
     num_classes: int,
-    recipe: Recipe,
+    recipe: HeadRecipe,
     seed: int,
 ) -> HeadFit:
     """Train one head with every learning rate, and let validation choose.
@@ -238,7 +238,7 @@ def check_pooling(head: str, pooling: Pooling) -> None:
 
 
 def _train(
-    model: ProbeHead, train: Tokens, val: Tokens, rate: float, recipe: Recipe, seed: int
+    model: ProbeHead, train: Tokens, val: Tokens, rate: float, recipe: HeadRecipe, seed: int
 ) -> tuple[tuple[float, float], int, dict[str, Tensor]]:
     """The best (validation accuracy, minus loss), its epoch counted from 1, and the weights of it."""
     labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))

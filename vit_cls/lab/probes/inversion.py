@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_cls.data.partition import Partition
+from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.lab.extraction import Running, checked_layers
@@ -112,9 +112,9 @@ def _result(
         "penalties": [0.0, *PENALTIES],
         "chosen": {name: one.settings for name, one in decoded.items()},
     }
-    failures = {p: f.failures for p, f in zip(("train", "val", "test"), probe.frozen, strict=True)}
+    failures = {p: f.failures for p, f in zip(PARTS, probe.frozen, strict=True)}
     data: dict[str, Any] = {"origin": probe.parts.origin, "failures": failures}
-    data |= {p: len(f) for p, f in zip(("train", "val", "test"), probe.frozen, strict=True)}
+    data |= {p: len(f) for p, f in zip(PARTS, probe.frozen, strict=True)}
     predictions = {"paths": test.paths, "targets": test.labels, "totals": totals} | {
         name: {"errors": one.errors, "identified": one.identified, "agrees": one.agrees}
         for name, one in scores.items()
@@ -318,4 +318,4 @@ def _notes(probe: Reconstructions) -> list[str]:
         notes.append("The model has no class token, so nothing was read from one.")
     if probe.decoder == "conv":
         notes.append("The network is not linear: the principal components are no ceiling for it.")
-    return notes + failures_note(dict(zip(("train", "val", "test"), probe.frozen, strict=True)))
+    return notes + failures_note(dict(zip(PARTS, probe.frozen, strict=True)))

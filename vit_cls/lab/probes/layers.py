@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from vit_cls.data.partition import Partition
+from vit_cls.data.partition import PARTS, Partition
 from vit_cls.lab.extraction import Running
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
@@ -25,12 +25,11 @@ from vit_cls.lab.probes.common import (
 from vit_cls.lab.probes.kept_reads import kept_reads
 from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
 from vit_cls.lab.reads import layers_of, parse_way
-from vit_cls.lab.results import Finding, LabResult, Line, LineChart, Table
+from vit_cls.lab.results import MOST_LINES, Finding, LabResult, Line, LineChart, Table
 from vit_cls.lab.verdicts import Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier
 
 LAYER_WAYS = ("cls", "gap", "max")
-PARTS = ("train", "val", "test")
 Pair = tuple[str, int]
 """A way of reading, and the layer."""
 
@@ -179,9 +178,11 @@ def _table(right: Mapping[Pair, np.ndarray], fits: Mapping[Pair, Fit], val_image
 
 def _chart(right: Mapping[Pair, np.ndarray], ways: Sequence[str], depth: int) -> LineChart:
     lines = []
-    for way in ways[:8]:
+    for way in ways[:MOST_LINES]:
         cells = [accuracy_cells(right[way, layer]) for layer in range(depth + 1)]
         points = [(float(layer), one[0]) for layer, one in enumerate(cells)]
         lines.append(Line(way, points, [(one[1], one[2]) for one in cells]))
     note = "Test top-1 of ridge probes; bands are Wilson's 95 % intervals. 0 is before the first block."
+    if len(ways) > MOST_LINES:
+        note += f" Drawn: the first {MOST_LINES} of {len(ways)} reads; the others are in the table."
     return LineChart("What can be read off each layer", "block", "test top-1", lines, note=note)

@@ -47,7 +47,7 @@ class Scores:
         errors: Squared error of each image, shape ``(images,)``.
         psnr: Of each image, in dB.
         ssim: Of each image.
-        identified: Of each image, see `vit_cls.lab.picture_metrics.identified`.
+        identified: Of each image, see `vit_cls.lab.probes.picture_metrics.identified`.
         bands: Squared error of each image in each ring of frequencies, shape ``(images, bands)``.
         agrees: Whether the model gives each reconstruction the class that it gives the image; None where the
             reconstructions are not of the model's size, or its classes are not those of the data.

@@ -225,6 +225,12 @@ def _notes(settings: RetrievalSettings, first: Rankings, images: int) -> list[st
         "mean of the train part is taken away; whitened: PCA of the train part, each axis divided by its "
         "standard deviation."
     ]
+    if settings.gallery == "test":
+        notes.append(
+            "Queries stand in each other's galleries, so their average precisions are not independent; the "
+            "intervals and tests take them as if they were, so they are approximate. --gallery train has no "
+            "such dependence."
+        )
     if first.without_positive:
         notes.append(
             f"{first.without_positive} of {images} test images have no other image of their class in the "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_cls.data.partition import DIGITS, Partition
+from vit_cls.data.partition import DIGITS, PARTS, Partition
 
 RECORD_FILE = "run.json"
 UNKNOWN = (
@@ -28,7 +28,9 @@ def find_record(model: str | Path) -> dict[str, Any] | None:
     Example:
         >>> find_record("vit_tiny_patch16_224")
     """
-    for folder in (Path(model), *list(Path(model).parents)[:2]):
+    path = Path(model)
+    folders = [path] if path.is_dir() else list(path.parents)[:2] if path.is_file() else []
+    for folder in folders:  # a checkpoint lies one folder deeper than the model file
         try:
             record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -67,7 +69,7 @@ def seen_note(record: Mapping[str, Any] | None, parts: Partition, data: str) -> 
 
 def _same_data(record: Mapping[str, Any], parts: Partition, data: str) -> bool:
     told, identity = record.get("data") or {}, record.get("identity") or {}
-    fingerprints = {getattr(parts, part).index.fingerprint() for part in ("train", "val", "test")}
+    fingerprints = {getattr(parts, part).index.fingerprint() for part in PARTS}
     if fingerprints & {identity.get("train_fingerprint"), identity.get("val_fingerprint")}:
         return True
     if told.get("root") is None:
@@ -78,5 +80,5 @@ def _same_data(record: Mapping[str, Any], parts: Partition, data: str) -> bool:
 
 def _test_was_apart(parts: Partition, data: str) -> bool:
     """Training never reads a test folder that stands beside a validation folder, nor the digits' third."""
-    roots = {getattr(parts, part).index.root for part in ("train", "val", "test")}
+    roots = {getattr(parts, part).index.root for part in PARTS}
     return len(roots) == 3 or (data == DIGITS and not Path(data).is_dir())

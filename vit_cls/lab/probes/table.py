@@ -14,7 +14,7 @@ from vit_cls.lab.frozen import FrozenTokens, freeze
 from vit_cls.lab.probes.attentive import attentive
 from vit_cls.lab.probes.common import chosen_ways, layers_needed
 from vit_cls.lab.probes.dense import dense
-from vit_cls.lab.probes.head_fits import Recipe
+from vit_cls.lab.probes.head_fits import HeadRecipe
 from vit_cls.lab.probes.inversion import invert
 from vit_cls.lab.probes.knn import KnnSettings, knn
 from vit_cls.lab.probes.layers import LayerSettings, layers
@@ -136,7 +136,7 @@ def _attentive(
     classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
 ) -> LabResult:
     recipe = options["recipe"]
-    options = options | {"recipe": None if recipe is None else Recipe(**recipe)}
+    options = options | {"recipe": None if recipe is None else HeadRecipe(**recipe)}
     return attentive(classifier, parts, running=running, **options)
 
 

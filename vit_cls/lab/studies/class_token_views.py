@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from vit_cls.data.dataset import FolderSource, ImageSource
-from vit_cls.lab.results import HeatMap, Line, LineChart, Pictures, Table
+from vit_cls.lab.results import MOST_LINES, HeatMap, Line, LineChart, Pictures, Table
 from vit_cls.lab.statistics import Mean, mean_interval
 from vit_cls.lab.studies.class_tokens import (
+    AgainstSeeds,
     ClassTokens,
     TokenAnswers,
+    against_seeds,
     cosine_matrix,
     image_cosine,
     information_test,
@@ -24,7 +26,6 @@ from vit_cls.weights.file_classifier import transform_of
 COLLAPSED = 0.95
 """Tokens with a larger cosine are called parallel."""
 EXAMPLES = 6
-MOST_LINES = 8
 FROM_TO = ("from (%)", "to (%)")
 
 
@@ -50,6 +51,14 @@ class Seen:
         """The same by layer, as the blocks left the tokens, shape ``(depth + 1, seeds, images)``."""
         return np.stack([pair_cosine(one.layers).T for one in self.tokens], axis=1)
 
+    def against_seeds(self, seed: int) -> AgainstSeeds | None:
+        """Cosines within the models against those between them; None for one seed.
+
+        Args:
+            seed: Of the permutations.
+        """
+        return against_seeds(np.stack([one.output for one in self.tokens]), seed=seed)
+
     def other_image_cosine(self, seed: int) -> float:
         """Cosine of a token with itself on another image, the mean over seeds.
 
@@ -74,23 +83,28 @@ def alike_table(seen: Mapping[str, Seen], *, seed: int) -> Table:
 
     Args:
         seen: By arm.
-        seed: Which images are paired for comparison.
+        seed: Which images are paired for comparison; also of the permutations.
     """
     rows: list[list[Any]] = []
     for arm, one in seen.items():
         mean, seeds = mean_interval(one.cosines), one.cosines.mean(axis=1)
         likeness = [*_bounded(mean), collapse(mean), float(seeds.min()), float(seeds.max())]
         others = [one.other_image_cosine(seed), float(one.layer_cosines[0].mean())]
-        rows.append([arm, *likeness, *others, *_overlap(one), mean.seeds, mean.images])
+        found = one.against_seeds(seed)
+        chance = [None] * 3 if found is None else [found.independent, found.p, found.smallest_p]
+        rows.append([arm, *likeness, *others, *chance, *_overlap(one), mean.seeds, mean.images])
     columns = ["arm", "cosine", "from", "to", "collapsed", "lowest seed", "highest seed"]
-    columns += ["same token, other image", "at the input", "attention apart", "from", "to", "seeds", "images"]
+    columns += ["same token, other image", "at the input", "independent models", "p", "smallest p"]
+    columns += ["attention apart", "from", "to", "seeds", "images"]
     return Table(
         "How alike the class tokens are",
         columns,
         rows,
         "Cosine of the output tokens after the final norm, the mean over pairs and images. Collapsed: the "
-        f"interval lies above {COLLAPSED:g}. Attention apart: Jensen-Shannon divergence in the last block, 0 "
-        "where tokens look at the same patches, 1 where at different ones.",
+        f"interval lies above {COLLAPSED:g}. Independent models: a token of one seed and one of another, on "
+        "the same image; p by dealing all tokens out anew over the models, not adjusted for the number of "
+        "arms; smallest p: what so few seeds and tokens allow. Attention apart: Jensen-Shannon divergence in "
+        "the last block, 0 where tokens look at the same patches, 1 where at different ones.",
     )
 
 

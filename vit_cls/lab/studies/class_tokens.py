@@ -156,6 +156,63 @@ def image_cosine(tokens: np.ndarray, *, seed: int) -> float:
     return float(pair_cosine(pairs).mean())
 
 
+@dataclass(frozen=True)
+class AgainstSeeds:
+    """Whether tokens of one model are more parallel than tokens of models that know nothing of each other.
+
+    Args:
+        independent: Mean cosine of tokens of different models on the same image.
+        p: One-sided p-value of no difference.
+        smallest_p: The least that so few seeds and tokens allow.
+    """
+
+    independent: float
+    p: float
+    smallest_p: float
+
+
+def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
+    """Compare the cosines within models with those of token i of one seed and token j of another.
+
+    If the tokens of a model had nothing to do with each other, it would not matter which of all tokens are
+    put together as a model: they are dealt out at random, and the mean cosine within a model computed again.
+
+    Args:
+        outputs: Of models of different seeds on the same images, shape ``(seeds, images, K, dim)``.
+        seed: Of the permutations.
+
+    Returns:
+        None for fewer than two seeds.
+
+    Example:
+        >>> one, other = [[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
+        >>> against_seeds(np.array([[one], [other]]), seed=0).independent
+        0.0
+    """
+    seeds, images, count, dim = outputs.shape
+    if seeds < 2:
+        return None
+    unit = outputs.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    tokens = unit.transpose(0, 2, 1, 3).reshape(seeds * count, images * dim)
+    cosines = tokens @ tokens.T / images  # the mean over images
+    model = np.repeat(np.arange(seeds), count)
+    pairs = ~np.eye(len(model), dtype=bool)
+
+    def within(order: np.ndarray) -> float:
+        owner = model[order]
+        return float(cosines[(owner[:, None] == owner) & pairs].mean())
+
+    rng = np.random.default_rng(seed)
+    dealt = np.array([within(rng.permutation(len(model))) for _ in range(PERMUTATIONS)])
+    # Sums in another order differ by rounding: what is equal shall count as equal.
+    p = permutation_p(within(np.arange(len(model))) - 1e-12, dealt)
+    ways = math.factorial(seeds * count) // (math.factorial(count) ** seeds * math.factorial(seeds))
+    return AgainstSeeds(
+        float(cosines[model[:, None] != model].mean()), p, max(1 / ways, 1 / (1 + len(dealt)))
+    )
+
+
 def jensen_shannon(rows: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions, the mean over pairs, in units of log 2.
 

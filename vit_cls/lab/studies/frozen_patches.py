@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls.data.partition import PARTS
 from vit_cls.lab.frozen import freeze
 from vit_cls.lab.probes.tokens import SINGLE
 from vit_cls.lab.probes.tokens import tokens as probe_tokens
@@ -16,8 +17,6 @@ from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.lab.verdicts import EQUAL, GREATER, Claim
-
-PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def read_frozen(answers: Answers, trials: Sequence[Trial], name: str) -> FrozenR
         classifier = answers.model(trial)
         grid_size = classifier.model.layout.grid_size
         parts = trial.data.parts(trial.seed)
-        train, val, test = (freeze(classifier, getattr(parts, part)) for part in PARTS)
+        train, val, test = (freeze(classifier, getattr(parts, part), precision="32") for part in PARTS)
         said = probe_tokens(train, val, test).predictions["preds"]
         right = {way: rows == test.labels for way, rows in said.items()}
         of_patches = [way for way in right if way.startswith("token:")]
@@ -140,6 +139,7 @@ def frozen_claims(cls: FrozenReads, gap: FrozenReads, *, margin: float) -> list[
                 f"the lead of the mean in the {gap.name} model",
                 f"the lead of the class token in the {cls.name} one",
             ),
+            words=("larger", "smaller"),
         ),
     ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vit_cls.data.dataset import ArraySource, ImageDataset, ImageSource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.loader import default_num_workers, make_loader
-from vit_cls.data.partition import Partition
+from vit_cls.data.partition import PARTS, Partition
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.transforms import eval_transform
 from vit_cls.errors import ConfigError, DataError, did_you_mean
@@ -24,7 +24,6 @@ from vit_cls.lab.results import Pictures
 DISTRACTORS = ("classes", "noise")
 TILE = 32
 """Side of a tile in pixels, where images are files."""
-PARTS = ("train", "val", "test")
 FEWEST_CLASSES = 4
 """Two to tell apart, and two for the other tiles."""
 EXAMPLES = 4

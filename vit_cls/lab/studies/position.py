@@ -136,7 +136,8 @@ class PositionStudy(Study):
         ]
         names = "what positions give to gap", "what positions give to cls"
         text = "cls and gap need positions to a different degree."
-        return [*claims, Claim(text, losses[0], losses[1], DIFFERS, margin, names)]
+        words = "larger", "smaller"
+        return [*claims, Claim(text, losses[0], losses[1], DIFFERS, margin, names, words=words)]
 
     def _headline(self, findings: Sequence[Finding]) -> str:
         return headline(findings[0], findings[2].sentence)

@@ -138,6 +138,11 @@ class RefineStudy(Study):
                 f"One model, {count} permutations, averaged for each image: what is found holds for this "
                 "model and images like these."
             )
+            notes.append(
+                "If the model was trained on images of the train or validation part, what is read off its "
+                "class token there, and the probe that is fitted to it, are not as on images new to it; "
+                "images of the test part must be new to it."
+            )
         if curves.inserted is None:
             notes.append(
                 "The class token was not inserted late: attention has a causal mask, rotary positions or "
@@ -224,6 +229,10 @@ def headline(curves: Curves, findings: Sequence[Finding], used: Sequence[int]) -
     if not used:
         return f"{findings[-1].verdict.capitalize()}: {findings[-1].sentence}"
     first = used[0]
+    if len(used) < depth + 1 - first:
+        blocks = f"blocks {', '.join(map(str, used[:-1]))} and {used[-1]}" if used[1:] else f"block {first}"
+        rest = f"the class token is used after {blocks} of {depth}; after the others no drop was shown"
+        return f"{SUPPORTED.capitalize()}: {rest}: {findings[first - 1].sentence}"
     probe = f"A ridge probe reads {100 * curves.ridge[:, first].mean():.1f} % off it there"
     if first == 1:
         what, before = f"what the class token holds after the first block of {depth} is used", "."

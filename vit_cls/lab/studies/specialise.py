@@ -32,6 +32,8 @@ VARIANTS = {"mean": "multicls", "concat": "multicls-concat", "diverse": "multicl
 """Poolings by the word that is typed."""
 ONE, REGISTER = "cls", "extra register"
 COSINE = "of cosine"
+COSINE_MARGIN = 0.01
+"""The largest difference of cosines that does not matter; the margin of a study is of accuracies."""
 
 
 class SpecialiseStudy(Study):
@@ -123,7 +125,7 @@ class SpecialiseStudy(Study):
                 self._accuracy(answers, grid, right),
             ],
             figures=self._figures(seen, right, parts[self.setup.seed]),
-            settings=self.settings(),
+            settings=self.settings() | {"cosine_margin": COSINE_MARGIN},
             data=self.data_record(answers, self.trials()),
             values=self._values(seen, right),
             predictions=answers.predictions(grid),
@@ -143,7 +145,7 @@ class SpecialiseStudy(Study):
                 np.zeros_like(seen[f"mean {k}"].cosines),
                 seen[f"mean {k}"].cosines,
                 expect=GREATER,
-                margin=margin,
+                margin=COSINE_MARGIN,
                 names=("0", f"the cosine of {k} tokens"),
                 unit=COSINE,
                 at_least=COLLAPSED,
@@ -168,17 +170,19 @@ class SpecialiseStudy(Study):
                 seen[f"mean {k}"].cosines,
                 seen[f"diverse {k}"].cosines,
                 expect=LESS,
-                margin=margin,
+                margin=COSINE_MARGIN,
                 names=(f"the cosine of mean {k}", f"that of diverse {k}"),
                 unit=COSINE,
+                words=("higher", "lower"),
             )
             for k in counts
             if "diverse" in self.variants
         ]
         found = judge_all([*parallel, *gains, *lower], seed=self.setup.seed)
-        spoken = [_spoken(one, f"{k} class tokens") for one, k in zip(found, counts, strict=False)]
-        told = [_lower_or_higher(one) for one in found[len(found) - len(lower) :]]
-        return [*spoken, *found[len(spoken) : len(found) - len(lower)], *told]
+        spoken = [
+            _spoken(one, k, seen[f"mean {k}"], self.setup.seed) for one, k in zip(found, counts, strict=False)
+        ]
+        return [*spoken, *found[len(spoken) :]]
 
     def _accuracy(
         self, answers: Answers, grid: dict[str, list[Trial]], right: dict[str, np.ndarray]
@@ -229,6 +233,10 @@ class SpecialiseStudy(Study):
             "token_top1": {
                 arm: [each.right.mean(axis=0) for each in one.answers] for arm, one in seen.items()
             },
+            "independent_models": {
+                arm: None if (found := one.against_seeds(self.setup.seed)) is None else vars(found)
+                for arm, one in seen.items()
+            },
             "attention_apart": {
                 arm: [None if each.overlap is None else each.overlap.mean() for each in one.tokens]
                 for arm, one in seen.items()
@@ -248,6 +256,11 @@ class SpecialiseStudy(Study):
             "test images, and so too far apart.",
             "Parallel tokens say little where the same token is as parallel to itself on other images.",
         ]
+        if self.setup.seeds == 1:
+            notes.append(
+                "Whether class tokens of one model are more parallel than those of independent models takes "
+                "two seeds at least, and was not tested."
+            )
         if any(each.overlap is None for one in seen.values() for each in one.tokens):
             notes.append("Attention weights are not known for this architecture, and were left out.")
         return notes
@@ -277,21 +290,20 @@ def _ece(answers: Answers, trial: Trial) -> float:
     return measure_calibration(probs.astype(np.float64), targets, seed=trial.seed).ece
 
 
-def _spoken(finding: Finding, who: str) -> Finding:
-    """A claim on one quantity, not on a difference, needs a sentence of its own."""
+def _spoken(finding: Finding, count: int, seen: Seen, seed: int) -> Finding:
+    """A claim on one quantity, not on a difference: a sentence of its own, and what to compare it with."""
     low, high = finding.ci95 or (0.0, 0.0)
     seeds, images = finding.counts["seeds"], finding.counts["images"]
     place = {SUPPORTED: "above", REFUTED: "below"}.get(finding.verdict, "not told from")
+    found = seen.against_seeds(seed)
+    others = (
+        "" if found is None else f", tokens of independent models {found.independent:.3f} (p {found.p:.3g})"
+    )
     needed = f"; needed: {finding.needed}" if finding.needed else ""
     sentence = (
-        f"the mean cosine of {who} after the final norm is {finding.estimate:.3f} (95 % interval {low:.3f} "
-        f"to {min(1.0, high):.3f}; {seeds} seed{'s' if seeds > 1 else ''}, {images:,} images), {place} "
-        f"{COLLAPSED:g}{needed}."
+        f"the mean cosine of {count} class tokens after the final norm is {finding.estimate:.3f} (95 % "
+        f"interval {low:.3f} to {min(1.0, high):.3f}; {seeds} seed{'s' if seeds > 1 else ''}, {images:,} "
+        f"images), {place} {COLLAPSED:g}; the same token on another image has "
+        f"{seen.other_image_cosine(seed):.3f}{others}{needed}."
     )
     return dataclasses.replace(finding, sentence=sentence)
-
-
-def _lower_or_higher(finding: Finding) -> Finding:
-    """Cosines are neither better nor worse."""
-    words = finding.sentence.replace(" is better than ", " is higher than ")
-    return dataclasses.replace(finding, sentence=words.replace(" is worse than ", " is lower than "))

@@ -1,4 +1,4 @@
-"""Mosaics of labelled images: inputs of which it is known what stands where."""
+"""Mosaics of labelled images, shrunk to tiles: inputs of which it is known what stands where."""
 
 from __future__ import annotations
 
