@@ -162,6 +162,8 @@ def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A suite that a shell runs in the background ignores Ctrl-C, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 250
         while len(list(place.glob("out/trials/*/run/checkpoints/last.ckpt"))) < jobs:

@@ -60,7 +60,7 @@ def test_the_table_has_a_line_for_each_identity_and_a_reason_where_one_does_not_
     table = {line.split()[0]: line for line in lines[1:-1]}
     assert table["prepend-equals-append"].endswith("does not apply: the model has no class token")
     assert table["evaluation-is-deterministic"].split()[1:] == ["0", "=", "0", "ok"]
-    assert lines[-1].startswith("19 identities checked, 0 do not hold; 9 do not apply; float32 on cpu")
+    assert lines[-1].startswith("20 identities checked, 0 do not hold; 9 do not apply; float32 on cpu")
 
 
 def test_an_identity_that_does_not_hold_is_exit_code_1_and_is_said_again_in_words(

@@ -272,7 +272,7 @@ def test_a_failed_training_is_noted_and_heads_leaves_its_rate_out(setup):
     assert answers.failed(bad[0]) == "the loss is not finite."
     result = study.analyse(answers)
     assert result.values["tuned_lr"]["gap"] == 0.5 * setup.recipe.lr
-    assert any("gap: learning rate 0.004 failed" in note for note in result.notes)
+    assert any("gap: learning rate 0.003 failed" in note for note in result.notes)
     assert not any("cls: learning rate" in note for note in result.notes)
 
 
@@ -368,8 +368,10 @@ def test_rankings_differ_between_tuned_and_shared_rates(setup, told):
     study = _study(setup, lr_grid=3)
     answers = _tell(told, study, HAND_MADE)
     result = study.analyse(answers)
-    assert result.values["tuned_lr"] == {"cls": 0.004, "gap": 0.002}
-    best, ranks, shared = result.tables
+    assert result.values["tuned_lr"] == {"cls": 0.003, "gap": 0.0015}
+    best, ranks, shared, pairs = result.tables
+    assert [list(row[:2]) for row in pairs.rows] == [["gap", "cls"]]
+    assert pairs.rows[0][2] == pytest.approx(0.05, abs=0.001)
     assert [row[0] for row in best.rows] == ["gap", "cls"]
     assert [list(row) for row in ranks.rows] == [[1, "gap", "cls"], [2, "cls", "gap"]]
     assert [row[0] for row in shared.rows] == ["cls", "gap"]
@@ -383,7 +385,7 @@ def test_of_equal_rates_the_one_nearest_to_the_shared_wins(setup, told):
     study = _study(setup, lr_grid=3)
     shares = {"cls": {0.5: 0.8, 1.0: 0.8, 2.0: 0.8}, "gap": {0.5: 0.8, 1.0: 0.7, 2.0: 0.8}}
     result = study.analyse(_tell(told, study, shares))
-    assert result.values["tuned_lr"] == {"cls": 0.004, "gap": 0.002}
+    assert result.values["tuned_lr"] == {"cls": 0.003, "gap": 0.0015}
 
 
 def test_the_choice_of_rates_never_sees_the_test_images(setup, told):
