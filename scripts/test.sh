@@ -12,4 +12,19 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    .venv/bin/python -m pytest "$@"
+    exit
+fi
+
+# The commands' tests start processes and wait for them: the others run beside them, on the second core. The commands
+# stay in front, since what a script runs in the background does not see Ctrl-C, which some of them send.
+log=$(mktemp)
+.venv/bin/python -m pytest --ignore=tests/commands >"$log" 2>&1 &
+others=$!
+failed=0
+.venv/bin/python -m pytest tests/commands || failed=1
+wait "$others" || failed=1
+cat "$log"
+rm -f "$log"
+exit "$failed"
