@@ -16,6 +16,7 @@ from vit_cls.errors import ConfigError
 from vit_cls.model.attention import Attention
 from vit_cls.model.block import Block, Mlp
 from vit_cls.model.pooling_base import Pooling, PoolingContext, attend, need_count, weighted_sum
+from vit_cls.model.pooling_mean import masked_mean
 
 CAIT_LAYER_SCALE = 0.1
 """CaiT's first value of LayerScale for networks of up to 18 blocks; 1e-5 would keep the output constant for
@@ -132,11 +133,7 @@ class SimPool(Pooling):
         return attend(self._scores(tokens, self.norm(tokens), mask), mask).transpose(1, 2)
 
     def _scores(self, tokens: Tensor, normed: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            mean = tokens.mean(dim=1)
-        else:
-            mean = tokens.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        query = F.linear(mean, self.q) @ self.k.weight  # W_k^T q, (B, D)
+        query = F.linear(masked_mean(tokens, mask), self.q) @ self.k.weight  # W_k^T q, (B, D)
         return normed @ (query * normed.shape[-1] ** -0.5)[:, :, None]
 
     def reset_parameters(self) -> None:
