@@ -9,7 +9,7 @@ import torch
 
 from vit_cls import create_model
 from vit_cls.cli import main
-from vit_cls.lab.identities import IDENTITIES
+from vit_cls.lab.verify import IDENTITIES
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.weights.bundle import save_classifier
 

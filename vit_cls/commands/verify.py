@@ -36,7 +36,7 @@ def run(words: list[str]) -> Outcome:
     args = parse(parser, words)
     # Here: these load for seconds, and --help needs none of them.
     from vit_cls.evaluation.predictions import choose_device
-    from vit_cls.lab.identities import verify
+    from vit_cls.lab.verify import verify
     from vit_cls.weights.factory import load
 
     output = None

@@ -9,8 +9,8 @@ from torch import nn
 
 from vit_cls import create_model
 from vit_cls.errors import ConfigError
-from vit_cls.lab.identities import IDENTITIES, heads, verify, what
-from vit_cls.lab.identities.subject import EXACT, GREATER, RELATIVE, Check
+from vit_cls.lab.verify import IDENTITIES, heads, verify, what
+from vit_cls.lab.verify.subject import EXACT, GREATER, RELATIVE, Check
 from vit_cls.model.attention import Attention
 from vit_cls.model.block import Block
 from vit_cls.model.classifier import ImageClassifier, Preprocess
@@ -381,44 +381,44 @@ def _unbiased_map(self, tokens, mask=None):
 TOOLS = [
     ("vit_cls.model.encoder.causal_mask", _shifted, {"causal-prepend-no-gradient"}),
     ("vit_cls.model.encoder.causal_mask", _itself, {"causal-append-has-gradient"}),
-    ("vit_cls.lab.identities.readout.rollout", _leaky_rollout, {"rollout-rows", "one-layer-rollout"}),
+    ("vit_cls.lab.verify.readout.rollout", _leaky_rollout, {"rollout-rows", "one-layer-rollout"}),
     (
-        "vit_cls.lab.identities.heads.EfficientProbePool._scores",
+        "vit_cls.lab.verify.heads.EfficientProbePool._scores",
         _scaled_scores,
         {"one-query-attention-equals-ep"},
     ),
     (
-        "vit_cls.lab.identities.heads.EfficientProbePool.forward",
+        "vit_cls.lab.verify.heads.EfficientProbePool.forward",
         _transposed_values,
         {"one-query-attention-equals-ep", "zero-query-equals-gap"},
     ),
-    ("vit_cls.lab.identities.heads.AttentionPool.forward", _unbiased_map, {"absorbed-map-equals-plain"}),
+    ("vit_cls.lab.verify.heads.AttentionPool.forward", _unbiased_map, {"absorbed-map-equals-plain"}),
     (
-        "vit_cls.lab.identities.heads.generalised_mean",
+        "vit_cls.lab.verify.heads.generalised_mean",
         lambda tokens, p: tokens.mean(dim=1),
         {"gem-p1-is-mean", "gem-large-p-is-max"},
     ),
     (
-        "vit_cls.lab.identities.heads.generalised_mean",
+        "vit_cls.lab.verify.heads.generalised_mean",
         lambda tokens, p: tokens.clamp_min(heads.GEM_EPS).pow(p).mean(dim=1).pow(1 / p),
         {"gem-large-p-is-max"},  # powers that underflow
     ),
     (
-        "vit_cls.lab.identities.heads.generalised_mean",
+        "vit_cls.lab.verify.heads.generalised_mean",
         lambda tokens, p: tokens.clamp_min(heads.GEM_EPS).pow(min(p, 300)).mean(dim=1).pow(1 / min(p, 300)),
         {"gem-large-p-is-max"},  # short of the bound by a little
     ),
-    ("vit_cls.lab.identities.heads.log_mean_exp", lambda tokens, r: tokens.mean(dim=1), {"lse-limits"}),
-    ("vit_cls.lab.identities.heads.log_mean_exp", lambda tokens, r: tokens.amax(dim=1), {"lse-limits"}),
+    ("vit_cls.lab.verify.heads.log_mean_exp", lambda tokens, r: tokens.mean(dim=1), {"lse-limits"}),
+    ("vit_cls.lab.verify.heads.log_mean_exp", lambda tokens, r: tokens.amax(dim=1), {"lse-limits"}),
     (
-        "vit_cls.lab.identities.heads.votes",
+        "vit_cls.lab.verify.heads.votes",
         lambda scores, labels, temperature, classes: (
             F.one_hot(labels, classes).double() * (-scores / temperature).exp()[:, :, None]
         ).sum(dim=1),
         {"knn-weights-argmax"},
     ),
     (
-        "vit_cls.lab.identities.heads.dinov2_weights",
+        "vit_cls.lab.verify.heads.dinov2_weights",
         lambda scores: (-scores / 0.01).softmax(dim=1),
         {"knn-weights-argmax"},
     ),

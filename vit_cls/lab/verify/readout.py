@@ -16,7 +16,7 @@ from vit_cls.lab.attention import (
     rollout,
     uniform_distance,
 )
-from vit_cls.lab.identities.subject import (
+from vit_cls.lab.verify.subject import (
     RELATIVE,
     Check,
     NotApplicableError,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vit_cls.lab.identities.subject import RELATIVE, Check, Subject, exact, relative_residual
 from vit_cls.lab.probes.knn import votes
 from vit_cls.lab.seeding import seeded
+from vit_cls.lab.verify.subject import RELATIVE, Check, Subject, exact, relative_residual
 from vit_cls.model.pooling_attention import AttentionPool, EfficientProbePool
 from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.pooling_mean import GEM_EPS, generalised_mean, log_mean_exp

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.identities import heads, order, outputs, readout
-from vit_cls.lab.identities.subject import RELATIVE, Check, NotApplicableError, Subject
 from vit_cls.lab.results import plain
+from vit_cls.lab.verify import heads, order, outputs, readout
+from vit_cls.lab.verify.subject import RELATIVE, Check, NotApplicableError, Subject
 from vit_cls.model.classifier import ImageClassifier
 
 PRECISIONS = ("auto", "64", "32")

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from vit_cls.lab.identities.subject import (
+from vit_cls.lab.verify.subject import (
     RELATIVE,
     Check,
     NotApplicableError,

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from vit_cls.lab.attention import attention_parts
-from vit_cls.lab.identities.subject import (
+from vit_cls.lab.interventions import (
+    changed_tokens,
+    insert_tokens,
+    reorder_tokens,
+    replace_token,
+    shuffle_token,
+)
+from vit_cls.lab.verify.subject import (
     Check,
     NotApplicableError,
     Subject,
@@ -19,13 +26,6 @@ from vit_cls.lab.identities.subject import (
     need_class_token,
     need_native,
     need_symmetry,
-)
-from vit_cls.lab.interventions import (
-    changed_tokens,
-    insert_tokens,
-    reorder_tokens,
-    replace_token,
-    shuffle_token,
 )
 from vit_cls.model.encoder import Encoder
 from vit_cls.model.token_model import TokenModel
