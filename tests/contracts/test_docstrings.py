@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import pkgutil
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,22 @@ def _public():
 PUBLIC = dict(_public())
 
 
+def _used_in_other_rooms() -> set[str]:
+    """Names that a file of another room imports: those have their arguments documented."""
+    root = Path(vit_cls.__file__).parent
+    used: set[str] = set()
+    for path in root.rglob("*.py"):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else []
+            if len(parts) > 1 and parts[0] == "vit_cls" and parts[1] != room:
+                used |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return used
+
+
+USED_IN_OTHER_ROOMS = _used_in_other_rooms()
+
+
 def _documented(docstring: str) -> list[str]:
     section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
     return re.findall(r"^ {4}(\w+):", section[1], re.MULTILINE) if section else []
@@ -57,6 +75,7 @@ def _parameters(thing) -> list[str]:
 def test_the_sweep_found_the_public_names():
     assert len(PUBLIC) >= 120
     assert "vit_cls.model.vit.VisionTransformer.embed_tokens" in PUBLIC
+    assert len(USED_IN_OTHER_ROOMS) >= 100
 
 
 def test_every_module_opens_with_a_sentence():
@@ -74,7 +93,10 @@ def test_documented_parameters_are_the_signatures(name):
         pytest.fail(f"{name} has only the generated docstring")
     documented = _documented(docstring)
     if documented:
-        assert documented == _parameters(thing), name
+        names = iter(_parameters(thing))
+        assert all(one in names for one in documented), name  # in their order; what needs no words has none
+    elif name not in USED_IN_OTHER_ROOMS:
+        return
     elif inspect.isclass(thing):
         inherited = any(
             _parameters(base) == _parameters(thing) for base in thing.__mro__[1:-1] if base.__doc__
