@@ -1,0 +1,150 @@
+"""Make the golden files: what today's code trains, writes and says, for the code of tomorrow to repeat.
+
+Run:    OMP_NUM_THREADS=1 python -m tests.golden.record [NAME ...]   (all, or some of COMMANDS)
+Only where a change of results is wanted; the commit says why. Everything is tiny, on the embedded digits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vit_cls.cli import main
+from vit_cls.data.digits import write_digits
+
+GOLDEN = Path(__file__).parent
+THREADS = 1
+TRAINING = (
+    *("--data.name", "digits", "--data.batch_size", "8", "--data.augment", "none"),
+    *("--data.num_workers", "0", "--optim.lr", "5e-3", "--trainer.max_epochs", "3"),
+    *("--model.name", "vit_pico_patch7_28", "--model.img_size", "16", "--model.patch_size", "4"),
+    *("--model.embed_dim", "32", "--model.depth", "2", "--model.num_heads", "2"),
+    *("--trainer.accelerator", "cpu"),
+)
+ON_CPU = ("--device", "cpu", "--num_workers", "0")
+RECIPE = (
+    *("--recipe.img_size", "16", "--recipe.patch_size", "4", "--recipe.embed_dim", "24"),
+    *("--recipe.num_heads", "2", "--recipe.epochs", "2", "--recipe.batch_size", "128"),
+)
+# name: the words after vit-cls, run in a folder that holds run/, gap.safetensors and digits_test/
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "evaluate": ("evaluate", "--model", "run", "--data", "digits_test", *ON_CPU),
+    "compare": ("compare", "--model", "run", "--model", "gap.safetensors", "--data", "digits_test", *ON_CPU),
+    "probe_linear": ("probe", "linear", "--model", "run", "--data", "digits", "--cache", "cache", *ON_CPU),
+    "study_depth": (
+        *("study", "depth", "--data", "digits", "--seeds", "2", "--depths", "1,2"),
+        *("--jobs", "1", "--output", "study", *RECIPE),
+    ),
+}
+VOLATILE = frozenset(("seconds", "images_per_second", "versions", "environment", "output", "commit"))
+"""Keys whose values tell of the moment or the machine, not of the result."""
+
+
+def vit_cls(*words: str, cwd: Path) -> dict[str, Any]:
+    """Run the command in this process, at one thread.
+
+    Args:
+        words: After ``vit-cls``; ``--json`` is added.
+        cwd: Where it runs.
+    """
+    threads, printed = torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(THREADS)
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(printed):
+            code = main([*words, "--json"])
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0
+    return json.loads(printed.getvalue())
+
+
+def train(folder: Path, pool: str) -> Path:
+    """Three epochs on the digits; gives the run folder, ``folder/run`` or ``folder/run_POOL``.
+
+    Args:
+        folder: Where the run folder goes.
+        pool: ``cls`` or ``gap``.
+    """
+    run = "run" if pool == "cls" else f"run_{pool}"
+    vit_cls("fit", *TRAINING, "--model.pool", pool, "--run_dir", run, cwd=folder)
+    return folder / run
+
+
+def answer(name: str, folder: Path) -> Any:
+    """What one of `COMMANDS` says of the golden models, without what is volatile.
+
+    Args:
+        name: A key of `COMMANDS`.
+        folder: An empty folder to work in.
+    """
+    shutil.copytree(GOLDEN / "run", folder / "run")
+    shutil.copy(GOLDEN / "gap.safetensors", folder)
+    if not name.startswith(("probe", "study")):
+        write_digits(folder / "digits_test")
+    return _without_volatile(vit_cls(*COMMANDS[name], cwd=folder))
+
+
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model file, by its key.
+
+    Args:
+        file: A safetensors file.
+    """
+    with safe_open(file, "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118, no dict
+
+
+def machine() -> dict[str, str | int]:
+    """What decides the last bits of a result."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines()]
+        facts = {name.strip(): value.strip() for name, value in (line for line in lines if len(line) == 2)}
+        processor = " ".join(facts.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return {
+        "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": THREADS,
+    }
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_volatile(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: _without_volatile(v) for k, v in value.items() if k not in VOLATILE}
+    if VOLATILE & set(kept.get("columns", ())):  # of a table: the column stays, its values go
+        keep = [column not in VOLATILE for column in kept["columns"]]
+        kept["rows"] = [[v if k else None for v, k in zip(row, keep, strict=True)] for row in kept["rows"]]
+    return kept
+
+
+def _record(names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        if not names:
+            shutil.rmtree(GOLDEN / "run", ignore_errors=True)
+            shutil.copytree(train(Path(scratch), "cls"), GOLDEN / "run")
+            shutil.copy(train(Path(scratch), "gap") / "model.safetensors", GOLDEN / "gap.safetensors")
+        for name in names or COMMANDS:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            text = json.dumps(answer(name, folder), indent=1, ensure_ascii=False)
+            (GOLDEN / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (GOLDEN / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    _record(sys.argv[1:])
