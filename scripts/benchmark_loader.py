@@ -50,7 +50,7 @@ from vit_cls.data.decode import decode_image
 from vit_cls.data.index import index_folder
 from vit_cls.data.loader import make_loader
 from vit_cls.data.sampler import EpochSampler, sample_seed
-from vit_cls.data.transforms import Transform, eval_transform, keyed, train_transform
+from vit_cls.data.transforms import Reader, eval_reader, train_reader
 from vit_cls.errors import ConfigError, ImageError
 
 SUITES = ("train", "eval", "eval_exact")
@@ -65,11 +65,11 @@ Pass = Callable[[], int]
 """One pass over the photos; returns how many came."""
 
 
-def our_transform(suite: str, size: int) -> Transform:
-    """Ours, from uint8 pixels to uint8 pixels; ``suite`` is a row of `SUITES`."""
+def our_reader(suite: str, size: int) -> Reader:
+    """Ours, from a file or decoded pixels to uint8 pixels; ``suite`` is a row of `SUITES`."""
     if suite.startswith("train"):
-        return train_transform(size, augment="crop_flip", interpolation=INTERPOLATION)
-    return eval_transform(size, crop_pct=CROP_PCT, interpolation=INTERPOLATION, exact=suite == "eval_exact")
+        return train_reader(size, augment="crop_flip", interpolation=INTERPOLATION)
+    return eval_reader(size, crop_pct=CROP_PCT, interpolation=INTERPOLATION, exact=suite == "eval_exact")
 
 
 def timm_options(suite: str) -> Row:
@@ -114,7 +114,7 @@ def agreement(suite: str, photos: Sequence[tuple[Path, bytes]], size: int) -> di
 
     Random crops are compared in size and type only: both sides draw their own.
     """
-    ours, theirs = our_transform(suite, size), create_transform(size, **timm_options(suite))
+    ours, theirs = our_reader(suite, size), create_transform(size, **timm_options(suite))
     worst = {"decoded": 0} if suite == "train" else {"decoded": 0, "pixels": 0}
     for path, data in photos:
         try:
@@ -147,17 +147,14 @@ def _difference(path: Path, a: Tensor, b: Tensor) -> int:
 
 def memory_passes(suite: str, photos: Sequence[bytes], settings: Settings) -> tuple[Pass, Pass]:
     """One pass of both sides over bytes in memory, each photo in turn, in this thread."""
-    ours, theirs = our_transform(suite, settings.size), create_transform(settings.size, **timm_options(suite))
+    ours, theirs = our_reader(suite, settings.size), create_transform(settings.size, **timm_options(suite))
     passes = itertools.count()
 
     def our_pass() -> int:
         epoch = next(passes)
         for i, data in enumerate(photos):
-            image = decode_image(data)
-            if suite.startswith("train"):  # the draws are keyed, as in the dataset
-                keyed(ours, image, sample_seed(settings.seed, epoch, i))
-            else:
-                ours(image)
+            # the draws of training are keyed, as in the dataset
+            ours(data, sample_seed(settings.seed, epoch, i) if suite.startswith("train") else None)
         return len(photos)
 
     def timm_pass() -> int:
@@ -177,7 +174,7 @@ def loader_passes(suite: str, folder: Path, settings: Settings) -> tuple[Pass, P
         settings: From `parse`.
     """
     train, source = suite == "train", FolderSource(index_folder(folder))
-    dataset = ImageDataset(source, our_transform(suite, settings.size), seed=settings.seed if train else None)
+    dataset = ImageDataset(source, our_reader(suite, settings.size), seed=settings.seed if train else None)
     sampler = EpochSampler(len(dataset), seed=settings.seed, shuffle=train)
     sizes: Row = {"batch_size": settings.batch_size, "num_workers": settings.workers}
     ours = make_loader(dataset, sampler, **sizes)

@@ -8,10 +8,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "load"]
 
 if TYPE_CHECKING:
-    from vit_cls.weights.factory import create_model, load
+    from vit_cls.api import load
+    from vit_cls.weights.factory import create_model
 
 # Public name -> module that defines it. Loaded on first use, so that `vit-cls --help` needs no torch.
-_LAZY = {"create_model": "vit_cls.weights.factory", "load": "vit_cls.weights.factory"}
+_LAZY = {"create_model": "vit_cls.weights.factory", "load": "vit_cls.api"}
 
 
 def __getattr__(name: str) -> Any:

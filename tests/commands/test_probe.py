@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import vit_cls.lab.frozen as frozen
+import vit_cls.lab.features as features
 from vit_cls.cli import main
 from vit_cls.commands.parsing import comma_lists
 from vit_cls.data.partition import partition_data
@@ -63,13 +63,13 @@ def place(tmp_path, monkeypatch):
 def forward_passes(monkeypatch):
     """Names of the sources whose tokens were computed."""
     seen = []
-    compute = frozen.token_batches
+    compute = features.batches
 
     def counted(classifier, source, *args):
         seen.append(source.index.root.name)
         return compute(classifier, source, *args)
 
-    monkeypatch.setattr(frozen, "token_batches", counted)
+    monkeypatch.setattr(features, "batches", counted)
     return seen
 
 

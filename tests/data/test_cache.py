@@ -17,7 +17,7 @@ from vit_cls.data.dataset import Batch, FolderSource, ImageDataset
 from vit_cls.data.index import index_folder
 from vit_cls.data.loader import make_loader
 from vit_cls.data.sampler import EpochSampler
-from vit_cls.data.transforms import eval_transform
+from vit_cls.data.transforms import eval_reader
 from vit_cls.errors import ConfigError
 
 SIZE = (12, 10)
@@ -35,7 +35,7 @@ def _cache(root: Path, transform: str = "center", size: tuple[int, int] = SIZE) 
 
 
 def _dataset(root: Path, cache: PixelCache | None) -> ImageDataset:
-    return ImageDataset(FolderSource(index_folder(root)), eval_transform(SIZE), cache=cache)
+    return ImageDataset(FolderSource(index_folder(root)), eval_reader(SIZE), cache=cache)
 
 
 def _loader(dataset: ImageDataset, num_workers: int = 0):
@@ -63,7 +63,7 @@ def _pixels(root: Path) -> torch.Tensor:
 def no_reading(monkeypatch):
     """Call it, and whoever reads a file from then on fails the test."""
     return lambda: monkeypatch.setattr(
-        dataset_module, "read_image", lambda path, *_: pytest.fail(f"{path} was read")
+        dataset_module, "read_file", lambda path, *_: pytest.fail(f"{path} was read")
     )
 
 
@@ -156,7 +156,7 @@ def test_file_that_is_missing_when_the_cache_is_opened_is_a_failure(folder):
     index.path(2).unlink()
     cache = PixelCache(folder.parent / "cache", index, "center", SIZE)
     assert cache.path != cache_before.path
-    dataset = ImageDataset(FolderSource(index), eval_transform(SIZE), cache=cache)
+    dataset = ImageDataset(FolderSource(index), eval_reader(SIZE), cache=cache)
     failures = [failure for batch in _loader(dataset) for failure in batch.failures]
     assert failures == [(2, "No such file or directory")]
     assert cache.filled == COUNT - 1
@@ -225,7 +225,7 @@ def test_caches_of_two_splits_lie_side_by_side(folder, no_reading):
     assert caches[0].path != caches[1].path
     for attempt in range(2):
         for start, part, cache in zip((0, 1), parts, caches, strict=True):
-            dataset = ImageDataset(FolderSource(part), eval_transform(SIZE), cache=cache)
+            dataset = ImageDataset(FolderSource(part), eval_reader(SIZE), cache=cache)
             images = torch.cat([batch.images for batch in _loader(dataset)])
             assert torch.equal(images, expected[start::2]), attempt
         no_reading()
@@ -331,4 +331,4 @@ def test_pickle_holds_the_name_of_the_file_not_its_pixels(folder):
 
 def test_random_pixels_are_not_to_be_kept(folder):
     with pytest.raises(AssertionError, match="random pixels"):
-        ImageDataset(FolderSource(index_folder(folder)), eval_transform(SIZE), seed=0, cache=_cache(folder))
+        ImageDataset(FolderSource(index_folder(folder)), eval_reader(SIZE), seed=0, cache=_cache(folder))

@@ -14,6 +14,7 @@ from vit_cls.data.digits import load_digits
 from vit_cls.data.sampler import sample_seed
 from vit_cls.data.transforms import AUGMENTS, eval_transform, keyed, train_transform
 from vit_cls.errors import ConfigError, DataError, ImageError
+from vit_cls.model.classifier import Preprocess
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def _configured(
     seed: int = 0, img_size: tuple[int, int] = (12, 12), configure=(), **options
 ) -> ImageDataModule:
     data = ImageDataModule(num_workers=0, **options)
-    data.configure(seed=seed, img_size=img_size, **dict(configure))
+    data.configure(seed=seed, preprocess=Preprocess(img_size, **dict(configure)))
     return data
 
 
@@ -62,7 +63,7 @@ def test_setting_that_is_unknown_or_without_effect_is_refused_with_the_next_step
 )
 def test_number_of_the_loader_that_is_out_of_range_is_refused_by_name(options, message):
     data = ImageDataModule(name="digits", **options)
-    data.configure(seed=0, img_size=(12, 12))
+    data.configure(seed=0, preprocess=Preprocess((12, 12)))
     with pytest.raises(ConfigError, match=message):
         data.train_dataloader()
 
@@ -160,10 +161,10 @@ def test_validation_images_are_in_order_and_cropped_as_the_model_asks(split_fold
 
 def test_digits_need_no_worker_processes_and_a_number_that_is_given_is_kept(split_folder):
     digits = ImageDataModule(name="digits")
-    digits.configure(seed=0, img_size=(12, 12))
+    digits.configure(seed=0, preprocess=Preprocess((12, 12)))
     assert digits.train_dataloader().num_workers == 0
     folder = ImageDataModule(root=str(split_folder), num_workers=2)
-    folder.configure(seed=0, img_size=(12, 12))
+    folder.configure(seed=0, preprocess=Preprocess((12, 12)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vit_cls.data.datamodule.default_num_workers", lambda: 2)
         assert folder.val_dataloader().num_workers == 2

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from vit_cls.data.dataset import FolderSource
-from vit_cls.data.decode import decode_image, read_image
+from vit_cls.data.decode import decode_image
 from vit_cls.data.index import index_folder
+from vit_cls.data.transforms import eval_reader, model_reader
+from vit_cls.model.classifier import Preprocess
 
 GREEN = (10, 200, 30)
 
@@ -122,11 +124,13 @@ def test_background_is_nowhere_in_an_opaque_image(mode):
         assert torch.equal(decode_image(data, GREEN), decode_image(data, (0, 0, 0)))
 
 
-def test_background_reaches_files_and_folders(tmp_path):
+def test_background_of_a_model_reaches_files_for_training_and_evaluation(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(_file(Image.new("RGBA", (3, 2))))
     green = torch.tensor(GREEN, dtype=torch.uint8)[:, None, None].expand(3, 2, 3)
-    assert torch.equal(read_image(tmp_path / "a" / "1.png", GREEN), green)
-    assert torch.equal(FolderSource(index_folder(tmp_path), GREEN).read(1), green)
-    assert (FolderSource(index_folder(tmp_path)).read(1) == 255).all()
+    source = FolderSource(index_folder(tmp_path))
+    for augment in (None, "none"):
+        reader = model_reader(Preprocess((2, 3), crop_pct=1.0, background=GREEN), augment=augment)
+        assert torch.equal(reader(source.read(1)), green)
+    assert (eval_reader((2, 3), crop_pct=1.0)(source.read(1)) == 255).all()

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vit_cls.data import decode
-from vit_cls.data.decode import MAX_BYTES, decode_image, read_image
+from vit_cls.data.decode import MAX_BYTES, decode_image, read_file
 from vit_cls.errors import ImageError
 
 MEGABYTE = 2**20
@@ -84,7 +84,7 @@ def _bombs() -> dict[str, bytes]:
 MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
-from vit_cls.data.decode import read_image
+from vit_cls.data.decode import decode_image, read_file
 from vit_cls.errors import ImageError
 
 def peak():
@@ -98,7 +98,7 @@ outcomes = {}
 for path in sys.argv[1:]:
     before, start = peak(), time.perf_counter()
     try:
-        outcome = repr(read_image(Path(path)).shape)
+        outcome = repr(decode_image(read_file(Path(path))).shape)
     except ImageError as error:
         outcome = str(error)
     outcomes[Path(path).name] = outcome, time.perf_counter() - start, peak() - before
@@ -149,12 +149,12 @@ def test_file_over_the_limit_of_bytes_is_refused_before_it_is_read(tmp_path, mon
     path = tmp_path / "sparse.jpg"
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    monkeypatch.setattr(decode, "decode_image", lambda *args: pytest.fail("the file was read"))
+    monkeypatch.setattr(Path, "open", lambda *args: pytest.fail("the file was read"))
     started = time.perf_counter()
     with pytest.raises(
         ImageError, match=r"^the file has 400,000,001 bytes, more than the limit of 400,000,000$"
     ):
-        read_image(path)
+        read_file(path)
     assert time.perf_counter() - started < 0.5
 
 
@@ -162,20 +162,20 @@ def test_file_of_exactly_the_limit_of_bytes_is_read(tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     path.write_bytes(_black_png(5))
     monkeypatch.setattr(decode, "MAX_BYTES", path.stat().st_size)
-    assert read_image(path).shape == (3, 5, 5)
+    assert decode_image(read_file(path)).shape == (3, 5, 5)
     monkeypatch.setattr(decode, "MAX_BYTES", path.stat().st_size - 1)
     with pytest.raises(ImageError, match="more than the limit"):
-        read_image(path)
+        read_file(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipes_and_devices_are_refused_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ImageError, match=r"^it is not a regular file$"):
-        read_image(tmp_path / "pipe.jpg")
+        read_file(tmp_path / "pipe.jpg")
     (tmp_path / "endless.jpg").symlink_to("/dev/zero")
     with pytest.raises(ImageError, match=r"^it is not a regular file$"):
-        read_image(tmp_path / "endless.jpg")
+        read_file(tmp_path / "endless.jpg")
 
 
 def _seeds() -> list[bytes]:

@@ -16,7 +16,7 @@ from vit_cls.data.decode import decode_image
 from vit_cls.data.index import ImageIndex, PathTable, index_folder
 from vit_cls.data.loader import default_num_workers, make_loader
 from vit_cls.data.sampler import EpochSampler, sample_seed
-from vit_cls.data.transforms import eval_transform, keyed, train_transform
+from vit_cls.data.transforms import Reader, eval_reader, eval_transform, keyed, train_reader
 from vit_cls.errors import ConfigError
 
 SEED = 11
@@ -37,7 +37,7 @@ def own_folder(tmp_path, write_folder) -> Path:
 
 
 def _train_set(root: Path, augment: str = "crop_flip") -> ImageDataset:
-    return ImageDataset(FolderSource(index_folder(root)), train_transform(12, augment=augment), seed=SEED)
+    return ImageDataset(FolderSource(index_folder(root)), train_reader(12, augment=augment), seed=SEED)
 
 
 def _loader(dataset: ImageDataset, num_workers: int = 0, batch_size: int = 4, *, shuffle: bool = True):
@@ -87,7 +87,7 @@ def test_two_epochs_differ_in_order_and_in_the_pixels_of_each_image(folder):
 
 def test_batch_holds_each_image_with_its_class_and_its_place_in_the_index(folder):
     index = index_folder(folder)
-    dataset = ImageDataset(FolderSource(index), eval_transform(12))
+    dataset = ImageDataset(FolderSource(index), eval_reader(12))
     seen = []
     for batch in _loader(dataset, shuffle=False):
         assert batch.images.dtype == torch.uint8
@@ -104,7 +104,7 @@ def test_batch_holds_each_image_with_its_class_and_its_place_in_the_index(folder
 def test_augmentation_of_a_sample_is_keyed_by_seed_epoch_and_index(folder):
     dataset = _train_set(folder)
     image = decode_image(dataset.source.index.path(3).read_bytes())
-    assert torch.equal(dataset[2, 3].image, keyed(dataset.transform, image, sample_seed(SEED, 2, 3)))
+    assert torch.equal(dataset[2, 3].image, keyed(dataset.reader.transform, image, sample_seed(SEED, 2, 3)))
     assert not torch.equal(dataset[2, 3].image, dataset[3, 3].image)
 
 
@@ -120,14 +120,16 @@ def test_copies_of_an_image_are_augmented_each_on_its_own_by_any_number_of_worke
     assert torch.cat([batch.indices for batch in batches]).tolist() == [index for _, index, _ in keys]
     for image, (epoch, index, copy) in zip(images, keys, strict=True):
         whole = decode_image(dataset.source.index.path(index).read_bytes())
-        assert torch.equal(image, keyed(dataset.transform, whole, sample_seed(SEED, epoch, index, copy)))
+        assert torch.equal(
+            image, keyed(dataset.reader.transform, whole, sample_seed(SEED, epoch, index, copy))
+        )
     assert len({image.numpy().tobytes() for image in images}) == len(keys)
 
 
 def test_equal_images_are_augmented_differently_within_an_epoch():
     image = torch.arange(20, dtype=torch.uint8).expand(3, 20, 20) * 10
     index = ImageIndex(Path("x"), PathTable(["a/1", "a/2"]), np.array([0, 0]), ["a"])
-    dataset = ImageDataset(ArraySource(index, torch.stack([image, image])), train_transform(16), seed=0)
+    dataset = ImageDataset(ArraySource(index, torch.stack([image, image])), train_reader(16), seed=0)
     assert not torch.equal(dataset[0, 0].image, dataset[0, 1].image)
 
 
@@ -219,7 +221,7 @@ def test_mistake_in_a_transform_is_an_error_not_a_failed_file(folder):
     def broken(image):
         raise ZeroDivisionError("our own fault")
 
-    dataset = ImageDataset(FolderSource(index_folder(folder)), broken)
+    dataset = ImageDataset(FolderSource(index_folder(folder)), Reader(broken, (12, 12), (0, 0, 0), ""))
     with pytest.raises(ZeroDivisionError):
         next(iter(_loader(dataset)))
 
@@ -232,7 +234,7 @@ def test_dataset_reaches_a_worker_process_as_a_few_arrays():
         np.zeros(count, np.int64),
         ["a", "b"],
     )
-    dataset = ImageDataset(FolderSource(index), train_transform(12), seed=0)
+    dataset = ImageDataset(FolderSource(index), train_reader(12), seed=0)
     data = pickle.dumps(dataset)
     # an object a path would be copied into every worker as its reference count is touched
     assert sum(1 for _ in pickletools.genops(data)) < 3_000
@@ -276,7 +278,8 @@ def test_grey_photo_of_a_folder_has_the_pixels_of_its_file(tmp_path):
         (tmp_path / name).mkdir()
         Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / name / "1.png")
     source = FolderSource(index_folder(tmp_path))
-    assert torch.equal(source.read(0), torch.arange(64, dtype=torch.uint8).reshape(8, 8).expand(3, 8, 8))
+    grey = torch.arange(64, dtype=torch.uint8).reshape(8, 8).expand(3, 8, 8)
+    assert torch.equal(decode_image(source.read(0)), grey)
     assert os.path.samefile(source.index.path(0), tmp_path / "a" / "1.png")
 
 

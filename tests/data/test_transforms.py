@@ -13,7 +13,7 @@ from timm.data import ImageDataset, create_loader
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision.transforms import v2
 
-from vit_cls.data.decode import read_image
+from vit_cls.data.decode import decode_image, read_file
 from vit_cls.data.index import index_folder
 from vit_cls.data.transforms import AUGMENTS, eval_transform, keyed, train_transform
 from vit_cls.errors import ConfigError
@@ -122,7 +122,7 @@ def test_exact_evaluation_of_a_folder_of_jpegs_is_that_of_timms_loader(tmp_path)
     assert targets.tolist() == index.labels.tolist()
     for exact in (True, False):
         transform = eval_transform(48, crop_pct=0.875, exact=exact)
-        ours = torch.stack([transform(read_image(index.path(i))) for i in range(len(index))])
+        ours = torch.stack([transform(decode_image(read_file(index.path(i)))) for i in range(len(index))])
         assert _difference(ours, theirs) <= (0 if exact else MAX_DIFFERENCE)
 
 

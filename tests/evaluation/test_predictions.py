@@ -18,15 +18,18 @@ from vit_cls.evaluation.output import check_output, write_tables
 from vit_cls.evaluation.predictions import (
     Scoring,
     canonical_classes,
-    choose_bf16,
-    choose_device,
     index_for_model,
     predict_index,
 )
+from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import load_classifier, save_classifier
+
+
+def _config(**settings) -> InferenceConfig:
+    return InferenceConfig("cpu", **{"num_workers": 0, **settings})
 
 
 def _classifier(tiny, names=("blue", "red")) -> ImageClassifier:
@@ -38,7 +41,7 @@ def _classifier(tiny, names=("blue", "red")) -> ImageClassifier:
 def test_predictions_are_the_classifiers_on_each_decoded_and_cropped_image(tiny, image_root):
     classifier = _classifier(tiny)
     index = index_for_model(image_root / "val", classifier)
-    predictions = predict_index(classifier, index, device="cpu", batch_size=3, num_workers=0)
+    predictions = predict_index(classifier, index, _config(batch_size=3))
     transform = eval_transform(16, crop_pct=0.8)
     images = torch.stack([transform(decode_image(index.path(i).read_bytes())) for i in range(len(index))])
     with torch.inference_mode():
@@ -50,9 +53,9 @@ def test_predictions_are_the_classifiers_on_each_decoded_and_cropped_image(tiny,
 def test_batch_size_and_workers_change_nothing_but_rounding(tiny, image_root):
     classifier = _classifier(tiny)
     index = index_for_model(image_root / "train", classifier)
-    reference = predict_index(classifier, index, device="cpu", batch_size=24, num_workers=0)
+    reference = predict_index(classifier, index, _config(batch_size=24))
     for batch_size, workers in ((1, 0), (7, 2), (100, 1)):
-        other = predict_index(classifier, index, device="cpu", batch_size=batch_size, num_workers=workers)
+        other = predict_index(classifier, index, _config(batch_size=batch_size, num_workers=workers))
         np.testing.assert_allclose(other.probs, reference.probs, atol=1e-6)
 
 
@@ -61,10 +64,8 @@ def test_an_unreadable_file_is_a_row_with_its_reason(tiny, image_root, tmp_path)
     (tmp_path / "test/blue/1.png").write_bytes(b"")
     classifier = _classifier(tiny)
     index = index_for_model(tmp_path / "test", classifier)
-    predictions = predict_index(classifier, index, device="cpu", batch_size=2, num_workers=0)
-    clean = predict_index(
-        classifier, index_for_model(image_root / "val", classifier), device="cpu", batch_size=8, num_workers=0
-    )
+    predictions = predict_index(classifier, index, _config(batch_size=2))
+    clean = predict_index(classifier, index_for_model(image_root / "val", classifier), _config(batch_size=8))
     assert predictions.errors == {1: "the file is empty"}
     others = [i for i in range(8) if i != 1]
     np.testing.assert_allclose(predictions.probs[others], clean.probs[others], atol=1e-6)
@@ -104,9 +105,7 @@ def test_classes_are_matched_by_name_not_by_position(tiny, image_root):
 def test_a_folder_with_one_of_the_models_classes_is_scored(tiny, image_root, tmp_path):
     shutil.copytree(image_root / "val/red", tmp_path / "red")
     classifier = _classifier(tiny)
-    predictions = predict_index(
-        classifier, index_for_model(tmp_path, classifier), device="cpu", num_workers=0
-    )
+    predictions = predict_index(classifier, index_for_model(tmp_path, classifier), _config())
     result = evaluate_predictions(predictions)
     assert (result.images, result.classes_present) == (4, 1)
 
@@ -122,26 +121,17 @@ def test_a_model_that_diverged_is_refused_and_not_miscounted(tiny, image_root):
     classifier = _classifier(tiny)
     torch.nn.init.constant_(classifier.model.head.bias, float("nan"))
     index = index_for_model(image_root / "val", classifier)
-    with pytest.raises(ModelFileError, match=r"no finite logits for 8 of 8 images, the first .*blue/0.png"):
-        predict_index(classifier, index, device="cpu", num_workers=0)
+    with pytest.raises(ModelFileError, match=r"output is not finite for .*blue/0.png: weights that diverged"):
+        predict_index(classifier, index, _config())
 
 
 def test_bf16_is_close_to_fp32(tiny, image_root):
     classifier = _classifier(tiny)
     index = index_for_model(image_root / "val", classifier)
-    full = predict_index(classifier, index, device="cpu", precision="32", num_workers=0)
-    low = predict_index(classifier, index, device="cpu", precision="bf16", num_workers=0)
+    full = predict_index(classifier, index, _config(precision="32"))
+    low = predict_index(classifier, index, _config(precision="bf16"))
     difference = np.abs(full.probs - low.probs).max()
     assert 0 < difference < 0.02
-
-
-def test_device_and_precision_are_checked():
-    with pytest.raises(ConfigError, match="--device must be one of auto, cpu, cuda, mps; got 'tpu'"):
-        choose_device("tpu")
-    with pytest.raises(ConfigError, match="--precision must be one of auto, 32, bf16; got '16'"):
-        choose_bf16("16", torch.device("cpu"))
-    assert not choose_bf16("auto", torch.device("cpu"))
-    assert choose_bf16("auto", torch.device("cuda"))
 
 
 def test_output_is_checked_before_any_work(tmp_path):
@@ -170,17 +160,14 @@ def test_the_models_own_colour_shows_through_transparent_pixels(tiny, tmp_path):
         classifier = load_classifier(path)
         assert classifier.preprocess.background == background
         index = index_for_model(tmp_path / "test", classifier)
-        results.append(predict_index(classifier, index, device="cpu", num_workers=0).probs)
+        results.append(predict_index(classifier, index, _config()).probs)
     assert np.abs(results[0] - results[1]).max() > 1e-4
 
 
 def test_exact_pixels_are_close_to_the_fast_ones_and_not_the_same(tiny, image_root):
     classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["blue", "red"])
     index = index_for_model(image_root / "val", classifier)
-    fast, exact = (
-        predict_index(classifier, index, device="cpu", num_workers=0, exact=exact).probs
-        for exact in (False, True)
-    )
+    fast, exact = (predict_index(classifier, index, _config(exact=exact)).probs for exact in (False, True))
     assert 0 < np.abs(fast - exact).max() < 0.02
 
 
@@ -189,7 +176,7 @@ def test_a_model_without_a_head_says_how_to_train_one(tiny, image_root):
     classifier = ImageClassifier(VisionTransformer(config), Preprocess((16, 16)), [])
     index = index_for_model(image_root / "val", _classifier(tiny))
     with pytest.raises(ModelFileError, match=r"no head.*configs/linear_probe.yaml"):
-        predict_index(classifier, index, device="cpu")
+        predict_index(classifier, index, _config())
 
 
 def test_folders_of_imagenet_classes_are_known_by_id_and_by_name_in_any_spelling():
@@ -209,9 +196,9 @@ def test_the_temperature_divides_the_logits_and_changes_no_prediction(tiny, imag
     index = index_for_model(image_root / "val", classifier)
     for tta in ("none", "flip"):
         classifier.temperature = 1.0
-        plain = predict_index(classifier, index, device="cpu", num_workers=0, tta=tta)
+        plain = predict_index(classifier, index, _config(), tta=tta)
         classifier.temperature = 0.5
-        sharp = predict_index(classifier, index, device="cpu", num_workers=0, tta=tta)
+        sharp = predict_index(classifier, index, _config(), tta=tta)
         expected = plain.probs**2 / (plain.probs**2).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(sharp.probs, expected, atol=1e-6)
         assert (sharp.probs.argmax(axis=1) == plain.probs.argmax(axis=1)).all()
@@ -221,8 +208,8 @@ def test_the_temperature_divides_the_logits_and_changes_no_prediction(tiny, imag
 def test_restricting_shares_the_probability_among_the_classes_of_the_folder(tiny, image_root):
     classifier = _classifier(tiny, ("amber", "blue", "green", "red"))
     index = index_for_model(image_root / "val", classifier)
-    free = predict_index(classifier, index, device="cpu", num_workers=0).probs
-    bound = predict_index(classifier, index, device="cpu", num_workers=0, restrict=True)
+    free = predict_index(classifier, index, _config()).probs
+    bound = predict_index(classifier, index, _config(), restrict=True)
     assert (bound.probs[:, [0, 2]] == 0).all()
     expected = free[:, [1, 3]] / free[:, [1, 3]].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(bound.probs[:, [1, 3]], expected, atol=1e-6)

@@ -20,19 +20,18 @@ from safetensors import safe_open
 
 import vit_cls
 from vit_cls.data.dataset import FolderSource, ImageDataset
-from vit_cls.data.decode import read_image
+from vit_cls.data.transforms import model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError, ModelFileError
-from vit_cls.evaluation.features import FeatureFile, feature_function
+from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
 from vit_cls.evaluation.path_stream import iter_paths
-from vit_cls.evaluation.predictions import index_for_model, predict_index
+from vit_cls.evaluation.predictions import Row, index_for_model, predict_files, predict_index
 from vit_cls.evaluation.row_files import FORMATS, RowFile, as_record, columns_of
 from vit_cls.evaluation.saving import Stopped, save_rows
-from vit_cls.evaluation.streaming import Row, Runtime, predict_files, run_batches
+from vit_cls.inference import InferenceConfig, batches
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import save_classifier
-from vit_cls.weights.file_classifier import transform_of
 
 ON_CPU = {"device": "cpu", "num_workers": 0}
 
@@ -62,9 +61,9 @@ def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
     classifier.temperature = 1.7
     index = index_for_model(photos, classifier)
     paths = [str(index.path(i)) for i in range(len(index))]
-    runtime = Runtime(**ON_CPU, batch_size=4, exact=exact)
-    expected = predict_index(classifier, index, **ON_CPU, batch_size=4, exact=exact)
-    rows = list(predict_files(classifier, paths, top_k=3, runtime=runtime))
+    config = InferenceConfig(**ON_CPU, batch_size=4, exact=exact)
+    expected = predict_index(classifier, index, config)
+    rows = list(predict_files(classifier, paths, top_k=3, config=config))
     assert [row.path for row in rows] == paths
     assert (
         {i: row.error for i, row in enumerate(rows) if row.error}
@@ -78,25 +77,21 @@ def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
         np.testing.assert_allclose([p for _, p in rows[i].best], -np.sort(-expected.probs[i]), atol=1e-7)
 
     pixels = []
-    for outputs in run_batches(
-        classifier,
-        paths,
-        lambda images: pixels.append(images) or images[:, 0, 0, :1],
-        shape=(1,),
-        runtime=runtime,
+    for outputs in batches(
+        classifier, paths, lambda images: pixels.append(images) or images[:, 0, 0, :1], config
     ):
-        assert len(outputs.paths) == len(outputs.values)
-    source = FolderSource(index, classifier.preprocess.background)
-    dataset = ImageDataset(source, transform_of(classifier.preprocess, exact=exact))
+        assert len(outputs.places) == len(outputs.values)
+    reader = model_reader(classifier.preprocess, exact=exact)
+    dataset = ImageDataset(FolderSource(index), reader)
     evaluated = torch.stack([dataset[0, int(i)].image for i in expected.scored])
     assert torch.equal(torch.cat(pixels), evaluated)
 
 
 def test_the_temperature_sharpens_or_blurs(tiny, image_root):
     classifier, paths = _classifier(tiny), _paths(image_root)[:2]
-    plain = [row.best[0] for row in predict_files(classifier, paths, runtime=Runtime(**ON_CPU))]
+    plain = [row.best[0] for row in predict_files(classifier, paths, config=InferenceConfig(**ON_CPU))]
     classifier.temperature = 4.0
-    blurred = [row.best[0] for row in predict_files(classifier, paths, runtime=Runtime(**ON_CPU))]
+    blurred = [row.best[0] for row in predict_files(classifier, paths, config=InferenceConfig(**ON_CPU))]
     assert [name for name, _ in plain] == [name for name, _ in blurred]
     assert all(b < a for (_, a), (_, b) in zip(plain, blurred, strict=True))
 
@@ -106,8 +101,8 @@ def test_the_order_of_rows_is_that_of_paths_for_any_number_of_workers(tiny, imag
     random.Random(0).shuffle(paths)
     classifier, reference = _classifier(tiny), None
     for batch_size, num_workers in ((49, 0), (5, 0), (4, 2), (50, 1), (7, None)):
-        runtime = Runtime("cpu", batch_size=batch_size, num_workers=num_workers)
-        rows = list(predict_files(classifier, paths, runtime=runtime))
+        config = InferenceConfig("cpu", batch_size=batch_size, num_workers=num_workers)
+        rows = list(predict_files(classifier, paths, config=config))
         assert [row.path for row in rows] == paths
         assert [row.path for row in rows if row.error] == ["nowhere.jpg"]
         probs = [row.best[0][1] for row in rows if row.best]
@@ -127,7 +122,7 @@ def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, 
             yield path
 
     rows = predict_files(
-        _classifier(tiny), source(), runtime=Runtime("cpu", batch_size=8, num_workers=num_workers)
+        _classifier(tiny), source(), config=InferenceConfig("cpu", batch_size=8, num_workers=num_workers)
     )
     for done, _ in enumerate(itertools.islice(rows, 400)):
         assert last - done <= 8 * (ahead + 1)
@@ -139,7 +134,7 @@ def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypat
     total = 30_000
     classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["a", "b", "c"])
     black = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    monkeypatch.setattr("vit_cls.evaluation.streaming.read_image", lambda path, background: black)
+    monkeypatch.setattr("vit_cls.data.dataset.read_file", lambda path: black)
     name = f"{tmp_path}/./x.ppm"
     peaks = {}
 
@@ -157,18 +152,12 @@ def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypat
             return len(data)
 
     def work(paths):
-        batches = run_batches(
-            classifier,
-            paths,
-            lambda images: images[:, 0, 0, :1].float(),
-            shape=(1,),
-            runtime=Runtime(**ON_CPU, batch_size=100),
-        )
-        for number, outputs in enumerate(batches):
+        config = InferenceConfig(**ON_CPU, batch_size=100)
+        for number, outputs in enumerate(batches(classifier, paths, lambda x: x[:, 0, 0, :1], config)):
             if number in (20, total // 100 - 1):
                 peaks[number] = tracemalloc.get_traced_memory()[1]
                 tracemalloc.reset_peak()
-            yield [as_record(Row(path, (("red", 0.5),)), 1) for path in outputs.paths], None
+            yield [as_record(Row(path, (("red", 0.5),)), 1) for path in outputs.items], None
 
     table = RowFile(tmp_path / "out", "predictions", "csv", columns_of(1))
     tracemalloc.start()
@@ -189,7 +178,7 @@ def _predict_into(
     """What predict --output does; a stop is a signal that comes after some batches."""
 
     def work(some):
-        rows = predict_files(classifier, some, top_k=top_k, runtime=Runtime(**ON_CPU, batch_size=4))
+        rows = predict_files(classifier, some, top_k=top_k, config=InferenceConfig(**ON_CPU, batch_size=4))
         for number in itertools.count():
             if number == stop_after:
                 os.kill(os.getpid(), 15)
@@ -329,9 +318,9 @@ def _features_into(folder, classifier, what, paths, *, resume=False, stop_after=
     compute, shape = feature_function(classifier, what)
 
     def work(some):
-        batches = run_batches(classifier, some, compute, shape=shape, runtime=Runtime(**ON_CPU, batch_size=4))
-        for number, out in enumerate(batches):
-            yield [{"path": p, "error": out.errors.get(i)} for i, p in enumerate(out.paths)], out.values
+        config = InferenceConfig(**ON_CPU, batch_size=4)
+        for number, chunk in enumerate(feature_chunks(classifier, some, compute, shape, config)):
+            yield chunk
             if number + 1 == stop_after:
                 os.kill(os.getpid(), 2)
 
@@ -367,10 +356,8 @@ def test_features_are_the_encoders_tokens_and_nan_where_an_image_failed(what, ti
         assert file.metadata()["features"] == what
     assert features.dtype == torch.float32
     assert features[2].isnan().all()
-    transform, good = transform_of(classifier.preprocess), [i for i in range(10) if i != 2]
-    images = torch.stack(
-        [transform(read_image(Path(paths[i]), classifier.preprocess.background)) for i in good]
-    )
+    reader, good = model_reader(classifier.preprocess), [i for i in range(10) if i != 2]
+    images = torch.stack([reader(Path(paths[i]).read_bytes()) for i in good])
     with torch.inference_mode():
         tokens = classifier.model.encode(classifier.normalise(images))
     expected = {"cls": tokens[:, 0], "gap": tokens[:, 3:].mean(1), "tokens": tokens}[what]
@@ -427,12 +414,6 @@ def test_what_holds_no_image_is_refused(tmp_path):
 
 
 def test_settings_are_checked(tiny, image_root):
-    with pytest.raises(ConfigError, match="--batch_size must be at least 1; got 0"):
-        Runtime(batch_size=0)
-    with pytest.raises(ConfigError, match="--num_workers must not be negative"):
-        Runtime(num_workers=-1)
-    with pytest.raises(ConfigError, match="--device must be one of"):
-        Runtime(device="tpu")
     with pytest.raises(ConfigError, match="--top_k must be from 1 to the model's 3 classes; got 4"):
         predict_files(_classifier(tiny), _paths(image_root), top_k=4)
     with pytest.raises(ModelFileError, match=r"no head.*linear_probe"):
@@ -445,7 +426,7 @@ def test_a_loaded_classifier_labels_files(tiny, image_root, tmp_path):
     classifier = vit_cls.load(save_classifier(plain, tmp_path / "model.safetensors"))
     paths = _paths(image_root)
     labels, probs = classifier.predict(paths, batch_size=5)
-    rows = list(predict_files(plain, paths, runtime=Runtime(**ON_CPU, batch_size=5)))
+    rows = list(predict_files(plain, paths, config=InferenceConfig(**ON_CPU, batch_size=5)))
     assert labels == [row.best[0][0] for row in rows]
     np.testing.assert_allclose(probs.max(dim=1).values, [row.best[0][1] for row in rows], atol=1e-6)
     assert classifier.predict([]).labels == []

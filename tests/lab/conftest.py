@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from vit_cls.lab.extraction import Rows
-from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.features import FrozenTokens, Rows
 from vit_cls.lab.reads import Reader
 from vit_cls.lab.studies.runner import trial_folder
 from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
-from vit_cls.lab.frozen import Running, freeze
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import freeze
 from vit_cls.lab.least_squares import chosen_classifier
 from vit_cls.lab.probes import attentive as attentive_module
 from vit_cls.lab.probes.attentive import NormedTokens, attentive, heads_that_fit
@@ -25,7 +26,7 @@ from vit_cls.model.pooling import PoolingContext, make_pooling
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
 
-RUNNING = Running(device="cpu", precision="32")
+CONFIG = InferenceConfig(device="cpu", precision="32")
 SHORT = HeadRecipe(epochs=3, batch_size=32, learning_rates=(1e-2,))
 LAYOUT = TokenLayout(True, 0, (2, 4))
 CONTEXT = PoolingContext(LAYOUT, embed_dim=8, num_heads=2, mlp_dim=16)
@@ -179,7 +180,7 @@ def _classifier(class_token: bool = True, embed_dim: int = 12) -> ImageClassifie
 def test_the_result_pairs_every_head_with_the_class_token_and_repeats_itself():
     def run(**options):
         heads = ["gap", "ep:2", "ep:4"]
-        return attentive(_classifier(), _digits(), heads=heads, recipe=SHORT, running=RUNNING, **options)
+        return attentive(_classifier(), _digits(), heads=heads, recipe=SHORT, config=CONFIG, **options)
 
     found = run(num_seeds=2)
     assert list(found.predictions) == ["paths", "targets", "ridge cls", "cls", "gap", "ep:2", "ep:4"]
@@ -211,7 +212,7 @@ def test_heads_are_compared_with_the_linear_probe_that_validation_prefers(by_rid
     preds = np.where(rng.random(50) < 0.5, parts.test.index.labels, 0)
     # Worse on test than AdamW or not: only validation has a say.
     monkeypatch.setattr(attentive_module, "_ridge", lambda *_: (preds, 1.0 if by_ridge else 0.0))
-    found = attentive(_classifier(), parts, heads=["gap"], recipe=SHORT, num_seeds=2, running=RUNNING)
+    found = attentive(_classifier(), parts, heads=["gap"], recipe=SHORT, num_seeds=2, config=CONFIG)
     targets = found.predictions["targets"]
     compared = {True: ("ridge cls", "ridge regression"), False: ("cls", "AdamW")}[by_ridge]
     assert found.values["compared_with"] == compared[0]
@@ -225,10 +226,7 @@ def test_heads_are_compared_with_the_linear_probe_that_validation_prefers(by_rid
 
 def test_ridge_regression_is_scored_on_validation_images():
     parts = _digits()
-    frozen = [
-        freeze(_classifier(), one, device="cpu", precision="32")
-        for one in (parts.train, parts.val, parts.test)
-    ]
+    frozen = [freeze(_classifier(), one, config=CONFIG) for one in (parts.train, parts.val, parts.test)]
     preds, share = attentive_module._ridge(frozen, 1, "cls", 10)
     fit = chosen_classifier(
         *(part for one in frozen[:2] for part in (one.read("cls"), one.labels)), num_classes=10
@@ -238,7 +236,7 @@ def test_ridge_regression_is_scored_on_validation_images():
 
 
 def test_tokens_read_from_the_memory_map_are_those_in_memory(monkeypatch):
-    frozen = freeze(_classifier(), _digits().test, device="cpu", precision="32")
+    frozen = freeze(_classifier(), _digits().test, config=CONFIG)
     kept = NormedTokens(frozen, 1)
     monkeypatch.setattr("vit_cls.lab.probes.attentive.IN_MEMORY", 0)
     mapped = NormedTokens(frozen, 1)
@@ -270,7 +268,7 @@ def test_heads_that_do_not_fit_the_width_are_left_out_and_it_is_said():
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        attentive(_classifier(), _digits(), recipe=SHORT, running=RUNNING, **options)
+        attentive(_classifier(), _digits(), recipe=SHORT, config=CONFIG, **options)
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 1}, {"learning_rates": ()}])

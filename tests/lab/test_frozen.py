@@ -16,16 +16,21 @@ from vit_cls import create_model
 from vit_cls.data.dataset import ArraySource, FolderSource
 from vit_cls.data.index import ImageIndex, index_folder
 from vit_cls.errors import ConfigError, DataError, ModelFileError
-from vit_cls.lab import frozen as frozen_module
-from vit_cls.lab.extraction import Running
-from vit_cls.lab.fingerprints import data_digest
-from vit_cls.lab.frozen import cache_key, freeze, freeze_reads
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab import features as features_module
+from vit_cls.lab import token_cache
+from vit_cls.lab.features import freeze, freeze_reads
 from vit_cls.lab.reads import WAYS, possible_ways
+from vit_cls.lab.token_cache import cache_key, data_digest
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.tokens import TokenLayout
 
 ADAPTED = ["beit_base_patch16_224", "eva02_base_patch16_clip_224", "deit_tiny_distilled_patch16_224"]
-CPU = {"device": "cpu", "precision": "32", "num_workers": 0}
+CPU = {"config": InferenceConfig("cpu", "32", num_workers=0)}
+
+
+def _config(batch_size=64, precision="32"):
+    return InferenceConfig("cpu", precision, batch_size, num_workers=0)
 
 
 def _classifier(name="vit_pico_patch7_28", *, size=16, seed=0, **settings):
@@ -60,7 +65,7 @@ def _by_hand(classifier, source):
 
 def test_tokens_are_those_before_the_first_and_after_each_block():
     classifier, source = _classifier(), _source()
-    found = freeze(classifier, source, layers=range(4), batch_size=3, **CPU)
+    found = freeze(classifier, source, layers=range(4), config=_config(3))
     for layer, expected in enumerate(_by_hand(classifier, source)):
         np.testing.assert_allclose(found.tokens(layer), expected, rtol=1e-5, atol=1e-5)
     assert found.tokens(0).dtype == np.float32
@@ -170,12 +175,11 @@ def test_reading_in_pieces_and_while_streaming_gives_the_same_as_reading_at_once
     classifier, source = _classifier(), _source(9)
     found = freeze(classifier, source, layers=range(4), **CPU)
     whole = found.read(way)
-    running = Running("cpu", "32", batch_size=4, num_workers=0)
-    streamed, rows = freeze_reads(classifier, source, [3, 2], [way], running=running)
+    streamed, rows = freeze_reads(classifier, source, [3, 2], [way], config=_config(4))
     np.testing.assert_allclose(streamed[way, 3], whole, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(streamed[way, 2], found.read(way, 2), rtol=1e-4, atol=1e-5)
     assert rows.paths == found.paths
-    monkeypatch.setattr(frozen_module, "AT_ONCE", 2 * 17 * 24)
+    monkeypatch.setattr(features_module, "AT_ONCE", 2 * 17 * 24)
     np.testing.assert_allclose(found.read(way), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -227,9 +231,9 @@ def test_the_same_key_is_computed_once(tmp_path, monkeypatch):
     calls = []
     encode = classifier.model.encode
     monkeypatch.setattr(classifier.model, "encode", lambda images: calls.append(1) or encode(images))
-    first = freeze(classifier, source, cache=tmp_path, batch_size=7, **CPU)
+    first = freeze(classifier, source, cache=tmp_path, config=_config(7))
     assert len(calls) == 1
-    again = freeze(classifier, source, cache=tmp_path, batch_size=2, **CPU)
+    again = freeze(classifier, source, cache=tmp_path, config=_config(2))
     assert len(calls) == 1
     np.testing.assert_array_equal(first.tokens(3), again.tokens(3))
     freeze(classifier, source, cache=tmp_path, layers=[1, 3], **CPU)
@@ -241,7 +245,7 @@ def test_the_key_changes_with_everything_that_tokens_depend_on_and_with_nothing_
     source = FolderSource(index_folder(image_root / "train"))
 
     def key(classifier=base, source=source, layers=(3,), precision="32"):
-        return cache_key(classifier, source, layers, precision=precision, device="cpu")
+        return cache_key(classifier, source, layers, _config(precision=precision))
 
     keys = [
         key(),
@@ -288,15 +292,15 @@ def test_an_interrupted_run_leaves_nothing_that_is_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(classifier.model, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        freeze(classifier, source, cache=tmp_path, batch_size=2, **CPU)
+        freeze(classifier, source, cache=tmp_path, config=_config(2))
     assert list(tmp_path.iterdir()) == []
-    found = freeze(classifier, source, cache=tmp_path, batch_size=2, **CPU)
+    found = freeze(classifier, source, cache=tmp_path, config=_config(2))
     np.testing.assert_allclose(found.tokens(3), _by_hand(classifier, source)[3], rtol=1e-5, atol=1e-5)
 
 
 def test_a_part_that_a_killed_run_left_is_not_used(tmp_path):
     classifier, source = _classifier(), _source()
-    key = cache_key(classifier, source, [3], precision="32", device="cpu")
+    key = cache_key(classifier, source, [3], _config())
     left = tmp_path / f"{key}.part-x"
     left.mkdir()
     (left / "layer003.f32").write_bytes(bytes(100))
@@ -314,7 +318,7 @@ def test_files_that_cannot_be_read_are_no_rows_and_have_a_reason_also_from_the_c
     (tmp_path / "data" / "a" / "1.png").write_bytes(b"no image")
     source = FolderSource(index_folder(tmp_path / "data"))
     for _ in range(2):
-        found = freeze(_classifier(), source, cache=tmp_path / "cache", batch_size=2, **CPU)
+        found = freeze(_classifier(), source, cache=tmp_path / "cache", config=_config(2))
         assert found.paths == ["a/0.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"]
         assert found.labels.tolist() == [0, 0, 1, 1, 1]
         assert found.positions.tolist() == [0, 2, 3, 4, 5]
@@ -344,7 +348,7 @@ def test_transparent_pixels_get_the_background_of_the_model(tmp_path):
     black = ImageClassifier(
         white.model, Preprocess((16, 16), crop_pct=1.0, background=(0, 0, 0)), ["a", "b", "c"]
     )
-    first = freeze(white, FolderSource(index, (0, 0, 0)), **CPU).read("gap")
+    first = freeze(white, FolderSource(index), **CPU).read("gap")
     second = freeze(black, FolderSource(index), **CPU).read("gap")
     with torch.inference_mode():
         pixels = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
@@ -355,7 +359,7 @@ def test_transparent_pixels_get_the_background_of_the_model(tmp_path):
 
 def test_too_small_a_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1_000})
-    monkeypatch.setattr(frozen_module.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda folder: usage)
     classifier = _classifier()
     monkeypatch.setattr(classifier.model, "encode", lambda images: pytest.fail("computed"))
     with pytest.raises(

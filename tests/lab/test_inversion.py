@@ -14,7 +14,8 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import bootstrap_means, percentile_interval
-from vit_cls.lab.frozen import Running, freeze
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import freeze
 from vit_cls.lab.least_squares import PENALTIES, fits_of_moments, moments_of, ridge_fits
 from vit_cls.lab.probes.explained import r2, r2_scores
 from vit_cls.lab.probes.inversion import invert
@@ -33,7 +34,7 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
 
-RUNNING = Running(device="cpu", precision="32")
+CONFIG = InferenceConfig(device="cpu", precision="32")
 
 
 def _part(source: ArraySource, count: int) -> ArraySource:
@@ -81,7 +82,7 @@ def _noise(parts: Partition) -> list[ArraySource]:
 def _frozen_and_pixels(layer: int, noise: bool = False):
     classifier, parts = _classifier(), _digits()
     sources = _noise(parts) if noise else (parts.train, parts.val, parts.test)
-    frozen = [freeze(classifier, s, layers=[layer], device="cpu", precision="32") for s in sources]
+    frozen = [freeze(classifier, s, layers=[layer], config=CONFIG) for s in sources]
     pixels = [
         pixels_of(s, f.positions, classifier.preprocess, (8, 8)) for s, f in zip(sources, frozen, strict=True)
     ]
@@ -275,7 +276,7 @@ def test_a_network_learns_a_linear_map_and_repeats_itself_under_a_seed(monkeypat
 
 def test_the_result_says_what_the_reads_explain_and_repeats_itself():
     classifier, parts = _classifier(), _digits()
-    found = invert(classifier, parts, seed=1, running=RUNNING)
+    found = invert(classifier, parts, seed=1, config=CONFIG)
     assert found.headline.startswith("The class token keeps more of the pixels than the label alone tells: ")
     assert len(found.findings) == 4
     assert found.findings[1].estimate == pytest.approx(
@@ -289,14 +290,14 @@ def test_the_result_says_what_the_reads_explain_and_repeats_itself():
     assert found.values["by_layer"]["cls"][2] == pytest.approx(found.values["cls"]["r2"])
     # The random encoder has the seed of the probe; that of the model has another.
     assert found.values["random"]["r2"] != found.values["cls"]["r2"]
-    assert invert(_classifier(seed=1), parts, seed=1, running=RUNNING).values["cls"] == found.values["random"]
+    assert invert(_classifier(seed=1), parts, seed=1, config=CONFIG).values["cls"] == found.values["random"]
     assert (found.data["train"], found.data["val"], found.data["test"]) == (90, 30, 40)
-    again = invert(classifier, parts, seed=1, running=RUNNING)
+    again = invert(classifier, parts, seed=1, config=CONFIG)
     assert dataclasses.replace(again, seconds=0).to_dict() == dataclasses.replace(found, seconds=0).to_dict()
 
 
 def test_pictures_show_the_original_beside_its_reconstructions():
-    found = invert(_classifier(), _digits(), layers=[2], running=RUNNING)
+    found = invert(_classifier(), _digits(), layers=[2], config=CONFIG)
     pictures = found.figures[-1]
     assert pictures.columns[0] == "original"
     assert len(pictures.rows) == 8
@@ -309,7 +310,7 @@ def test_pictures_show_the_original_beside_its_reconstructions():
 
 
 def test_a_model_without_a_class_token_is_read_by_the_mean_of_its_patches():
-    found = invert(_classifier(class_token=False), _digits(), layers=[2], running=RUNNING)
+    found = invert(_classifier(class_token=False), _digits(), layers=[2], config=CONFIG)
     assert "cls" not in found.values
     assert len(found.findings) == 2
     assert found.findings[0].claim.startswith("The mean of the patches keeps more")
@@ -326,4 +327,4 @@ def test_a_model_without_a_class_token_is_read_by_the_mean_of_its_patches():
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        invert(_classifier(), _digits(), running=RUNNING, **options)
+        invert(_classifier(), _digits(), config=CONFIG, **options)

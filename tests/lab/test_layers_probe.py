@@ -14,15 +14,15 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
-from vit_cls.lab.extraction import Running
-from vit_cls.lab.frozen import freeze
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import freeze
 from vit_cls.lab.probes.layers import LayerSettings, layers
 from vit_cls.lab.probes.linear import linear
 from vit_cls.lab.probes.linear_fits import LinearSettings
 from vit_cls.lab.probes.tokens import TokenSettings, tokens
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 
-RUNNING = Running("cpu", "32", num_workers=0)
+CONFIG = InferenceConfig("cpu", "32", num_workers=0)
 
 
 @pytest.fixture
@@ -47,11 +47,8 @@ def partition():
 
 
 def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, partition):
-    result = layers(classifier, partition, running=RUNNING)
-    parts = [
-        freeze(classifier, getattr(partition, part), device="cpu", precision="32", num_workers=0)
-        for part in PARTS
-    ]
+    result = layers(classifier, partition, config=CONFIG)
+    parts = [freeze(classifier, getattr(partition, part), config=CONFIG) for part in PARTS]
     last = linear(*parts, settings=LinearSettings(ways=("cls", "gap", "max")))
     for way in ("cls", "gap", "max"):
         assert len(result.values["top1"][way]) == 3  # before the first of two blocks, and after each
@@ -60,7 +57,7 @@ def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, par
 
 
 def test_before_the_first_block_the_class_token_is_the_same_for_every_image(classifier, partition):
-    result = layers(classifier, partition, running=RUNNING)
+    result = layers(classifier, partition, config=CONFIG)
     assert len(set(result.predictions["preds"]["cls 0"].tolist())) == 1
     assert result.values["top1"]["cls"][0] == 0.5
     assert result.values["top1"]["gap"][0] > 0.9  # brightness is in the embedded patches already
@@ -71,7 +68,7 @@ def test_before_the_first_block_the_class_token_is_the_same_for_every_image(clas
 
 
 def test_the_chart_has_a_line_a_read_with_the_accuracies_and_intervals_of_the_table(classifier, partition):
-    result = layers(classifier, partition, settings=LayerSettings(ways=("gap", "cls")), running=RUNNING)
+    result = layers(classifier, partition, settings=LayerSettings(ways=("gap", "cls")), config=CONFIG)
     (chart,) = result.figures
     assert [line.label for line in chart.lines] == ["gap", "cls"]
     rows = {(row[0], row[1]): row for row in result.tables[0].rows}
@@ -89,15 +86,15 @@ def test_choices_of_layers_ignore_the_labels_of_the_test_part(classifier, partit
     shuffled = np.random.default_rng(0).permutation(index.labels)
     other = ImageIndex(index.root, index.paths, shuffled, index.class_names)
     changed = Partition(partition.train, partition.val, ArraySource(other, partition.test.images), "")
-    one = layers(classifier, partition, running=RUNNING)
-    two = layers(classifier, changed, running=RUNNING)
+    one = layers(classifier, partition, config=CONFIG)
+    two = layers(classifier, changed, config=CONFIG)
     assert one.values["strength"] == two.values["strength"]
     assert one.values["top1"] != two.values["top1"]
 
 
 def test_the_class_tokens_of_several_blocks_cannot_be_read_before_the_first(classifier, partition):
     with pytest.raises(ConfigError, match="last:2 needs 2 blocks, but layer 0 comes after 0"):
-        layers(classifier, partition, settings=LayerSettings(ways=("last:2",)), running=RUNNING)
+        layers(classifier, partition, settings=LayerSettings(ways=("last:2",)), config=CONFIG)
 
 
 def test_the_patch_that_carries_the_class_stands_out_at_its_place_on_the_grid(noisy_parts):

@@ -16,7 +16,7 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex, PathTable
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, DataError, ModelFileError
-from vit_cls.lab.extraction import Running
+from vit_cls.inference import InferenceConfig
 from vit_cls.lab.refinement import refinement
 from vit_cls.lab.results import Finding
 from vit_cls.lab.studies.recipe import Recipe
@@ -201,7 +201,7 @@ def test_shuffled_accuracy_is_the_share_of_images_that_got_a_token_of_their_own_
 
 def test_batches_of_any_size_see_the_permutation_of_the_whole_test_part(parts):
     one, many = (
-        refinement(gathering_classifier(), parts, running=Running(precision="32", batch_size=size))
+        refinement(gathering_classifier(), parts, config=InferenceConfig(precision="32", batch_size=size))
         for size in (80, 7)
     )
     assert np.array_equal(one.shuffled, many.shuffled)

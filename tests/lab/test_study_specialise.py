@@ -18,7 +18,7 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
-from vit_cls.lab.extraction import Rows
+from vit_cls.lab.features import Rows
 from vit_cls.lab.seeding import seeded
 from vit_cls.lab.studies import specialise
 from vit_cls.lab.studies.class_token_views import COLLAPSED, Seen, alike_table, knowledge_table

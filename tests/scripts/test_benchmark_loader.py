@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vit_cls.data import transforms
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*unclosed file:pytest.PytestUnraisableExceptionWarning"),  # timm's
@@ -110,14 +112,14 @@ def test_both_sides_go_over_every_photo_once_a_pass(loader, photos, suite, monke
     settings = loader.parse(_arguments(photos)[1:])
     contents = [path.read_bytes() for path in loader.find_photos(photos, None, 0)]
     seen = {"ours": [], "timm": []}
-    for side, name in (("ours", "decode_image"), ("timm", "timm_decode")):
-        original = getattr(loader, name)
+    for side, module, name in (("ours", transforms, "decode_image"), ("timm", loader, "timm_decode")):
+        original = getattr(module, name)
 
-        def spy(data, side=side, original=original):
+        def spy(data, *background, side=side, original=original):
             seen[side].append(data)
-            return original(data)
+            return original(data, *background)
 
-        monkeypatch.setattr(loader, name, spy)
+        monkeypatch.setattr(module, name, spy)
     assert [one_pass() for one_pass in loader.memory_passes(suite, contents, settings)] == [6, 6]
     assert seen == {"ours": contents, "timm": contents}
 
@@ -126,7 +128,7 @@ def test_training_passes_draw_other_crops_each_time(loader, photos, monkeypatch)
     settings = loader.parse(_arguments(photos)[1:])
     contents = [path.read_bytes() for path in loader.find_photos(photos, None, 0)]
     keys = []
-    monkeypatch.setattr(loader, "keyed", lambda transform, image, key: keys.append(key))
+    monkeypatch.setattr(transforms, "keyed", lambda transform, image, key: keys.append(key))
     one_pass, _ = loader.memory_passes("train", contents, settings)
     one_pass()
     one_pass()

@@ -169,9 +169,9 @@ class _StopAt(Callback):
 def test_a_cache_spares_decoding_and_changes_nothing(image_root, tmp_path, monkeypatch):
     plain, _ = _fit(image_root, tmp_path / "plain", epochs=3)
     reads = []
-    read = dataset.read_image
+    read = dataset.read_file
     monkeypatch.setattr(
-        dataset, "read_image", lambda path, *rest: (reads.append(path.parts[-3]), read(path, *rest))[1]
+        dataset, "read_file", lambda path, *rest: (reads.append(path.parts[-3]), read(path, *rest))[1]
     )
     cached, _ = _fit(image_root, tmp_path / "cached", epochs=3, cache=str(tmp_path / "cache"))
     assert reads.count("val") == 8  # of three epochs with 8 images each
@@ -185,8 +185,8 @@ def test_a_cache_spares_decoding_and_changes_nothing(image_root, tmp_path, monke
 
 
 def test_waiting_for_images_is_measured_and_advised_on(image_root, tmp_path, monkeypatch, caplog):
-    read = dataset.read_image
-    monkeypatch.setattr(dataset, "read_image", lambda *given: (time.sleep(0.02), read(*given))[1])
+    read = dataset.read_file
+    monkeypatch.setattr(dataset, "read_file", lambda *given: (time.sleep(0.02), read(*given))[1])
     with caplog.at_level(logging.INFO, logger="vit_cls"):
         result, _ = _fit(image_root, tmp_path / "slow", epochs=3)
     assert all(0.5 < row["data_wait"] <= 1.0 for row in result.history)

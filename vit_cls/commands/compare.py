@@ -8,7 +8,13 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, make_parser, parse
+from vit_cls.commands.parsing import (
+    MODEL_HELP,
+    add_runtime_arguments,
+    inference_config,
+    make_parser,
+    parse,
+)
 from vit_cls.data.thumbnails import thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
@@ -78,10 +84,9 @@ def _check(args: Namespace) -> None:
 
 def _predict(name: str, args: Namespace) -> Answers:
     classifier = load(name)
-    keys = ("device", "precision", "batch_size", "num_workers", "compile", "exact")
-    options = {key: args[key] for key in keys}
     index = index_for_model(args.data, classifier)
-    predictions = predict_index(classifier, index, show_progress=sys.stderr.isatty(), **options)
+    config = inference_config(args, show_progress=sys.stderr.isatty())
+    predictions = predict_index(classifier, index, config)
     for position, reason in list(predictions.errors.items())[:5]:
         print(f"could not be read: {index.path(position)}: {reason}", file=sys.stderr)
     return answers_of(name, predictions)

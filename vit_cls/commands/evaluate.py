@@ -11,7 +11,13 @@ from typing import Any
 from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, make_parser, parse
+from vit_cls.commands.parsing import (
+    MODEL_HELP,
+    add_runtime_arguments,
+    inference_config,
+    make_parser,
+    parse,
+)
 from vit_cls.data.thumbnails import thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
@@ -27,6 +33,7 @@ from vit_cls.evaluation.output import (
 )
 from vit_cls.evaluation.predictions import Predictions, check_tta, index_for_model, predict_index
 from vit_cls.evaluation.temperature_file import calibratable_file, store_temperature
+from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.reports.html import MOST_PICTURES, ImageCases, write_evaluation_report
 from vit_cls.weights.factory import load
@@ -65,12 +72,11 @@ def run(words: list[str]) -> Outcome:
         raise ConfigError(f"--seed must be at least 0; got {args.seed}.")
     output = check_output(args.output)
     file = None if args.calibrate is None else calibratable_file(args.model)
+    config = inference_config(args, show_progress=sys.stderr.isatty())
     classifier = load(args.model)
     index = index_for_model(args.data, classifier)
-    fit = None if file is None else _calibrate(classifier, file, args)
-    predictions = predict_index(
-        classifier, index, restrict=args.restrict, tta=args.tta, **_runtime_options(args)
-    )
+    fit = None if file is None else _calibrate(classifier, file, args, config)
+    predictions = predict_index(classifier, index, config, restrict=args.restrict, tta=args.tta)
     result = evaluate_predictions(predictions, seed=args.seed)
     if output is not None:
         _write(output, predictions, result, classifier, args)
@@ -85,12 +91,9 @@ def run(words: list[str]) -> Outcome:
     return Outcome(to_dict(result) | told, text if output is None else f"{text}\nfiles in {output}")
 
 
-def _runtime_options(args: Namespace) -> dict[str, Any]:
-    names = ("device", "precision", "batch_size", "num_workers", "compile", "exact")
-    return {name: args[name] for name in names} | {"show_progress": sys.stderr.isatty()}
-
-
-def _calibrate(classifier: ImageClassifier, file: Path, args: Namespace) -> TemperatureFit:
+def _calibrate(
+    classifier: ImageClassifier, file: Path, args: Namespace, config: InferenceConfig
+) -> TemperatureFit:
     """Fit on one view of every validation image, all classes allowed, and store what was found."""
     index = index_for_model(args.calibrate, classifier, name="--calibrate")
     if os.path.samefile(args.calibrate, args.data):
@@ -99,7 +102,7 @@ def _calibrate(classifier: ImageClassifier, file: Path, args: Namespace) -> Temp
             "would look better than it is. Give other images: those that validated the training."
         )
     classifier.temperature = 1.0
-    fit = fit_temperature(predict_index(classifier, index, **_runtime_options(args)))
+    fit = fit_temperature(predict_index(classifier, index, config))
     store_temperature(file, fit, args.calibrate)
     classifier.temperature = fit.temperature
     return fit

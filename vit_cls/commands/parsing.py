@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from vit_cls.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from vit_cls.inference import InferenceConfig
 
 MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
@@ -50,6 +54,23 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compile", type=bool, nargs="?", const=True, default=False, help="compile the encoder"
     )
+
+
+def inference_config(args: Namespace, *, show_progress: bool) -> InferenceConfig:
+    """How a model is to be run, from the options that are there.
+
+    Args:
+        args: The parsed options.
+        show_progress: Whether a bar is drawn on stderr.
+
+    Raises:
+        ConfigError: If a number is out of range, or the device or the precision is not available.
+    """
+    from vit_cls.inference import InferenceConfig  # imports torch, which --help does not need
+
+    names = ("device", "precision", "batch_size", "num_workers", "compile", "exact")
+    settings: dict[str, Any] = {name: args[name] for name in names if name in args}
+    return InferenceConfig(**settings, show_progress=show_progress)
 
 
 def parse(parser: ArgumentParser, words: list[str]) -> Namespace:

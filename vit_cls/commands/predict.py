@@ -7,14 +7,19 @@ import sys
 from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import CALLER, Outcome
-from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, make_parser, parse
+from vit_cls.commands.parsing import (
+    MODEL_HELP,
+    add_runtime_arguments,
+    inference_config,
+    make_parser,
+    parse,
+)
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.features import FEATURES
 from vit_cls.evaluation.labelling import Request, label
 from vit_cls.evaluation.output import check_output
 from vit_cls.evaluation.path_stream import iter_paths
 from vit_cls.evaluation.row_files import FORMATS, RowFile, check_parquet, columns_of
-from vit_cls.evaluation.streaming import Runtime
 from vit_cls.weights.factory import load
 
 TABLE = "table"
@@ -51,16 +56,15 @@ def run(words: list[str]) -> Outcome:
     row_format = args.format or (TABLE if args.output is None and caller.stdout.isatty() else "csv")
     output = check_output(args.output)
     _check(row_format, args)
-    runtime = Runtime(
-        args.device, args.precision, args.batch_size, args.num_workers, args.compile, args.exact
-    )
+    # Rows on a terminal and a bar would be in each other's way.
+    config = inference_config(args, show_progress=output is not None and sys.stderr.isatty())
     table = None
     if output is not None:
         stem, columns = ("features", ("path", "error")) if args.features else ("predictions", None)
         table = RowFile(output, stem, row_format, columns or columns_of(args.top_k))
         table.check_part(args.resume)
     paths = iter_paths(args.paths or [], sys.stdin.buffer)
-    request = Request(args.model, row_format, args.top_k, args.features, args.resume, runtime)
+    request = Request(args.model, row_format, args.top_k, args.features, args.resume, config)
     data = label(load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json)
     text = (
         f"{data['images']} images, {data['failed']} of them could not be read; "

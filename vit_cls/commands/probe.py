@@ -10,12 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import MODEL_HELP, add_runtime_arguments, comma_lists, make_parser, parse
+from vit_cls.commands.parsing import (
+    MODEL_HELP,
+    add_runtime_arguments,
+    comma_lists,
+    inference_config,
+    make_parser,
+    parse,
+)
 from vit_cls.data.partition import partition_data
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.evaluation.output import check_output
-from vit_cls.lab.extraction import Running
 from vit_cls.lab.probes.common import described
 from vit_cls.lab.probes.seen import find_record, seen_note
 from vit_cls.lab.probes.table import PROBES
@@ -25,7 +31,7 @@ from vit_cls.weights.factory import load
 
 log = logging.getLogger("vit_cls")
 
-SHARED = ("classifier", "parts", "partition", "running", "device")
+SHARED = ("classifier", "parts", "partition", "config", "cache", "device")
 
 
 def run(words: list[str]) -> Outcome:
@@ -66,16 +72,14 @@ def run(words: list[str]) -> Outcome:
         raise ConfigError("--compile has no effect on a probe: tokens are computed once. Leave it out.")
     if args.seed < 0:
         raise ConfigError(f"--seed must be 0 or more; got {args.seed}.")
+    config = inference_config(args, show_progress=sys.stderr.isatty())
     output, cache = check_output(args.output), cache_folder(args.cache)
     classifier = load(args.model)
     fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
     parts = partition_data(args.data, seed=args.seed, **fractions)
     parts.refuse_unused(fractions)
-    running = Running(
-        args.device, args.precision, args.batch_size, args.num_workers, sys.stderr.isatty(), cache
-    )
     options = args.as_dict()
-    result = probe.run(classifier, parts, running, {key: options[key] for key in own})
+    result = probe.run(classifier, parts, config, cache, {key: options[key] for key in own})
     architecture = described(classifier.model)
     settings = {"model": args.model, "architecture": architecture, "data": args.data, **result.settings}
     notes = [*result.notes, *seen_note(find_record(args.model), parts, args.data)]

@@ -35,7 +35,7 @@ def run(words: list[str]) -> Outcome:
     parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
     args = parse(parser, words)
     # Here: these load for seconds, and --help needs none of them.
-    from vit_cls.evaluation.predictions import choose_device
+    from vit_cls.inference import choose_device
     from vit_cls.lab.verify import verify
     from vit_cls.weights.factory import load
 

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
-from vit_cls.data.decode import BACKGROUND
 from vit_cls.data.diagnosis import Problem
 from vit_cls.data.digits import load_digits
 from vit_cls.data.doctor import quick_check
@@ -22,7 +21,7 @@ from vit_cls.data.manifest import is_manifest, split_manifest
 from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.splits import Split, split_root, stratified_split
-from vit_cls.data.transforms import AUGMENTS, eval_transform, train_transform
+from vit_cls.data.transforms import AUGMENTS, Preprocessing, model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError, did_you_mean
 
 log = logging.getLogger("vit_cls")
@@ -59,8 +58,9 @@ class ImageDataModule(LightningDataModule):
         ConfigError: If a setting is unknown or cannot take effect.
 
     Example:
+        >>> from vit_cls.model.classifier import Preprocess
         >>> data = ImageDataModule(name="digits")
-        >>> data.configure(seed=0, img_size=(28, 28))
+        >>> data.configure(seed=0, preprocess=Preprocess((28, 28)))
         >>> len(data.class_names), len(data.train_source.index) + len(data.val_source.index)
         (10, 1198)
     """
@@ -149,45 +149,23 @@ class ImageDataModule(LightningDataModule):
         data.given = (train, val, origin)
         return data
 
-    def configure(
-        self,
-        *,
-        seed: int,
-        img_size: tuple[int, int],
-        crop_pct: float = 0.9,
-        crop_mode: str = "center",
-        interpolation: str = "bicubic",
-        background: tuple[int, int, int] = BACKGROUND,
-    ) -> None:
+    def configure(self, *, seed: int, preprocess: Preprocessing) -> None:
         """Set what the run and the model decide: the seed, and how an image becomes the model's input.
 
         Args:
             seed: Seed of split, order and augmentation.
-            img_size: Height and width that the model takes, in pixels.
-            crop_pct: Side of the evaluation crop over the side of the resized image.
-            crop_mode: ``center`` or ``squash``.
-            interpolation: Filter of every resize.
-            background: Colour under transparent pixels.
+            preprocess: The model's: ``classifier.preprocess``.
 
         Raises:
             DataError: If the images cannot be used.
         """
         if not self.origin or seed != self.seed:
             self.load_index(seed)
-        for source in (self.train_source, self.val_source):
-            if isinstance(source, FolderSource):
-                source.background = background
-        train = train_transform(img_size, augment=self.augment, interpolation=interpolation)
-        settings: dict[str, Any] = {
-            "crop_pct": crop_pct,
-            "crop_mode": crop_mode,
-            "interpolation": interpolation,
-        }
-        val = eval_transform(img_size, **settings)
+        val = model_reader(preprocess)
         cache = None
         if self.cache is not None and isinstance(self.val_source, FolderSource):
-            words = repr((img_size, sorted(settings.items()), background))
-            cache = PixelCache(Path(self.cache), self.val_source.index, words, img_size)
+            cache = PixelCache(Path(self.cache), self.val_source.index, val.description, val.size)
+        train = model_reader(preprocess, augment=self.augment)
         self.train_set = ImageDataset(self.train_source, train, seed=seed)
         self.val_set = ImageDataset(self.val_source, val, cache=cache)
 

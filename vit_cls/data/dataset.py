@@ -1,18 +1,20 @@
-"""(epoch, index) to a uint8 image and its target, and samples to batches; a file that fails is a row, too."""
+"""Sources of images, samples of them, and samples to batches; a file that fails is a row, too."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vit_cls.data.cache import PixelCache
-from vit_cls.data.decode import BACKGROUND, read_image
+from vit_cls.data.decode import read_file
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.sampler import SampleKey, sample_seed
-from vit_cls.data.transforms import Transform, keyed
+from vit_cls.data.transforms import Reader
 from vit_cls.errors import ImageError
 
 
@@ -63,13 +65,19 @@ def _stack(images: list[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
+@runtime_checkable
 class ImageSource(Protocol):
-    """Where the pixels of an indexed image come from."""
+    """Where the images of an index come from; how a model wants them is not its matter."""
 
     index: ImageIndex
 
-    def read(self, index: int) -> Tensor:
-        """Pixels of image ``index``, uint8 ``(3, H, W)``; ImageError or OSError where it cannot be read."""
+    def read(self, index: int) -> bytes | Tensor:
+        """Image ``index``: its file, or pixels, uint8 ``(3, H, W)``.
+
+        Raises:
+            ImageError: If it is no image.
+            OSError: If it cannot be read.
+        """
 
 
 class FolderSource:
@@ -77,16 +85,14 @@ class FolderSource:
 
     Args:
         index: The files.
-        background: Colour under transparent pixels.
     """
 
-    def __init__(self, index: ImageIndex, background: tuple[int, int, int] = BACKGROUND) -> None:
+    def __init__(self, index: ImageIndex) -> None:
         self.index = index
-        self.background = background
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> bytes:
         """See `ImageSource.read`."""
-        return read_image(self.index.path(index), self.background)
+        return read_file(self.index.path(index))
 
 
 class ArraySource:
@@ -107,26 +113,26 @@ class ArraySource:
 
 
 class ImageDataset(Dataset[Sample]):
-    """Samples by (epoch, index).
+    """Samples by (epoch, index), for training and its validation.
 
     Args:
         source: The images.
-        transform: From uint8 ``(3, H, W)`` of any size to the model's size.
-        seed: Seed of the random transforms; None where ``transform`` draws nothing.
-        cache: Keeps the pixels after a transform that draws nothing.
+        reader: Makes uint8 ``(3, H, W)`` of the model's size of them.
+        seed: Seed of a random reader; None where it draws nothing.
+        cache: Keeps the pixels of a reader that draws nothing.
     """
 
     def __init__(
         self,
         source: ImageSource,
-        transform: Transform,
+        reader: Reader,
         *,
         seed: int | None = None,
         cache: PixelCache | None = None,
     ) -> None:
         assert seed is None or cache is None, "random pixels are not to be kept"
         self.source = source
-        self.transform = transform
+        self.reader = reader
         self.seed = seed
         self.cache = cache
 
@@ -136,18 +142,52 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index, *copy = key
         target = int(self.source.index.labels[index])
-        kept = None if self.cache is None else self.cache.get(index)
-        if kept is not None:
-            return Sample(index, kept, target, None)
-        try:
-            image = self.source.read(index)
-        except (ImageError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            return Sample(index, None, target, reason)
-        if self.seed is None:
-            image = self.transform(image)
-            if self.cache is not None:
-                self.cache.put(index, image)
+        image = None if self.cache is None else self.cache.get(index)
+        if image is not None:
             return Sample(index, image, target, None)
-        draws = sample_seed(self.seed, epoch, index, *copy)
-        return Sample(index, keyed(self.transform, image, draws), target, None)
+        draws = None if self.seed is None else sample_seed(self.seed, epoch, index, *copy)
+        image, error = _read(lambda: self.reader(self.source.read(index), draws))
+        if image is not None and self.cache is not None:
+            self.cache.put(index, image)
+        return Sample(index, image, target, error)
+
+
+class ItemDataset(Dataset[Sample]):
+    """Samples by (place in the batch, item), an item being a path or a position in a source.
+
+    It holds neither, so it is small however many there are.
+
+    Args:
+        read: The file or the pixels of an item.
+        reader: Makes uint8 ``(3, H, W)`` of the model's size of them.
+    """
+
+    def __init__(self, read: Callable[[Any], bytes | Tensor], reader: Reader) -> None:
+        self.read = read
+        self.reader = reader
+
+    def __getitem__(self, key: tuple[int, Any]) -> Sample:
+        place, item = key
+        image, error = _read(lambda: self.reader(self.read(item)))
+        return Sample(place, image, 0, error)
+
+
+def read_path(path: str) -> bytes:
+    """The file of a path, for `ItemDataset`.
+
+    Args:
+        path: Of an image file.
+
+    Raises:
+        ImageError: As for `read_file`.
+        OSError: As for `read_file`.
+    """
+    return read_file(Path(path))
+
+
+def _read(image: Callable[[], Tensor]) -> tuple[Tensor | None, str | None]:
+    """The pixels, or why there are none."""
+    try:
+        return image(), None
+    except (ImageError, OSError) as error:
+        return None, error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -25,28 +25,27 @@ BACKGROUND = (255, 255, 255)
 """Colour that shows through transparent pixels."""
 
 
-def read_image(path: Path, background: tuple[int, int, int] = BACKGROUND) -> Tensor:
-    """Decode one file, whose size is looked at before it is read.
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, whose size is looked at before it is read.
 
     Args:
         path: The file.
-        background: As for `decode_image`.
-
-    Returns:
-        As `decode_image`.
 
     Raises:
-        ImageError: As `decode_image`, or if the file has more than `MAX_BYTES`, or is a pipe or a device.
+        ImageError: If it has more than `MAX_BYTES`, is a pipe or a device, or no file can have that name.
         OSError: If it cannot be read.
     """
-    status = path.stat()
+    try:
+        status = path.stat()
+    except ValueError as error:  # a NUL byte in the path
+        raise ImageError(str(error)) from error
     if status.st_size > MAX_BYTES:
         raise ImageError(f"the file has {status.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ImageError("it is not a regular file")  # to open a pipe would wait for its other end
     with path.open("rb") as file:
         # Not MAX_BYTES: Python reserves what it is asked for, which costs a tenth of decoding a photo.
-        return decode_image(file.read(status.st_size), background)
+        return file.read(status.st_size)
 
 
 def decode_image(data: bytes, background: tuple[int, int, int] = BACKGROUND) -> Tensor:

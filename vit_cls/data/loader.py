@@ -1,16 +1,32 @@
-"""A DataLoader whose batches depend on its sampler alone, not on how many workers fill them."""
+"""Batches whose content depends on what is asked for alone, not on how many workers load it."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from vit_cls.data.dataset import Batch, ImageDataset, collate
+from vit_cls.data.dataset import (
+    ArraySource,
+    Batch,
+    ImageDataset,
+    ImageSource,
+    ItemDataset,
+    collate,
+    read_path,
+)
 from vit_cls.data.sampler import EpochSampler
-from vit_cls.errors import ConfigError
+from vit_cls.data.transforms import Reader
+from vit_cls.errors import ConfigError, RunError
+
+Images = ImageSource | Iterable[str | os.PathLike[str]]
+"""What can be loaded once, in order: the images of an index, or any number of paths."""
 
 
 def make_loader(
@@ -21,7 +37,7 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Load the sampler's keys in its order; the last batch may be smaller.
+    """Load the sampler's keys in its order, epoch after epoch; the last batch may be smaller.
 
     Args:
         dataset: Makes a sample from a key.
@@ -41,15 +57,88 @@ def make_loader(
         dataset,  # type: ignore[arg-type]  # keys are (epoch, index)
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        **_settings(num_workers, pin_memory),
+    )
+
+
+def load_once(
+    images: Images,
+    reader: Reader,
+    *,
+    batch_size: int,
+    num_workers: int | None = None,
+    pin_memory: bool = False,
+) -> Iterator[tuple[list[Any], Batch]]:
+    """Load images once, in their order, in constant memory.
+
+    Args:
+        images: An index's, or paths; an endless source of them will do. It is read a few batches ahead.
+        reader: Makes pixels of a file.
+        batch_size: Images a batch.
+        num_workers: Loading processes; None means one a core, at most 8, and none for images in memory or for
+            no more than one batch.
+        pin_memory: As for `make_loader`.
+
+    Yields:
+        What was asked for, positions or paths, and the batch, whose ``indices`` are places in that list.
+
+    Raises:
+        RunError: If a loading process dies.
+    """
+    items: Iterator[Any]
+    if isinstance(images, ImageSource):
+        items, dataset = iter(range(len(images.index))), ItemDataset(images.read, reader)
+        num_workers = 0 if num_workers is None and isinstance(images, ArraySource) else num_workers
+    else:
+        items, dataset = (os.fspath(path) for path in images), ItemDataset(read_path, reader)
+    if num_workers is None:
+        first = list(itertools.islice(items, batch_size + 1))
+        num_workers = default_num_workers() if len(first) > batch_size else 0  # they take longer to start
+        items = itertools.chain(first, items)
+    pending: deque[list[Any]] = deque()
+
+    def keys() -> Iterator[list[tuple[int, Any]]]:
+        while part := list(itertools.islice(items, batch_size)):
+            pending.append(part)
+            yield list(enumerate(part))
+
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # keys are (place, item)
+        batch_sampler=keys(),
+        **_settings(num_workers, pin_memory),
+    )
+    for batch in _named_crashes(loader):
+        yield pending.popleft(), batch
+
+
+def _settings(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    return {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "collate_fn": collate,
+        "worker_init_fn": _leave_signals_to_the_main_process,
         # The loader draws a base seed for each iterator. From the global generator that would move
         # dropout's draws, and differently for 0 workers and for many.
-        generator=torch.Generator(),
-    )
+        "generator": torch.Generator(),
+    }
+
+
+def _named_crashes(loader: Iterable[Batch]) -> Iterator[Batch]:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"a loading process died ({str(error).splitlines()[0]}), of a fault in a decoder or for want "
+                "of memory. Use fewer --num_workers, or 0."
+            ) from error
+        yield batch
 
 
 def default_num_workers() -> int:
@@ -57,5 +146,7 @@ def default_num_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _leave_interrupts_to_the_main_process(worker_id: int) -> None:
+def _leave_signals_to_the_main_process(worker_id: int) -> None:
+    # A scheduler signals every process of a job; the main one ends the others when it has kept its work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

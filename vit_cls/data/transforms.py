@@ -1,10 +1,11 @@
-"""uint8 pixels to uint8 pixels of the model's size: random for training, fixed for evaluation."""
+"""Files and pixels to uint8 pixels of the model's size: random for training, fixed for evaluation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from vit_cls.data.decode import BACKGROUND, decode_image
 from vit_cls.errors import ConfigError
 
 Transform = Callable[[Tensor], Tensor]
@@ -209,6 +211,139 @@ def keyed(transform: Transform, image: Tensor, key: int) -> Tensor:
         return transform(image)
     finally:
         generator.set_state(state)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One call from an image to uint8 pixels of the model's size.
+
+    Args:
+        transform: From decoded pixels to those of the model's size.
+        size: Height and width of the result, in pixels.
+        background: Colour under transparent pixels.
+        description: All settings in words; readers that give the same pixels have the same.
+    """
+
+    transform: Transform
+    size: tuple[int, int]
+    background: tuple[int, int, int]
+    description: str
+
+    def __call__(self, data: bytes | Tensor, key: int | None = None) -> Tensor:
+        """Decode and transform.
+
+        Args:
+            data: A whole image file, or pixels: uint8, shape ``(3, height, width)``.
+            key: Seed of the random draws, as for `keyed`; None where nothing is random.
+
+        Returns:
+            uint8, shape ``(3, *size)``: what decoding and then transforming gives.
+
+        Raises:
+            ImageError: If the bytes are not an image.
+        """
+        image = data if isinstance(data, Tensor) else decode_image(data, self.background)
+        return self.transform(image) if key is None else keyed(self.transform, image, key)
+
+
+def eval_reader(
+    size: Size,
+    *,
+    crop_pct: float = 0.9,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    exact: bool = False,
+    background: tuple[int, int, int] = BACKGROUND,
+) -> Reader:
+    """One call from the bytes of a file to the pixels of `eval_transform`.
+
+    Args:
+        size: As for `eval_transform`, like the settings below.
+        crop_pct: As there.
+        crop_mode: As there.
+        interpolation: As there.
+        exact: As there.
+        background: Colour under transparent pixels.
+
+    Raises:
+        ConfigError: If ``crop_mode`` is unknown.
+    """
+    settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+    transform = eval_transform(
+        size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation, exact=exact
+    )
+    words = (_pair(size), sorted(settings.items()), background, *(["exact"] if exact else []))
+    return Reader(transform, _pair(size), background, repr(words))
+
+
+def train_reader(
+    size: Size,
+    *,
+    augment: str = "crop_flip",
+    interpolation: str = "bicubic",
+    background: tuple[int, int, int] = BACKGROUND,
+) -> Reader:
+    """One call from the bytes of a file and a key to the pixels of `train_transform`.
+
+    Args:
+        size: As for `train_transform`, like the settings below.
+        augment: As there.
+        interpolation: As there.
+        background: Colour under transparent pixels.
+
+    Raises:
+        ConfigError: If ``augment`` is unknown.
+    """
+    transform = train_transform(size, augment=augment, interpolation=interpolation)
+    return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
+
+
+class Preprocessing(Protocol):
+    """What a model says of the pixels that it wants; `vit_cls.model.classifier.Preprocess` is one."""
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+
+    @property
+    def crop_pct(self) -> float:
+        """As for `eval_transform`."""
+
+    @property
+    def crop_mode(self) -> str:
+        """As for `eval_transform`."""
+
+    @property
+    def interpolation(self) -> str:
+        """Filter of every resize."""
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Colour under transparent pixels."""
+
+
+def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str | None = None) -> Reader:
+    """How images become the input of a model.
+
+    Args:
+        preprocess: The model's own: ``classifier.preprocess``.
+        exact: As for `eval_reader`.
+        augment: As for `train_reader`; None reads as for evaluation, with no random draws.
+
+    Raises:
+        ConfigError: If ``augment`` is unknown.
+    """
+    size, background, interpolation = preprocess.img_size, preprocess.background, preprocess.interpolation
+    if augment is not None:
+        return train_reader(size, augment=augment, interpolation=interpolation, background=background)
+    return eval_reader(
+        size,
+        crop_pct=preprocess.crop_pct,
+        crop_mode=preprocess.crop_mode,
+        interpolation=interpolation,
+        exact=exact,
+        background=background,
+    )
 
 
 def _pair(size: Size) -> tuple[int, int]:

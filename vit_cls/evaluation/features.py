@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.evaluation.streaming import Compute
+from vit_cls.inference import InferenceConfig, batches
 from vit_cls.model.classifier import ImageClassifier
 
 FEATURES = ("cls", "gap", "tokens")
@@ -21,7 +21,9 @@ HEADER_BYTES = 4096
 """Room for the header, which is written last: only then is the number of rows known."""
 
 
-def feature_function(classifier: ImageClassifier, what: str) -> tuple[Compute, tuple[int, ...]]:
+def feature_function(
+    classifier: ImageClassifier, what: str
+) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
     """What to compute for ``--features``, and its shape for one image.
 
     Args:
@@ -52,6 +54,35 @@ def feature_function(classifier: ImageClassifier, what: str) -> tuple[Compute, t
     with torch.inference_mode():
         shape = tuple(compute(blank.to(classifier.mean.device)).shape[1:])
     return compute, shape
+
+
+def feature_chunks(
+    classifier: ImageClassifier,
+    paths: Iterable[str | Path],
+    compute: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    config: InferenceConfig,
+) -> Iterator[tuple[list[Mapping[str, str | None]], np.ndarray]]:
+    """Embeddings of image files as they come, a batch at a time.
+
+    Args:
+        classifier: Is moved to the device and put in evaluation mode.
+        paths: Files; an endless source will do.
+        compute: From `feature_function`.
+        shape: Likewise.
+        config: How the model is run.
+
+    Yields:
+        Path and error of each file, and float32 of shape ``(files, *shape)``: NaN where one could not be read.
+
+    Raises:
+        ModelFileError: If a number is not finite.
+    """
+    for outputs in batches(classifier, paths, compute, config):
+        values = np.full((len(outputs.items), *shape), np.nan, dtype=np.float32)
+        if outputs.values is not None:
+            values[outputs.places] = outputs.values.numpy()
+        yield [{"path": p, "error": outputs.errors.get(i)} for i, p in enumerate(outputs.items)], values
 
 
 class FeatureFile:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import Progress
-
-from vit_cls.evaluation.features import FeatureFile, feature_function
-from vit_cls.evaluation.predictions import choose_bf16, choose_device
+from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
+from vit_cls.evaluation.predictions import check_top_k, predict_batches
 from vit_cls.evaluation.row_files import FORMATS, RowFile, Value, as_record, columns_of
 from vit_cls.evaluation.saving import Chunk, Saved, StopSignals, save_rows
-from vit_cls.evaluation.streaming import Runtime, check_top_k, predict_batches, run_batches
+from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Request:
         top_k: Classes a row.
         features: The tokens wanted instead of predictions; None means predictions.
         resume: Whether to continue an interrupted run.
-        runtime: Device, batch size and the like.
+        config: How the model is run.
     """
 
     model: str
@@ -42,7 +36,7 @@ class Request:
     top_k: int
     features: str | None
     resume: bool
-    runtime: Runtime
+    config: InferenceConfig
 
 
 def label(
@@ -78,17 +72,16 @@ def label(
         check_top_k(classifier, request.top_k)
 
         def work(some: Iterator[str]) -> Iterator[Chunk]:
-            batches = predict_batches(classifier, some, top_k=request.top_k, runtime=request.runtime)
-            for rows in batches:
+            for rows in predict_batches(classifier, some, top_k=request.top_k, config=request.config):
                 yield [as_record(row, request.top_k) for row in rows], None
 
         if table is not None:
             saved = save_rows(
                 table,
                 paths,
-                lambda some: _shown(work(some), lambda chunk: len(chunk[0])),
+                work,
                 facts=_facts(classifier, request),
-                batch_size=request.runtime.batch_size,
+                batch_size=request.config.batch_size,
                 resume=request.resume,
             )
         else:
@@ -113,17 +106,12 @@ def _save_features(
 ) -> Saved:
     compute, shape = feature_function(classifier, what)
 
-    def work(some: Iterator[str]) -> Iterator[Chunk]:
-        for out in run_batches(classifier, some, compute, shape=shape, runtime=request.runtime):
-            records = [{"path": path, "error": out.errors.get(i)} for i, path in enumerate(out.paths)]
-            yield records, out.values
-
     return save_rows(
         table,
         paths,
-        lambda some: _shown(work(some), lambda chunk: len(chunk[0])),
+        lambda some: feature_chunks(classifier, some, compute, shape, request.config),
         facts=_facts(classifier, request),
-        batch_size=request.runtime.batch_size,
+        batch_size=request.config.batch_size,
         resume=request.resume,
         features=FeatureFile(table.path.with_name("features.safetensors"), shape),
         metadata={"features": what, "model": request.model, "paths": table.path.name},
@@ -188,7 +176,6 @@ def _text_format(
 
 def _facts(classifier: ImageClassifier, request: Request) -> dict[str, Any]:
     """What rows depend on besides their paths, by the option that sets it."""
-    where = choose_device(request.runtime.device)
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((classifier.class_names, classifier.preprocess)).encode())
     for name, tensor in sorted(classifier.model.state_dict().items()):
@@ -199,20 +186,6 @@ def _facts(classifier: ImageClassifier, request: Request) -> dict[str, Any]:
         "temperature": classifier.temperature,
         "--top_k": request.top_k,
         "--features": request.features,
-        "--exact": request.runtime.exact,
-        "--precision": "bf16" if choose_bf16(request.runtime.precision, where) else "32",
+        "--exact": request.config.exact,
+        "--precision": "bf16" if request.config.bf16 else "32",
     }
-
-
-def _shown(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[Item]:
-    """A counter on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    with Progress(
-        *Progress.get_default_columns()[:1], "{task.completed}", console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("predicting", total=None)
-        for item in items:
-            yield item
-            bar.advance(task, count(item))

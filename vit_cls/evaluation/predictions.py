@@ -1,30 +1,25 @@
-"""A classifier's answer for every image of a folder, once each, failures included."""
+"""A classifier's answer for every image of a folder, or for files as they come; failures included."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from vit_cls.data.dataset import FolderSource, ImageDataset
+from vit_cls.data.dataset import FolderSource
 from vit_cls.data.index import ImageIndex, class_folders, index_folder
-from vit_cls.data.loader import default_num_workers, make_loader
-from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS, match_classes
-from vit_cls.errors import ConfigError, DataError, ModelFileError
+from vit_cls.errors import ConfigError, DataError
+from vit_cls.inference import InferenceConfig, Outputs, batches, require_head
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.weights.file_classifier import NO_HEAD, transform_of
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "32", "bf16")
 TTAS = ("none", "flip")
 WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -104,19 +99,6 @@ def index_for_model(root: str | Path, classifier: ImageClassifier, *, name: str 
     return match_classes(replace(index, class_names=known), classifier.class_names)
 
 
-def require_head(classifier: ImageClassifier) -> None:
-    """Refuse a model that cannot name a class.
-
-    Args:
-        classifier: The model.
-
-    Raises:
-        ModelFileError: If it has no head.
-    """
-    if not classifier.class_names:
-        raise ModelFileError(NO_HEAD)
-
-
 def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, name: str) -> list[str]:
     """The model's name of each class folder, where a folder has another of the names of an ImageNet class.
 
@@ -166,78 +148,49 @@ def _folded(name: str) -> str:
     return name.replace("_", " ").casefold()
 
 
-@torch.inference_mode()
 def predict_index(
     classifier: ImageClassifier,
     index: ImageIndex,
+    config: InferenceConfig | None = None,
     *,
-    device: str = "auto",
-    precision: str = "auto",
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    compile: bool = False,
-    exact: bool = False,
     restrict: bool = False,
     tta: str = "none",
-    show_progress: bool = False,
 ) -> Predictions:
     """Classify every image of an index.
 
     Args:
         classifier: Is moved to the device and put in evaluation mode.
         index: The images.
-        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``mps``.
-        precision: ``auto`` (bf16 autocast on a GPU), ``32`` or ``bf16``.
-        batch_size: Images a forward pass; does not change the result beyond rounding.
-        num_workers: Loading processes; None means one a core, at most 8.
-        compile: Whether the encoder's blocks are compiled.
-        exact: Whether images are resized by Pillow, as timm's loader does it.
+        config: How the model is run; None takes the defaults.
         restrict: Whether only classes that the index has images of can be predicted.
         tta: ``none``, or ``flip``: the mean of the probabilities of an image and of its mirror image. The
             temperature sharpens or blurs that mean, so that it changes no prediction.
-        show_progress: Whether a bar is drawn on stderr.
 
     Returns:
         Probabilities and failures, in the order of the index.
 
     Raises:
-        ConfigError: If the device or a number is not available.
+        ConfigError: If ``tta`` is unknown.
         ModelFileError: If the model has no head, or logits are not finite.
     """
     require_head(classifier)
     check_tta(tta)
+    config = config or InferenceConfig()
+
+    def flip_averaged(images: Tensor) -> Tensor:
+        return _log_mean_probs(classifier(images).float(), classifier(images.flip(-1)).float())
+
     started = time.perf_counter()
-    where = choose_device(device)
-    low = choose_bf16(precision, where)
-    pre = classifier.preprocess
-    transform = transform_of(pre, exact=exact)
-    loader = make_loader(
-        ImageDataset(FolderSource(index, pre.background), transform),
-        EpochSampler(len(index), seed=0, shuffle=False),
-        batch_size=batch_size,
-        num_workers=default_num_workers() if num_workers is None else num_workers,
-        pin_memory=where.type == "cuda",
-    )
-    classifier.to(where).eval()
-    if compile:
-        classifier.model.blocks.compile()
-    logits = torch.full((len(index), len(classifier.class_names)), torch.nan, device=where)
+    logits = torch.full((len(index), len(classifier.class_names)), torch.nan)
     errors: dict[int, str] = {}
-    console = Console(stderr=True, quiet=not show_progress)
-    for batch in track(loader, "predicting", total=len(loader), console=console, disable=not show_progress):
-        errors |= dict(batch.failures)
-        if len(batch.indices):
-            images = batch.images.to(where, non_blocking=True)
-            with torch.autocast(where.type, dtype=torch.bfloat16, enabled=low):
-                found = classifier(images).float()
-                if tta == "flip":
-                    found = _log_mean_probs(found, classifier(images.flip(-1)).float())
-            logits[batch.indices.to(where)] = found
-    logits = logits.cpu()
-    _refuse_diverged(logits.numpy(), index, errors)
+    compute = flip_averaged if tta == "flip" else classifier
+    for outputs in batches(classifier, FolderSource(index), compute, config):
+        errors |= outputs.failures
+        if outputs.values is not None:
+            logits[outputs.done] = outputs.values
     if restrict:
         logits[:, torch.from_numpy(index.counts() == 0)] = -torch.inf
-    scoring = Scoring(classifier.temperature, restrict, tta, exact)
+    scoring = Scoring(classifier.temperature, restrict, tta, config.exact)
     probs = classifier.probs(logits).numpy()
     return Predictions(index, probs, errors, time.perf_counter() - started, scoring)
 
@@ -245,15 +198,6 @@ def predict_index(
 def _log_mean_probs(*logits: Tensor) -> Tensor:
     """Logits whose softmax is the mean of the softmaxes."""
     return torch.stack([each.log_softmax(dim=1) for each in logits]).logsumexp(dim=0)
-
-
-def _refuse_diverged(logits: np.ndarray, index: ImageIndex, errors: dict[int, str]) -> None:
-    broken = [i for i in np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist() if i not in errors]
-    if broken:
-        raise ModelFileError(
-            f"no finite logits for {len(broken)} of {len(index) - len(errors)} images, "
-            f"the first {index.path(broken[0])}: weights that diverged, or --precision bf16."
-        )
 
 
 def check_tta(tta: str) -> None:
@@ -269,35 +213,85 @@ def check_tta(tta: str) -> None:
         raise ConfigError(f"--tta must be one of {', '.join(TTAS)}; got {tta!r}.")
 
 
-def choose_device(device: str) -> torch.device:
-    """The device that ``--device`` means.
+@dataclass(frozen=True)
+class Row:
+    """What a classifier said about one file.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-
-    Raises:
-        ConfigError: If it is unknown or not there.
+        path: As it was given.
+        best: Classes and their probabilities, the likeliest first; empty where the file could not be read.
+        error: Why it could not.
     """
-    if device not in DEVICES:
-        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}; got {device!r}.")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
-    if not there[device]:
-        raise ConfigError(f"--device {device} is not available on this machine. Use --device auto or cpu.")
-    return torch.device(device)
+
+    path: str
+    best: tuple[tuple[str, float], ...]
+    error: str | None = None
 
 
-def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether ``--precision`` means bf16 autocast on that device.
+def predict_files(
+    classifier: ImageClassifier,
+    paths: Iterable[str | Path],
+    *,
+    top_k: int = 1,
+    config: InferenceConfig | None = None,
+) -> Iterator[Row]:
+    """Label image files as they come.
 
     Args:
-        precision: ``auto``, ``32`` or ``bf16``.
-        device: Where the model runs.
+        classifier: Is moved to the device and put in evaluation mode.
+        paths: Files; an endless source will do. It is read only a few batches ahead.
+        top_k: Classes a row.
+        config: How the model is run; None takes the defaults.
+
+    Returns:
+        One row a path, in the order of the paths.
 
     Raises:
-        ConfigError: If the precision is unknown.
+        ConfigError: If ``top_k`` is not in [1, classes].
+        ModelFileError: If the model has no head, or logits are not finite.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return itertools.chain.from_iterable(predict_batches(classifier, paths, top_k=top_k, config=config))
+
+
+def predict_batches(
+    classifier: ImageClassifier,
+    paths: Iterable[str | Path],
+    *,
+    top_k: int,
+    config: InferenceConfig | None = None,
+) -> Iterator[list[Row]]:
+    """The rows of `predict_files`, a batch at a time."""
+    check_top_k(classifier, top_k)
+    return (_rows(classifier, out, top_k) for out in batches(classifier, paths, classifier, config))
+
+
+def check_top_k(classifier: ImageClassifier, top_k: int) -> None:
+    """Make sure that a classifier can name that many classes.
+
+    Args:
+        classifier: Knows its classes.
+        top_k: Classes a row.
+
+    Raises:
+        ConfigError: If ``top_k`` is not in [1, classes].
+        ModelFileError: If the model has no head.
+    """
+    require_head(classifier)
+    if not 1 <= top_k <= len(classifier.class_names):
+        raise ConfigError(
+            f"--top_k must be from 1 to the model's {len(classifier.class_names)} classes; got {top_k}."
+        )
+
+
+def _rows(classifier: ImageClassifier, outputs: Outputs[Tensor], top_k: int) -> list[Row]:
+    rows = [Row(path, (), outputs.errors.get(place)) for place, path in enumerate(outputs.items)]
+    if outputs.values is None:
+        return rows
+    probs, names = classifier.probs(outputs.values).numpy(), classifier.class_names
+    # stable: of equal ones the first, as argmax has it
+    best = probs.argmax(1)[:, None] if top_k == 1 else np.argsort(-probs, 1, kind="stable")[:, :top_k]
+    for i, place in enumerate(outputs.places):
+        rows[place] = Row(
+            outputs.items[place], tuple((names[k], float(probs[i, k])) for k in best[i].tolist())
+        )
+    return rows

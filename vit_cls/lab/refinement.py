@@ -15,7 +15,8 @@ from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import PARTS, Partition
 from vit_cls.data.splits import match_classes
 from vit_cls.errors import ConfigError
-from vit_cls.lab.extraction import Rows, Running, token_batches
+from vit_cls.inference import InferenceConfig, batches, layer_tokens
+from vit_cls.lab.features import Rows
 from vit_cls.lab.interventions import changed_tokens, insert_tokens, replace_token
 from vit_cls.lab.probes.common import check_parts
 from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
@@ -76,7 +77,7 @@ def refinement(
     *,
     seeds: Sequence[int] = (0,),
     permutations: int = 5,
-    running: Running | None = None,
+    config: InferenceConfig | None = None,
 ) -> Refinement:
     """Probe the class token at every layer, and shuffle, replace and insert it there.
 
@@ -88,7 +89,7 @@ def refinement(
         partition: Train and validation part for means and probes, test part for everything else.
         seeds: Of the permutations.
         permutations: How many for each seed; the same at every layer.
-        running: How the model is run; None means in float32, on the best device.
+        config: How the model is run; None means in float32, on the best device.
 
     Raises:
         ConfigError: If the head reads something else, or a number is out of range.
@@ -102,10 +103,10 @@ def refinement(
     if permutations < 1:
         raise ConfigError(f"--permutations must be at least 1; got {permutations}.")
     check_reads_class_token(classifier.model)
-    running = running or Running(precision="32")
+    config = config or InferenceConfig(precision="32")
     sources: dict[str, ImageSource] = {part: getattr(partition, part) for part in PARTS}
     labelled = {part: match_classes(one.index, classifier.class_names) for part, one in sources.items()}
-    held = {part: _class_tokens(classifier, source, running) for part, source in sources.items()}
+    held = {part: _class_tokens(classifier, source, config) for part, source in sources.items()}
     rows = {part: found[1] for part, found in held.items()}
     check_parts(*rows.values())
     labels = {part: labelled[part].labels[rows[part].positions] for part in PARTS}
@@ -115,7 +116,7 @@ def refinement(
     effects = _effects(
         classifier,
         sources["test"],
-        running,
+        config,
         _Given(held["test"][0], held["train"][0].mean(dim=1), orders, labels["test"], lens[-1]),
     )
     permuted = lens[-1].argmax(dim=-1).numpy()[orders] == labels["test"]
@@ -165,14 +166,16 @@ def can_do_without(model: TokenModel) -> bool:
     return not getattr(model.config, "causal", False) and all(one is None for one in bound)
 
 
-def _class_tokens(classifier: ImageClassifier, source: ImageSource, running: Running) -> tuple[Tensor, Rows]:
+def _class_tokens(
+    classifier: ImageClassifier, source: ImageSource, config: InferenceConfig
+) -> tuple[Tensor, Rows]:
     """As the blocks left them, on the CPU, shape ``(layers, images, dim)``."""
     found: list[Tensor] = []
     failures: dict[int, str] = {}
     layers = range(len(classifier.model.blocks) + 1)
-    for tokens, failed in token_batches(classifier, source, layers, running):
-        failures |= failed
-        if tokens:
+    for outputs in batches(classifier, source, layer_tokens(classifier, layers), config):
+        failures |= outputs.failures
+        if (tokens := outputs.values) is not None:
             found.append(torch.stack([tokens[layer][:, 0] for layer in layers]))
     rows = Rows.of(source, failures)  # raises where no image could be read
     return torch.cat(found, dim=1), rows
@@ -231,13 +234,13 @@ class _Given:
 
 
 def _effects(
-    classifier: ImageClassifier, source: ImageSource, running: Running, given: _Given
+    classifier: ImageClassifier, source: ImageSource, config: InferenceConfig, given: _Given
 ) -> dict[str, Any]:
     """Every change of every image, batch by batch, so that each file is decoded once."""
     found: list[dict[str, Any]] = []
     start = 0
-    for tokens, _ in token_batches(classifier, source, [0], running):
-        if tokens:
+    for outputs in batches(classifier, source, layer_tokens(classifier, [0]), config):
+        if (tokens := outputs.values) is not None:
             stop = start + len(tokens[0])
             found.append(_of_batch(classifier, tokens[0], given.of(slice(start, stop))))
             start = stop

@@ -179,15 +179,7 @@ def _prepare(options: FitOptions, data: ImageDataModule, *, load_weights: bool) 
     classifier = options.model.build(data.class_names, load_weights=load_weights)
     if options.compile:
         classifier.model.blocks.compile()
-    pre = classifier.preprocess
-    data.configure(
-        seed=options.seed,
-        img_size=pre.img_size,
-        crop_pct=pre.crop_pct,
-        crop_mode=pre.crop_mode,
-        interpolation=pre.interpolation,
-        background=pre.background,
-    )
+    data.configure(seed=options.seed, preprocess=classifier.preprocess)
     return classifier
 
 

@@ -17,7 +17,6 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.token_model import TokenModel
 from vit_cls.weights.bundle import MODEL_FILE, build_model, is_own_file, load_classifier
 from vit_cls.weights.families import FROM_SCRATCH_LICENCE, UNKNOWN_LICENCE, is_non_commercial
-from vit_cls.weights.file_classifier import FileClassifier
 from vit_cls.weights.resolve import AUTO, Found, find
 
 log = logging.getLogger("vit_cls")
@@ -241,26 +240,19 @@ def announce(model: TokenModel) -> None:
         log.info(f"licence of the weights of {report.source}: {licence}")
 
 
-def load(model: str | Path) -> FileClassifier:
-    """Load a classifier from anything that ``--model`` takes.
+def load(model: str | Path) -> ImageClassifier:
+    """Load a classifier from anything that ``--model`` takes; see `vit_cls.api.load`.
 
     Args:
-        model: A run folder, a ``model.safetensors``, a training checkpoint (``.ckpt``), a folder of
-            transformers or of ``vit-cls export --format timm``, timm's ``name`` or ``name.tag``, or
-            ``name=path/to/weights``.
+        model: What the user named.
 
     Returns:
-        The classifier in evaluation mode, on the CPU; its ``predict`` labels image files. Without known
-        classes its outputs are named ``output_0``, ``output_1``...; a headless one has none.
+        The classifier in evaluation mode, on the CPU.
 
     Raises:
         ModelFileError: If there is no such model, or it cannot be read.
         ConfigError: If the name is unknown.
     """
-    return FileClassifier.of(_load(model))
-
-
-def _load(model: str | Path) -> ImageClassifier:
     text, path = str(model), Path(model)
     if not path.exists():
         name, equals, file = text.partition("=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.predictions import choose_device
-from vit_cls.lab.frozen import FrozenTokens, Running, freeze
+from vit_cls.inference import InferenceConfig, choose_device
+from vit_cls.lab.features import FrozenTokens, freeze
 from vit_cls.lab.least_squares import chosen_classifier
 from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
 from vit_cls.lab.probes.head_fits import HeadFit, HeadRecipe, check_pooling, fit_head
@@ -64,7 +65,8 @@ def attentive(
     margin: float = MARGIN,
     seed: int = 0,
     num_seeds: int = 1,
-    running: Running | None = None,
+    config: InferenceConfig | None = None,
+    cache: Path | None = None,
 ) -> LabResult:
     """Train heads on the frozen tokens of one layer, all in one way, and compare them with the class token.
 
@@ -82,7 +84,8 @@ def attentive(
         margin: The largest difference of accuracy that does not matter, in (0, 1).
         seed: Of the first one of the trainings and of the intervals.
         num_seeds: Trainings of every head, at least 1; they differ in first weights and order of images.
-        running: How the model is run.
+        config: How the model is run; None takes the defaults.
+        cache: A folder that keeps tokens; None keeps none.
 
     Raises:
         ConfigError: If a head, the layer or a number is impossible.
@@ -98,11 +101,11 @@ def attentive(
     if not 0.0 < margin < 1.0:
         raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
     wanted, notes = heads_that_fit(heads, classifier)
-    running = running or Running()
+    config = config or InferenceConfig()
     recipe = recipe or HeadRecipe()
-    recipe = dataclasses.replace(recipe, device=str(choose_device(recipe.device or running.device)))
+    recipe = dataclasses.replace(recipe, device=str(choose_device(recipe.device or config.device)))
     sources, layers = (parts.train, parts.val, parts.test), None if layer is None else [layer]
-    frozen = [freeze(classifier, one, layers=layers, **dataclasses.asdict(running)) for one in sources]
+    frozen = [freeze(classifier, part, layers=layers, config=config, cache=cache) for part in sources]
     check_parts(*(one.rows for one in frozen))
     layer = frozen[0].depth if layer is None else layer
     train, val, test = (NormedTokens(one, layer) for one in frozen)

@@ -9,8 +9,7 @@ import numpy as np
 
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.lab.extraction import Rows
-from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.features import FrozenTokens, Rows
 from vit_cls.lab.reads import layers_of, parse_way, possible_ways, usual_ways
 from vit_cls.lab.results import Finding, ForestChart
 from vit_cls.lab.verdicts import Claim, judge_all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
 from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
-from vit_cls.lab.frozen import FrozenTokens, Running, freeze
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import FrozenTokens, freeze
 from vit_cls.lab.least_squares import PENALTIES
 from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
 from vit_cls.lab.probes.explained import R2_UNIT, r2_scores
@@ -47,7 +49,8 @@ def dense(
     max_images: int = MAX_IMAGES,
     margin: float = MARGIN,
     seed: int = 0,
-    running: Running | None = None,
+    config: InferenceConfig | None = None,
+    cache: Path | None = None,
 ) -> LabResult:
     """Predict a patch's place, its mean colour and, in a mosaic, the class of the tile that it lies in.
 
@@ -62,7 +65,8 @@ def dense(
         max_images: Of each part, at most; drawn at random.
         margin: The largest difference that does not matter, in (0, 1).
         seed: Of the draws and of the mosaics.
-        running: How the model is run.
+        config: How the model is run; None takes the defaults.
+        cache: A folder that keeps tokens; None keeps none.
 
     Raises:
         ConfigError: If a number or a layer is impossible, or no patch lies in one tile alone.
@@ -80,7 +84,7 @@ def dense(
         )
     depth = len(classifier.model.blocks)
     probe = _Dense(classifier, parts, [depth] if layers is None else sorted(set(layers)), k, max_images, seed)
-    probe.run(running or Running())
+    probe.run(config, cache)
     settings = {
         "architecture": described(classifier.model),
         "layers": probe.layers,
@@ -152,10 +156,10 @@ class _Dense:
         self.paths: list[str] = []
         self.failed: list[str] = []
 
-    def run(self, running: Running) -> None:
+    def run(self, config: InferenceConfig | None, cache: Path | None) -> None:
         """Freeze, fit, and keep the errors."""
-        options = dataclasses.asdict(running)
-        frozen = [freeze(self.classifier, one, layers=self.layers, **options) for one in self.sources]
+        kept: dict[str, Any] = {"layers": self.layers, "config": config, "cache": cache}
+        frozen = [freeze(self.classifier, source, **kept) for source in self.sources]
         check_parts(*(one.rows for one in frozen))
         self.failed = failures_note(dict(zip(PARTS, frozen, strict=True)))
         self.paths = list(frozen[2].paths)
@@ -168,7 +172,7 @@ class _Dense:
             dataclasses.replace(self.classifier.preprocess, crop_pct=1.0, crop_mode="squash"),
             self.classifier.class_names,
         )
-        of_mosaics = [freeze(whole, one.source, layers=self.layers, **options) for one in mosaics]
+        of_mosaics = [freeze(whole, tiles_of.source, **kept) for tiles_of in mosaics]
         tiles = [self._tile_targets(one) for one in mosaics]
         self.constant = _constant_answer(tiles[2])
         for layer in self.layers:
@@ -360,7 +364,7 @@ def subset(source: ImageSource, most: int, rng: np.random.Generator) -> ImageSou
     chosen = np.sort(rng.permutation(len(source.index))[:most])
     index = source.index.subset(chosen)
     if isinstance(source, FolderSource):
-        return FolderSource(index, source.background)
+        return FolderSource(index)
     if isinstance(source, ArraySource):
         return ArraySource(index, source.images[chosen])
     raise ConfigError(f"--max_images {most}: {type(source).__name__} cannot be reduced. Raise it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.lab.extraction import Running, checked_layers
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import checked_layers
 from vit_cls.lab.least_squares import PENALTIES
 from vit_cls.lab.probes.common import check_parts, described, failures_note
 from vit_cls.lab.probes.explained import R2_UNIT, r2, r2_scores
@@ -40,7 +42,8 @@ def invert(
     decoder: str = "ridge",
     margin: float = MARGIN,
     seed: int = 0,
-    running: Running | None = None,
+    config: InferenceConfig | None = None,
+    cache: Path | None = None,
 ) -> LabResult:
     """Predict an image's pixels from its frozen tokens.
 
@@ -56,7 +59,8 @@ def invert(
             last layer (the curve stays linear).
         margin: The largest difference of R2 that does not matter, in (0, 1).
         seed: Of the random encoder, the network's training, the bootstrap and the choice of pictures.
-        running: How the model is run.
+        config: How the model is run; None takes the defaults.
+        cache: A folder that keeps tokens; None keeps none.
 
     Raises:
         ConfigError: If the decoder, the margin or a layer is impossible.
@@ -71,10 +75,9 @@ def invert(
         raise ConfigError(f"--decoder must be one of {', '.join(DECODERS)}; got {decoder!r}.")
     if not 0.0 < margin < 1.0:
         raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
-    running = running or Running()
     depth = len(classifier.model.blocks)
     wanted = checked_layers(classifier.model, range(depth + 1) if layers is None else layers)
-    probe = Reconstructions(classifier, parts, decoder, seed, running)
+    probe = Reconstructions(classifier, parts, decoder, seed, config or InferenceConfig(), cache)
     check_parts(*(one.rows for one in probe.frozen))
     decoded = probe.decode()
     scores = {name: probe.score(one.images) for name, one in decoded.items()}

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.predictions import choose_device
-from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.inference import choose_device
+from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,

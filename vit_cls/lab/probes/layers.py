@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 from vit_cls.data.partition import PARTS, Partition
-from vit_cls.lab.extraction import Running
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import freeze_reads
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
@@ -22,7 +24,6 @@ from vit_cls.lab.probes.common import (
     in_words,
     predictions_of,
 )
-from vit_cls.lab.probes.kept_reads import kept_reads
 from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
 from vit_cls.lab.reads import layers_of, parse_way
 from vit_cls.lab.results import MOST_LINES, Finding, LabResult, Line, LineChart, Table
@@ -60,7 +61,8 @@ def layers(
     partition: Partition,
     *,
     settings: LayerSettings | None = None,
-    running: Running | None = None,
+    config: InferenceConfig | None = None,
+    cache: Path | None = None,
 ) -> LabResult:
     """Fit a ridge probe on each read before the first and after each block.
 
@@ -71,7 +73,8 @@ def layers(
         classifier: The frozen model.
         partition: Its images.
         settings: Choices; None means the defaults.
-        running: How the model is run.
+        config: How the model is run; None takes the defaults.
+        cache: A folder that keeps the reads; None keeps none.
 
     Raises:
         ConfigError: If the model cannot be read that way at every layer.
@@ -89,7 +92,9 @@ def layers(
     reads, rows = {}, {}
     for part in PARTS:
         source = getattr(partition, part)
-        reads[part], rows[part] = kept_reads(classifier, source, range(depth + 1), ways, running=running)
+        reads[part], rows[part] = freeze_reads(
+            classifier, source, range(depth + 1), ways, config=config, cache=cache
+        )
     check_parts(*rows.values())
     labels = {part: one.labels for part, one in rows.items()}
     fits: dict[Pair, Fit] = {}

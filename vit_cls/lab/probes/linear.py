@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     accuracy_cells,

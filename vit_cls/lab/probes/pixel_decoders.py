@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vit_cls.data.dataset import FolderSource, ImageDataset, ImageSource
+from vit_cls.data.dataset import ImageSource
+from vit_cls.data.transforms import model_reader
 from vit_cls.lab.least_squares import (
     PENALTIES,
     Linear,
@@ -26,7 +27,6 @@ from vit_cls.lab.probes.explained import r2
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import Preprocess
 from vit_cls.model.tokens import TokenLayout
-from vit_cls.weights.file_classifier import transform_of
 
 MAX_SIDE = 32
 """Images are decoded at up to this many pixels a side."""
@@ -95,14 +95,10 @@ def pixels_of(
     Returns:
         float64 in [0, 1], shape ``(n, 3, height, width)``.
     """
-    if isinstance(source, FolderSource):
-        source = FolderSource(source.index, preprocess.background)
-    dataset, found = ImageDataset(source, transform_of(preprocess)), []
-    for position in positions.tolist():
-        image = dataset[(0, position)].image
-        assert image is not None, "read once before"
-        found.append(F.adaptive_avg_pool2d(image.float() / 255, size))
-    return torch.stack(found).double().numpy()
+    reader = model_reader(preprocess)
+    images = (reader(source.read(position)) for position in positions.tolist())
+    reduced = [F.adaptive_avg_pool2d(image.float() / 255, size) for image in images]
+    return torch.stack(reduced).double().numpy()
 
 
 def ridge_decoded(x: Triple, y: Triple) -> Decoded:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
+from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
-from vit_cls.lab.frozen import FrozenTokens, Running, freeze
-from vit_cls.lab.probes.kept_reads import kept_reads
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import FrozenTokens, freeze, freeze_reads
 from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
 from vit_cls.lab.probes.pixel_decoders import (
     MAX_FLAT,
@@ -69,20 +70,28 @@ class Reconstructions:
         parts: Images to fit on, to choose by and to report on.
         decoder: ``ridge`` or ``conv``.
         seed: Of the random encoder and of the network's training.
-        running: How the model is run.
+        config: How the model is run.
+        cache: A folder that keeps tokens; None keeps none.
     """
 
     def __init__(
-        self, classifier: ImageClassifier, parts: Partition, decoder: str, seed: int, running: Running
+        self,
+        classifier: ImageClassifier,
+        parts: Partition,
+        decoder: str,
+        seed: int,
+        config: InferenceConfig,
+        cache: Path | None,
     ) -> None:
         self.classifier = classifier
         self.parts = parts
         self.decoder = decoder
         self.seed = seed
-        self.running = running
+        self.config = config
+        self.cache = cache
         self.sources = (parts.train, parts.val, parts.test)
         self.frozen: list[FrozenTokens] = [
-            freeze(classifier, source, **dataclasses.asdict(running)) for source in self.sources
+            freeze(classifier, source, config=config, cache=cache) for source in self.sources
         ]
         self.layout = classifier.model.layout
         hw = classifier.preprocess.img_size
@@ -148,10 +157,14 @@ class Reconstructions:
             model = build_model(old.model.config)
         fresh = ImageClassifier(model, old.preprocess, old.class_names)
         train, val, test = (
-            kept_reads(fresh, source, [depth], ["cls"], running=self.running)[0]["cls", depth]
-            for source in self.sources
+            self._reads(fresh, source, [depth], ["cls"])["cls", depth] for source in self.sources
         )
         return train, val, test
+
+    def _reads(
+        self, classifier: ImageClassifier, source: ImageSource, layers: Sequence[int], ways: Sequence[str]
+    ) -> dict[tuple[str, int], np.ndarray]:
+        return freeze_reads(classifier, source, layers, ways, config=self.config, cache=self.cache)[0]
 
     def _baselines(self) -> dict[str, Decoded]:
         train, _, test = self.pixels
@@ -198,7 +211,7 @@ class Reconstructions:
         """The class that the model gives to each image; working size and input size agree."""
         pixels = torch.from_numpy(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
         device = self.classifier.mean.device
-        chunks = pixels.split(self.running.batch_size)
+        chunks = pixels.split(self.config.batch_size)
         return torch.cat([self.classifier(c.to(device)).argmax(1).cpu() for c in chunks]).numpy()
 
     def curves(self, layers: Sequence[int]) -> dict[str, dict[int, np.ndarray]]:
@@ -208,10 +221,7 @@ class Reconstructions:
             layers: Where; 0 is before the first block.
         """
         ways = ["cls", "gap"] if self.layout.class_token else ["gap"]
-        train, val, test = (
-            kept_reads(self.classifier, source, list(layers), ways, running=self.running)[0]
-            for source in self.sources
-        )
+        train, val, test = (self._reads(self.classifier, source, layers, ways) for source in self.sources)
         found: dict[str, dict[int, np.ndarray]] = {way: {} for way in ways}
         for way, layer in train:
             x = (train[way, layer], val[way, layer], test[way, layer])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import DataError
-from vit_cls.lab.frozen import FrozenTokens
+from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     MARGIN,
     check_choice,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vit_cls.data.partition import Partition
-from vit_cls.lab.extraction import Running
-from vit_cls.lab.frozen import FrozenTokens, freeze
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import FrozenTokens, freeze
 from vit_cls.lab.probes.attentive import attentive
 from vit_cls.lab.probes.common import chosen_ways, layers_needed
 from vit_cls.lab.probes.dense import dense
@@ -33,12 +33,12 @@ class Probe:
     Args:
         question: What it asks, as a question.
         options: A settings class, or the function itself, whose arguments are the probe's options.
-        call: Takes the classifier, its images, how it is run, and the options.
+        call: Takes the classifier, its images, how it is run, the folder that keeps tokens, and the options.
     """
 
     question: str
     options: Callable[..., Any]
-    call: Callable[[ImageClassifier, Partition, Running, dict[str, Any]], LabResult]
+    call: Callable[[ImageClassifier, Partition, InferenceConfig, Path | None, dict[str, Any]], LabResult]
 
     def add_options(self, parser: Any, shared: Collection[str]) -> list[str]:
         """Give a parser the probe's options.
@@ -59,32 +59,43 @@ class Probe:
         return names
 
     def run(
-        self, classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+        self,
+        classifier: ImageClassifier,
+        parts: Partition,
+        config: InferenceConfig,
+        cache: Path | None,
+        options: dict[str, Any],
     ) -> LabResult:
         """Probe a model.
 
         Args:
             classifier: The model.
             parts: Its images.
-            running: How the model is run.
+            config: How the model is run.
+            cache: A folder that keeps tokens; None keeps none.
             options: By name; what groups several is a mapping.
 
         Raises:
             ConfigError: If an option does not fit the model.
             DataError: If the images cannot be used.
         """
-        return self.call(classifier, parts, running, options)
+        return self.call(classifier, parts, config, cache, options)
 
 
 def freeze_parts(
-    classifier: ImageClassifier, parts: Partition, running: Running, layers: list[int] | None = None
+    classifier: ImageClassifier,
+    parts: Partition,
+    config: InferenceConfig,
+    cache: Path | None,
+    layers: list[int] | None = None,
 ) -> tuple[FrozenTokens, FrozenTokens, FrozenTokens]:
     """Frozen tokens of the three parts.
 
     Args:
         classifier: The model.
         parts: Its images.
-        running: How it is run, and where tokens are kept.
+        config: How it is run.
+        cache: A folder that keeps tokens; None keeps none.
         layers: Which; None means the last alone.
 
     Raises:
@@ -92,52 +103,75 @@ def freeze_parts(
         DataError: If no image of a part can be read, or the disk is too small.
     """
     sources = (parts.train, parts.val, parts.test)
-    options = dataclasses.asdict(running)
-    train, val, test = (freeze(classifier, source, layers=layers, **options) for source in sources)
+    train, val, test = (
+        freeze(classifier, source, layers=layers, config=config, cache=cache) for source in sources
+    )
     return train, val, test
 
 
 def _linear(
-    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+    classifier: ImageClassifier,
+    parts: Partition,
+    config: InferenceConfig,
+    cache: Path | None,
+    options: dict[str, Any],
 ) -> LabResult:
     settings, model = LinearSettings(**options), classifier.model
     ways, _ = linear_ways(settings, model.layout, model.config.depth)
-    frozen = freeze_parts(classifier, parts, running, layers_needed(ways, model.layout, model.config.depth))
+    needed = layers_needed(ways, model.layout, model.config.depth)
+    frozen = freeze_parts(classifier, parts, config, cache, needed)
     return linear(*frozen, settings=settings, origin=parts.origin)
 
 
 def _knn(
-    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+    classifier: ImageClassifier,
+    parts: Partition,
+    config: InferenceConfig,
+    cache: Path | None,
+    options: dict[str, Any],
 ) -> LabResult:
-    settings, model = KnnSettings(**options, device=running.device), classifier.model
+    settings, model = KnnSettings(**options, device=str(config.device)), classifier.model
     ways, _ = chosen_ways(settings.ways, model.layout, model.config.depth)
-    frozen = freeze_parts(classifier, parts, running, layers_needed(ways, model.layout, model.config.depth))
+    needed = layers_needed(ways, model.layout, model.config.depth)
+    frozen = freeze_parts(classifier, parts, config, cache, needed)
     return knn(*frozen, settings=settings, origin=parts.origin)
 
 
 def _retrieval(
-    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+    classifier: ImageClassifier,
+    parts: Partition,
+    config: InferenceConfig,
+    cache: Path | None,
+    options: dict[str, Any],
 ) -> LabResult:
     settings, model = RetrievalSettings(**options), classifier.model
     ways, _ = chosen_ways(settings.ways, model.layout, model.config.depth)
     needed = layers_needed(ways, model.layout, model.config.depth)
-    train, _, test = freeze_parts(classifier, parts, running, needed)
+    train, _, test = freeze_parts(classifier, parts, config, cache, needed)
     return retrieval(train, test, settings=settings, origin=parts.origin)
 
 
 def _tokens(
-    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+    classifier: ImageClassifier,
+    parts: Partition,
+    config: InferenceConfig,
+    cache: Path | None,
+    options: dict[str, Any],
 ) -> LabResult:
     settings = TokenSettings(**options)
-    return tokens(*freeze_parts(classifier, parts, running), settings=settings, origin=parts.origin)
+    return tokens(*freeze_parts(classifier, parts, config, cache), settings=settings, origin=parts.origin)
 
 
 def _attentive(
-    classifier: ImageClassifier, parts: Partition, running: Running, options: dict[str, Any]
+    classifier: ImageClassifier,
+    parts: Partition,
+    config: InferenceConfig,
+    cache: Path | None,
+    options: dict[str, Any],
 ) -> LabResult:
     recipe = options["recipe"]
     options = options | {"recipe": None if recipe is None else HeadRecipe(**recipe)}
-    return attentive(classifier, parts, running=running, **options)
+    return attentive(classifier, parts, config=config, cache=cache, **options)
 
 
 PROBES: dict[str, Probe] = {
@@ -147,7 +181,9 @@ PROBES: dict[str, Probe] = {
     "layers": Probe(
         "After which block does the class show, in which token?",
         LayerSettings,
-        lambda c, parts, running, o: layers(c, parts, settings=LayerSettings(**o), running=running),
+        lambda c, parts, config, cache, o: layers(
+            c, parts, settings=LayerSettings(**o), config=config, cache=cache
+        ),
     ),
     "tokens": Probe(
         "Does a single patch token know the class as well as the class token?",
@@ -162,11 +198,11 @@ PROBES: dict[str, Probe] = {
     "dense": Probe(
         "What do patch tokens know of their place that the class token does not?",
         dense,
-        lambda c, parts, running, o: dense(c, parts, running=running, **o),
+        lambda c, parts, config, cache, o: dense(c, parts, config=config, cache=cache, **o),
     ),
     "invert": Probe(
         "How much of the image can be recovered from the class token?",
         invert,
-        lambda c, parts, running, o: invert(c, parts, running=running, **o),
+        lambda c, parts, config, cache, o: invert(c, parts, config=config, cache=cache, **o),
     ),
 }

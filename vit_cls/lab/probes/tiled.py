@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from vit_cls.data.dataset import ArraySource, FolderSource, ImageDataset, ImageSource
+from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
+from vit_cls.data.transforms import model_reader
 from vit_cls.errors import DataError
 from vit_cls.model.classifier import Preprocess
-from vit_cls.weights.file_classifier import transform_of
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,8 @@ def make_mosaics(
         )
     drawn = np.concatenate([rng.permutation(positions)[: each * k * k] for _ in range(rounds)])
     drawn = drawn.reshape(-1, k * k)[:most]
-    if isinstance(source, FolderSource):
-        source = FolderSource(source.index, preprocess.background)
-    dataset = ImageDataset(source, transform_of(preprocess))
-    images = []
-    for row in drawn.tolist():
-        tiles = [dataset[(0, one)].image for one in row]
-        assert all(tile is not None for tile in tiles), "read once before"
-        images.append(mosaic([tile for tile in tiles if tile is not None], k))
+    reader = model_reader(preprocess)
+    images = [mosaic([reader(source.read(position)) for position in row], k) for row in drawn.tolist()]
     labels = source.index.labels[drawn].reshape(-1, k, k)
     names = [f"{i:06d}" for i in range(len(drawn))]
     # Their class is that of the first tile; an index needs one.

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vit_cls.data.dataset import FolderSource, ImageSource
+from vit_cls.data.dataset import ImageSource
+from vit_cls.data.transforms import model_reader
 from vit_cls.lab.results import MOST_LINES, HeatMap, Line, LineChart, Pictures, Table
 from vit_cls.lab.statistics import Mean, mean_interval
 from vit_cls.lab.studies.class_tokens import (
@@ -21,7 +22,6 @@ from vit_cls.lab.studies.class_tokens import (
     information_test,
     pair_cosine,
 )
-from vit_cls.weights.file_classifier import transform_of
 
 COLLAPSED = 0.95
 """Tokens with a larger cosine are called parallel."""
@@ -202,12 +202,10 @@ def token_pictures(source: ImageSource, seen: Mapping[str, ClassTokens]) -> Pict
     labels = first.rows.labels
     repeat = np.array([int((labels[:i] == label).sum()) for i, label in enumerate(labels)])
     chosen = np.lexsort((labels, repeat))[:EXAMPLES].tolist()
-    if isinstance(source, FolderSource):
-        source = FolderSource(source.index, first.preprocess.background)
-    transform = transform_of(first.preprocess)
+    reader = model_reader(first.preprocess)
     rows = []
     for i in chosen:
-        pixels = transform(source.read(int(first.rows.positions[i])))
+        pixels = reader(source.read(int(first.rows.positions[i])))
         row = [np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())]
         for one in shown.values():
             assert one.maps is not None

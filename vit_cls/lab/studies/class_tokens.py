@@ -13,8 +13,9 @@ from torch import Tensor
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
+from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.attention import attention_module, capture_attention
-from vit_cls.lab.extraction import Rows, Running, token_batches
+from vit_cls.lab.features import Rows
 from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
 from vit_cls.lab.statistics import permutation_p
@@ -22,7 +23,7 @@ from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.pooling_tokens import ClassTokenPool, MultiClassTokenPool
 
 PERMUTATIONS = 499
-RUNNING = Running(precision="32")
+CONFIG = InferenceConfig(precision="32")
 """As the models of a study answer."""
 
 
@@ -90,9 +91,9 @@ def watch_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Clas
         blocks = []
     layers = range(len(model.blocks) + 1)
     with capture_attention(blocks, keep) as maps:
-        for tokens, failed in token_batches(classifier, source, layers, RUNNING):
-            failures |= failed
-            if tokens:
+        for outputs in batches(classifier, source, layer_tokens(classifier, layers), CONFIG):
+            failures |= outputs.failures
+            if (tokens := outputs.values) is not None:
                 kept.append(torch.stack([tokens[layer][:, :count] for layer in layers], dim=1))
     rows = Rows.of(source, failures)
     found = torch.cat(kept)

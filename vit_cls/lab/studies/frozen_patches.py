@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vit_cls.data.partition import PARTS
-from vit_cls.lab.frozen import freeze
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import freeze
 from vit_cls.lab.probes.tokens import SINGLE
 from vit_cls.lab.probes.tokens import tokens as probe_tokens
 from vit_cls.lab.results import HeatMap, Table
@@ -79,12 +80,13 @@ def read_frozen(answers: Answers, trials: Sequence[Trial], name: str) -> FrozenR
         DataError: If a part is too small for a probe.
     """
     patches, pooled, preds = [], [], []
+    config = InferenceConfig(precision="32")
     grid_size = (0, 0)
     for trial in trials:
         classifier = answers.model(trial)
         grid_size = classifier.model.layout.grid_size
         parts = trial.data.parts(trial.seed)
-        train, val, test = (freeze(classifier, getattr(parts, part), precision="32") for part in PARTS)
+        train, val, test = (freeze(classifier, getattr(parts, part), config=config) for part in PARTS)
         said = probe_tokens(train, val, test).predictions["preds"]
         right = {way: rows == test.labels for way, rows in said.items()}
         of_patches = [way for way in right if way.startswith("token:")]

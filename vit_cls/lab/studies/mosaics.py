@@ -12,12 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vit_cls.data.dataset import ArraySource, ImageDataset, ImageSource
+from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
-from vit_cls.data.loader import default_num_workers, make_loader
+from vit_cls.data.loader import load_once
 from vit_cls.data.partition import PARTS, Partition
-from vit_cls.data.sampler import EpochSampler
-from vit_cls.data.transforms import eval_transform
+from vit_cls.data.transforms import eval_reader
 from vit_cls.errors import ConfigError, DataError, did_you_mean
 from vit_cls.lab.results import Pictures
 
@@ -266,18 +265,12 @@ def _make(
 def _read(source: ImageSource, pixels: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     """Centre squares of all images, uint8, which images they are, and why others are none."""
     index = source.index
-    loader = make_loader(
-        ImageDataset(source, eval_transform(pixels, crop_pct=1.0)),
-        EpochSampler(len(index), seed=0, shuffle=False),
-        batch_size=_LOADED,
-        num_workers=0 if isinstance(source, ArraySource) else default_num_workers(),
-    )
     tiles = np.empty((len(index), 3, pixels, pixels), dtype=np.uint8)
     kept: list[int] = []
     failures: dict[str, str] = {}
-    for batch in loader:
-        failures |= {index.paths[i]: reason for i, reason in batch.failures}
-        rows = batch.indices.tolist()
+    for positions, batch in load_once(source, eval_reader(pixels, crop_pct=1.0), batch_size=_LOADED):
+        failures |= {index.paths[positions[place]]: reason for place, reason in batch.failures}
+        rows = [positions[place] for place in batch.indices.tolist()]
         if rows:
             tiles[len(kept) : len(kept) + len(rows)] = batch.images.numpy()
             kept += rows

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vit_cls.lab.logits import logits_of
+from vit_cls.lab.features import logits_of
 from vit_cls.lab.results import Finding, LabResult, Table
 from vit_cls.lab.statistics import mean_interval, paired_difference
 from vit_cls.lab.studies.arms import (

@@ -22,7 +22,7 @@ from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, ModelFileError, RunError
 from vit_cls.files import replacing, write_text
-from vit_cls.lab.logits import logits_of
+from vit_cls.lab.features import logits_of
 from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, RUN, TrainFunction, Trial
 from vit_cls.lab.studies.workers import interrupts_held, leave_when_stopped, num_cores, workers
 from vit_cls.model.classifier import ImageClassifier
@@ -287,7 +287,7 @@ def _save_answers(path: Path, classifier: ImageClassifier, parts: dict[str, Imag
         try:
             found = logits_of(classifier, source)
         except ModelFileError as error:  # it diverged
-            raise RunError(str(error)) from error
+            raise RunError(f"{error} Use a lower learning rate.") from error
         probs = classifier.probs(torch.from_numpy(found.logits)).numpy().astype(np.float32)
         arrays |= {
             f"{part}_probs": probs,

@@ -1,0 +1,288 @@
+"""Any function of a model over any number of images: the one loop that everything but training uses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from vit_cls.data.dataset import Batch, ImageSource
+from vit_cls.data.loader import Images, load_once
+from vit_cls.data.transforms import model_reader
+from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.model.token_model import TokenModel
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "32", "bf16")
+NO_HEAD = (
+    "the model has no head, so it cannot name a class. Train one: vit-cls fit --config "
+    "configs/linear_probe.yaml --model.name NAME --model.pretrained WEIGHTS --data.root FOLDER."
+)
+
+Values = TypeVar("Values", Tensor, dict[int, Tensor])
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a model is run over images; does not change the result beyond rounding.
+
+    Args:
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``mps``; or a device of torch.
+        precision: ``auto`` (bf16 autocast on a GPU), ``32`` or ``bf16``.
+        batch_size: Images a forward pass.
+        num_workers: Loading processes; None means one a core, at most 8, and none for images in memory or for
+            no more than one batch.
+        compile: Whether the encoder's blocks are compiled.
+        exact: Whether images are resized by Pillow, as timm's loader does it.
+        show_progress: Whether a bar is drawn on stderr.
+
+    Raises:
+        ConfigError: If a number is out of range, or the device or the precision is not available.
+    """
+
+    device: str | torch.device = "auto"
+    precision: str = "auto"
+    batch_size: int = 64
+    num_workers: int | None = None
+    compile: bool = False
+    exact: bool = False
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch_size must be at least 1; got {self.batch_size}.")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ConfigError(f"--num_workers must not be negative; got {self.num_workers}.")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"--precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+        choose_device(self.device)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the model runs under bf16 autocast, on this device."""
+        return self.precision == "bf16" or (
+            self.precision == "auto" and choose_device(self.device).type == "cuda"
+        )
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that ``--device`` means.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; a device of torch is itself.
+
+    Raises:
+        ConfigError: If it is unknown or not there.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if device not in DEVICES:
+        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}; got {device!r}.")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
+    if not available[device]:
+        raise ConfigError(f"--device {device} is not available on this machine. Use --device auto or cpu.")
+    return torch.device(device)
+
+
+@dataclass(frozen=True)
+class Outputs(Generic[Values]):
+    """What was computed of one batch.
+
+    Args:
+        items: What was asked for: positions in the index, or paths.
+        places: Which of the items have values, ascending.
+        values: One row for each of them, float32, on the CPU; by layer where the computation gives several.
+            None where no image could be read.
+        errors: Why the other items have none, by their place.
+    """
+
+    items: list[Any]
+    places: list[int]
+    values: Values | None
+    errors: dict[int, str]
+
+    @property
+    def done(self) -> list[Any]:
+        """The items that have values."""
+        return [self.items[place] for place in self.places]
+
+    @property
+    def failures(self) -> dict[Any, str]:
+        """Why the other items have none, by the item."""
+        return {self.items[place]: reason for place, reason in self.errors.items()}
+
+
+def batches(
+    classifier: ImageClassifier,
+    images: Images,
+    compute: Callable[[Tensor], Values],
+    config: InferenceConfig | None = None,
+) -> Iterator[Outputs[Values]]:
+    """Compute something of images, a batch at a time, in their order and in constant memory.
+
+    Args:
+        classifier: Says how pixels are made; is moved to the device and put in evaluation mode.
+        images: Those of an index, or paths; an endless source will do. It is read a few batches ahead.
+        compute: From uint8 images on the device, shape ``(batch, 3, height, width)``, to one row an image, or
+            to such rows by layer. It is called in inference mode, under autocast if there is one.
+        config: How the model is run; None takes the defaults.
+
+    Yields:
+        Outputs of ``batch_size`` images, of fewer at the end.
+
+    Raises:
+        ModelFileError: If a value is not finite, of weights that diverged, say.
+        RunError: If a loading process dies.
+    """
+    config = config or InferenceConfig()
+    device = choose_device(config.device)
+    classifier.to(device).eval()
+    if config.compile:
+        classifier.model.blocks.compile()
+    loaded = load_once(
+        images,
+        model_reader(classifier.preprocess, exact=config.exact),
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    ahead = (
+        1 if device.type == "cuda" else 0
+    )  # a GPU is given a batch before the results of the last are awaited
+    running: deque[_Running[Values]] = deque()
+    with _progress(images, config) as advance:
+        for items, batch in loaded:
+            running.append(_start(items, batch, compute, device, config.bf16))
+            if len(running) > ahead:
+                yield _finish(running.popleft(), images, advance)
+        while running:
+            yield _finish(running.popleft(), images, advance)
+
+
+@dataclass(frozen=True)
+class _Running(Generic[Values]):
+    """A batch that the device may still be at work on."""
+
+    items: list[Any]
+    batch: Batch
+    values: Values | None
+    finite: dict[Any, Tensor]
+    """Whether each row is finite, by layer; None is no layer."""
+
+
+def _start(
+    items: list[Any], batch: Batch, compute: Callable[[Tensor], Values], device: torch.device, bf16: bool
+) -> _Running[Values]:
+    if not len(batch.indices):
+        return _Running(items, batch, None, {})
+    pixels = batch.images.to(device, non_blocking=True)
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        values = compute(pixels)
+        parts: dict[Any, Tensor] = {None: values} if isinstance(values, Tensor) else values
+        finite = {layer: part.reshape(len(part), -1).isfinite().all(dim=1) for layer, part in parts.items()}
+    return _Running(items, batch, values, finite)
+
+
+def _finish(running: _Running[Values], images: Images, advance: Callable[[int], None]) -> Outputs[Values]:
+    """The results, on the CPU; raises where one is not finite."""
+    items, places = running.items, running.batch.indices.tolist()
+    for layer, finite in running.finite.items():
+        if not bool(finite.all()):
+            first = items[places[int((~finite).nonzero()[0])]]
+            name = images.index.path(first) if isinstance(images, ImageSource) else first
+            what = "the model's output is" if layer is None else f"tokens of layer {layer} are"
+            raise ModelFileError(f"{what} not finite for {name}: weights that diverged, or --precision bf16.")
+    advance(len(items))
+    values = running.values
+    with torch.inference_mode():
+        if isinstance(values, Tensor):
+            values = values.float().cpu()
+        elif values is not None:
+            values = {layer: part.float().cpu() for layer, part in values.items()}
+    return Outputs(items, places, values, dict(running.batch.failures))
+
+
+@contextlib.contextmanager
+def _progress(images: Images, config: InferenceConfig) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, or a counter where the number of images is not known; gives what advances it."""
+    if not config.show_progress:
+        yield lambda count: None
+        return
+    total = len(images.index) if isinstance(images, ImageSource) else None
+    columns = Progress.get_default_columns()
+    counter = (columns[0], "{task.completed}")
+    with Progress(*(counter if total is None else columns), console=Console(stderr=True)) as bar:
+        task = bar.add_task("predicting", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def layer_tokens(classifier: ImageClassifier, layers: Sequence[int]) -> Callable[[Tensor], dict[int, Tensor]]:
+    """What `batches` computes to have the tokens of some layers.
+
+    Hooks on the blocks take them, so native and adapted models are read alike.
+
+    Args:
+        classifier: Its encoder is run.
+        layers: 0 is before the first block, ``l`` after block ``l``.
+
+    Returns:
+        A function from uint8 images to the tokens of each layer, as the block left them, each of shape
+        ``(batch, tokens, dim)``.
+    """
+
+    def compute(images: Tensor) -> dict[int, Tensor]:
+        with _captured(classifier.model, layers) as tokens:
+            classifier.model.encode(classifier.normalise(images))
+        return {layer: tokens[layer] for layer in layers}
+
+    return compute
+
+
+@contextlib.contextmanager
+def _captured(model: TokenModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Have a forward pass leave the tokens of some layers in what is given."""
+    tokens: dict[int, Tensor] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens[0] = args[0]
+
+    def after(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            tokens[layer] = out
+
+        return keep
+
+    blocks: list[nn.Module] = list(model.blocks)
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            block = blocks[max(0, layer - 1)]
+            hook = (
+                block.register_forward_pre_hook(before)
+                if layer == 0
+                else block.register_forward_hook(after(layer))
+            )
+            hooks.callback(hook.remove)
+        yield tokens
+
+
+def require_head(classifier: ImageClassifier) -> None:
+    """Refuse a model that cannot name a class.
+
+    Args:
+        classifier: The model.
+
+    Raises:
+        ModelFileError: If it has no head.
+    """
+    if not classifier.class_names:
+        raise ModelFileError(NO_HEAD)
