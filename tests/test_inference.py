@@ -98,7 +98,7 @@ def test_tokens_of_chosen_layers_come_by_layer_and_leave_no_hook(classifier, in_
         with torch.inference_mode():
             tokens = classifier.model.embed_tokens(classifier.normalise(images))
             assert torch.equal(out.values[0], tokens)
-            for block in classifier.model.blocks[:2]:
+            for block in list(classifier.model.blocks)[:2]:
                 tokens = block(tokens)
         torch.testing.assert_close(out.values[2], tokens)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in classifier.model.blocks)

@@ -73,7 +73,7 @@ def feature_chunks(
         config: How the model is run.
 
     Yields:
-        Path and error of each file, and float32 of shape ``(files, *shape)``: NaN where one could not be read.
+        Path and error of each file, and float32 of shape ``(files, *shape)``, NaN where there is an error.
 
     Raises:
         ModelFileError: If a number is not finite.
