@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vit_cls.cli import main
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.stats.intervals import wilson_interval
 from vit_cls.weights.bundle import load_classifier, read_metadata, save_classifier
 
 ON_CPU = ["--device", "cpu", "--num_workers", "0"]

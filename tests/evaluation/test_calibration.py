@@ -23,8 +23,8 @@ from vit_cls.evaluation.calibration import (
     measure_calibration,
     tempered,
 )
-from vit_cls.evaluation.intervals import bootstrap_means, percentile_interval
 from vit_cls.evaluation.predictions import Predictions
+from vit_cls.stats.intervals import bootstrap_means, percentile_interval
 
 
 def _draw(images=1500, classes=6, scale=1.0, seed=0):

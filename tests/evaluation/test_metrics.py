@@ -12,9 +12,9 @@ from scipy.stats import binomtest
 
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.evaluation.metrics import evaluate_predictions
 from vit_cls.evaluation.predictions import Predictions, Scoring
+from vit_cls.stats.intervals import wilson_interval
 
 
 def _predictions(images=400, classes=7, failed=(), present=None, seed=0) -> Predictions:

@@ -14,7 +14,6 @@ from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
-from vit_cls.lab.least_squares import chosen_classifier
 from vit_cls.lab.probes import attentive as attentive_module
 from vit_cls.lab.probes.attentive import NormedTokens, attentive, heads_that_fit
 from vit_cls.lab.probes.dense import subset
@@ -25,6 +24,7 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import PoolingContext, make_pooling
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.stats.least_squares import chosen_classifier
 
 CONFIG = InferenceConfig(device="cpu", precision="32")
 SHORT = HeadRecipe(epochs=3, batch_size=32, learning_rates=(1e-2,))

@@ -12,7 +12,6 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.least_squares import PENALTIES, fits_of_moments, moments_of
 from vit_cls.lab.probes.dense import PATCHES, dense, subset
 from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
 from vit_cls.lab.probes.tiled import make_mosaics, mosaic, tile_of_patches
@@ -20,6 +19,7 @@ from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.stats.least_squares import PENALTIES, fits_of_moments, moments_of
 
 CONFIG = InferenceConfig(device="cpu", precision="32")
 

@@ -13,13 +13,9 @@ from sklearn.linear_model import Ridge
 from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.intervals import bootstrap_means, percentile_interval
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
-from vit_cls.lab.least_squares import PENALTIES, fits_of_moments, moments_of, ridge_fits
-from vit_cls.lab.probes.explained import r2, r2_scores
 from vit_cls.lab.probes.inversion import invert
-from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
 from vit_cls.lab.probes.pixel_decoders import (
     conv_decoded,
     pixels_of,
@@ -28,11 +24,14 @@ from vit_cls.lab.probes.pixel_decoders import (
     working_size,
 )
 from vit_cls.lab.seeding import seeded
-from vit_cls.lab.statistics import mean_interval
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.stats.image_metrics import band_energy, identified, psnr, ssim
+from vit_cls.stats.intervals import bootstrap_means, percentile_interval
+from vit_cls.stats.least_squares import PENALTIES, fits_of_moments, moments_of, r2, r2_scores, ridge_fits
+from vit_cls.stats.random_effects import mean_interval
 
 CONFIG = InferenceConfig(device="cpu", precision="32")
 

@@ -10,13 +10,13 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.lab.probes import linear_fits
 from vit_cls.lab.probes.common import layers_needed
 from vit_cls.lab.probes.linear import linear, linear_ways
 from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import WAYS
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.stats.intervals import wilson_interval
 
 
 def _data(rows=60, dim=8, classes=4, seed=0):
@@ -45,7 +45,7 @@ def test_ridge_scores_are_those_of_scikit_learn(dim, penalty, monkeypatch):
 
 
 def _only(penalty):
-    from vit_cls.lab.least_squares import chosen_classifier
+    from vit_cls.stats.least_squares import chosen_classifier
 
     def chosen(*data, num_classes):
         return chosen_classifier(*data, num_classes=num_classes, penalties=[penalty])

@@ -11,8 +11,8 @@ from sklearn.metrics import average_precision_score
 
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.lab.probes import ranking
-from vit_cls.lab.probes.ranking import average_precision, chance_precision, fit_whitening, rank
 from vit_cls.lab.probes.retrieval import RetrievalSettings, rank_changed, retrieval
+from vit_cls.stats.ranking import average_precision, chance_precision, fit_whitening, rank
 
 
 def _data(rows=60, dim=7, classes=4, seed=0, signal=1.0):

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from vit_cls.errors import ConfigError, DataError, ModelFileError, RunError
-from vit_cls.lab.results import SUPPORTED
 from vit_cls.lab.studies.depth import DepthStudy
 from vit_cls.lab.studies.heads import HeadsStudy, compare_with_first
 from vit_cls.lab.studies.recipe import RECIPES, Recipe
 from vit_cls.lab.studies.runner import Spread, is_done, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.trials import ANSWERS, RUN, Trial, TrialData
+from vit_cls.stats.verdicts import SUPPORTED
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
 

@@ -21,10 +21,10 @@ from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.trials import MODEL, TrialData
-from vit_cls.lab.verdicts import judge_all
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.stats.verdicts import judge_all
 from vit_cls.training.trial import train_trial
 from vit_cls.weights.bundle import save_classifier
 
@@ -239,7 +239,7 @@ def test_maps_of_no_models_are_none():
     ],
 )
 def test_one_patch_that_is_not_the_same_refutes_all(verdicts, wanted):
-    from vit_cls.lab.results import Finding
+    from vit_cls.stats.verdicts import Finding
 
     assert overall([Finding("", verdict, "") for verdict in verdicts]) == wanted
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from vit_cls.lab.results import EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.lab.studies.causal import (
     CAUSAL_GAP,
     FIRST,
@@ -24,6 +23,7 @@ from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.trials import RUN
+from vit_cls.stats.verdicts import EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.lab.studies.depth import DepthStudy, depth_slopes
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.stats.verdicts import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED
 
 TESTED = 599
 

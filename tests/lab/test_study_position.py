@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.lab.studies.position import (
     FIXED,
     GAP_LEARNED,
@@ -23,6 +22,7 @@ from vit_cls.lab.studies.position import (
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.stats.verdicts import EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
 

@@ -18,7 +18,6 @@ from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.refinement import refinement
-from vit_cls.lab.results import Finding
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.refine import Curves, RefineStudy, headline
 from vit_cls.lab.studies.runner import Spread, run_trials
@@ -26,6 +25,7 @@ from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.stats.verdicts import Finding
 from vit_cls.weights.bundle import save_classifier
 
 CLASSES = ["black", "white"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.evaluation.metrics import ClassMetrics, Evaluation
 from vit_cls.reports.html import write_evaluation_report, write_fit_report
+from vit_cls.stats.intervals import wilson_interval
 
 HOSTILE = [
     "<script>alert(1)</script>",

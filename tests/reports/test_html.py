@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from vit_cls.errors import RunError
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.reports.html import DASH, MOST_FAILURES, MOST_PAIRS
+from vit_cls.stats.intervals import wilson_interval
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

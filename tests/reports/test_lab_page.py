@@ -16,8 +16,6 @@ import pytest
 from PIL import Image
 
 from vit_cls.lab.results import (
-    VERDICTS,
-    Finding,
     ForestChart,
     HeatMap,
     LabResult,
@@ -28,6 +26,7 @@ from vit_cls.lab.results import (
     Table,
 )
 from vit_cls.reports.lab import WIDE_COLUMNS, lab_text, write_lab_report
+from vit_cls.stats.verdicts import VERDICTS, Finding
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from vit_cls.lab.results import Finding, LabResult, Table
+from vit_cls.lab.results import LabResult, Table
 from vit_cls.reports.lab_words import (
     MOST_LISTED,
     clean,
@@ -17,6 +17,7 @@ from vit_cls.reports.lab_words import (
     number,
     table_cells,
 )
+from vit_cls.stats.verdicts import Finding
 
 
 def test_settings_are_flat_exact_and_not_endless():

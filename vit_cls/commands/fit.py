@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.reports.html import write_fit_report
+from vit_cls.stats.intervals import wilson_interval
 from vit_cls.training.fit import TRAINER_DEFAULTS, FitResult, fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.training.runs import RunFolder, is_first_process

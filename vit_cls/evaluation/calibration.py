@@ -10,8 +10,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 from vit_cls.errors import DataError
-from vit_cls.evaluation.intervals import RESAMPLES, RESAMPLES_AT_ONCE, bootstrap_means, percentile_interval
 from vit_cls.evaluation.predictions import Predictions
+from vit_cls.stats.intervals import RESAMPLES, RESAMPLES_AT_ONCE, bootstrap_means, percentile_interval
 
 ECE_BINS = 15
 COVERAGES = (0.5, 0.8, 0.9, 0.95, 1.0)

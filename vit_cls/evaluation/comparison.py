@@ -13,18 +13,15 @@ import numpy as np
 
 from vit_cls.errors import DataError
 from vit_cls.evaluation.answers import Answers
-from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.evaluation.paired import (
-    ALPHA,
+from vit_cls.stats.intervals import ALPHA, holm, wilson_interval
+from vit_cls.stats.paired import (
     FEW_DISCORDANT,
-    RESAMPLES,
+    PAIRED_RESAMPLES,
     difference_interval,
-    equivalence_p,
-    holm,
-    images_needed,
     mcnemar_mid_p,
-    smallest_detectable,
+    score_equivalence_p,
 )
+from vit_cls.stats.power import mcnemar_detectable_effect, mcnemar_required_images
 
 MARGIN = 0.01
 EQUIVALENT = "equivalent within the margin"
@@ -67,9 +64,9 @@ class Pair:
         difference_ci95: Its 95 % interval, from `difference_interval`.
         p_mcnemar_mid: Of equal accuracy, two-sided, from `mcnemar_mid_p`.
         p_holm: The same, adjusted over all pairs.
-        p_equivalence: Of a difference as large as the margin, from `equivalence_p`, adjusted over all pairs.
+        p_equivalence: Of a difference as large as the margin, adjusted over all pairs.
         margin: The largest difference that does not matter, stated before the comparison.
-        smallest_detectable: What this many images could have shown, from `smallest_detectable`.
+        smallest_detectable: What this many images could have shown, from `mcnemar_detectable_effect`.
         verdict: ``NAME is better``, `EQUIVALENT` or `CANNOT_TELL`.
         images_needed: How many images would probably settle it, where the verdict is `CANNOT_TELL`.
     """
@@ -137,7 +134,7 @@ class Comparison:
 
 
 def compare_answers(
-    answers: Sequence[Answers], *, margin: float = MARGIN, seed: int = 0, resamples: int = RESAMPLES
+    answers: Sequence[Answers], *, margin: float = MARGIN, seed: int = 0, resamples: int = PAIRED_RESAMPLES
 ) -> Comparison:
     """Compare every pair.
 
@@ -194,9 +191,9 @@ def _pair(a: Answers, b: Answers, margin: float, seed: int, resamples: int) -> P
         ),
         p_mcnemar_mid=mcnemar_mid_p(*counts),
         p_holm=math.nan,
-        p_equivalence=equivalence_p(*counts, images, margin),
+        p_equivalence=score_equivalence_p(*counts, images, margin),
         margin=margin,
-        smallest_detectable=smallest_detectable(images, sum(counts) / images),
+        smallest_detectable=mcnemar_detectable_effect(images, sum(counts) / images),
         verdict=CANNOT_TELL,
         images_needed=None,
     )
@@ -208,8 +205,10 @@ def _judge(pair: Pair, num_pairs: int) -> Pair:
         return dataclasses.replace(pair, verdict=f"{pair.b if pair.difference > 0 else pair.a} is better")
     if pair.p_equivalence <= ALPHA:
         return dataclasses.replace(pair, verdict=EQUIVALENT)
-    needed = images_needed(pair.only_a, pair.only_b, pair.images, pair.margin, alpha=ALPHA / num_pairs)
-    return dataclasses.replace(pair, images_needed=max(needed, pair.images + 1))
+    required = mcnemar_required_images(
+        pair.only_a, pair.only_b, pair.images, pair.margin, alpha=ALPHA / num_pairs
+    )
+    return dataclasses.replace(pair, images_needed=max(required, pair.images + 1))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from vit_cls.errors import DataError
 from vit_cls.evaluation.calibration import Calibration, measure_calibration, negative_log
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.evaluation.predictions import AS_IS, Predictions, Scoring
+from vit_cls.stats.intervals import wilson_interval
 
 
 @dataclass(frozen=True)

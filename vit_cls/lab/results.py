@@ -1,4 +1,4 @@
-"""What a probe or a study found: verdicts, tables and figures as plain data, for JSON and for pages."""
+"""What a probe or a study found: findings, tables and figures as plain data, for JSON and for pages."""
 
 from __future__ import annotations
 
@@ -10,69 +10,10 @@ from typing import Any
 
 import numpy as np
 
-SUPPORTED = "supported"
-REFUTED = "refuted"
-EQUIVALENT = "equivalent"
-CANNOT_TELL = "cannot tell"
+from vit_cls.stats.verdicts import Finding
+
 MOST_LINES = 8
 """Lines that a chart can draw so that they can be told apart."""
-VERDICTS = (SUPPORTED, REFUTED, EQUIVALENT, CANNOT_TELL)
-POINTS = "points"
-"""Unit of accuracies and other shares; also the first word of units such as ``points per doubling``."""
-
-
-def in_points(unit: str) -> bool:
-    """Whether numbers of a unit are shares, which people read as percentage points: 100 times as large.
-
-    Args:
-        unit: As in `Finding`.
-
-    Example:
-        >>> in_points("points"), in_points("points per doubling"), in_points("of cosine")
-        (True, True, False)
-    """
-    return unit.partition(" ")[0] == POINTS
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One claim, stated before measuring, and what may be said of it.
-
-    Args:
-        claim: The claim, as a sentence that could be wrong.
-        verdict: One of `VERDICTS`.
-        sentence: The verdict with the numbers that it rests on, as one sentence.
-        estimate: The difference (or other quantity) that was estimated; of ``points``, as a share.
-        ci95: Its 95 % interval.
-        p: p-value of a difference of ``null``; None where there is no test.
-        p_holm: The same, adjusted over the claims that were judged together.
-        p_equivalence: p-value of a difference as large as the margin, adjusted over the claims that were
-            judged together.
-        margin: The largest difference that does not matter, stated before.
-        smallest_detectable: The smallest difference that this much data finds with a power of 80 %.
-        needed: What would settle it, in words, where the verdict is `CANNOT_TELL`.
-        counts: Seeds, images and other counts, by name.
-        null: The difference that the claim was tested against; 0 is no difference.
-        unit: What the numbers count, as it is written behind them; see `in_points`.
-    """
-
-    claim: str
-    verdict: str
-    sentence: str
-    estimate: float | None = None
-    ci95: tuple[float, float] | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    p_equivalence: float | None = None
-    margin: float | None = None
-    smallest_detectable: float | None = None
-    needed: str | None = None
-    counts: Mapping[str, int] = field(default_factory=dict)
-    null: float = 0.0
-    unit: str = POINTS
-
-    def __post_init__(self) -> None:
-        assert self.verdict in VERDICTS, self.verdict
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from vit_cls.evaluation.comparison import CANNOT_TELL, EQUIVALENT, Comparison, Disagreement, Pair
-from vit_cls.evaluation.paired import FEW_DISCORDANT
 from vit_cls.files import write_text
 from vit_cls.reports.figures import write_figures
 from vit_cls.reports.forest import Row, forest_chart
 from vit_cls.reports.html import render
+from vit_cls.stats.paired import FEW_DISCORDANT
 
 MOST_SHOWN = 24
 """Images on the page; the table has all of them."""

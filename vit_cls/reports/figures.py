@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.files import write_text
+from vit_cls.stats.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from vit_cls.evaluation.calibration import Bin  # imports torch, which drawing does not need

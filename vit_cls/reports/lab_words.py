@@ -9,7 +9,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_cls.lab.results import Finding, LabResult, Table, in_points, plain
+from vit_cls.lab.results import LabResult, Table, plain
+from vit_cls.stats.verdicts import Finding, in_points
 
 DASH = "-"
 MOST_LISTED = 20

@@ -16,15 +16,15 @@ from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, choose_device
 from vit_cls.lab.features import FrozenTokens, freeze
-from vit_cls.lab.least_squares import chosen_classifier
 from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
 from vit_cls.lab.probes.head_fits import HeadFit, HeadRecipe, check_pooling, fit_head
 from vit_cls.lab.results import Figure, ForestChart, LabResult, ScatterChart, Table
 from vit_cls.lab.seeding import seeded
-from vit_cls.lab.statistics import Mean, mean_interval
-from vit_cls.lab.verdicts import GREATER, Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.pooling import PoolingContext, make_pooling
+from vit_cls.stats.least_squares import chosen_classifier
+from vit_cls.stats.random_effects import Mean, mean_interval
+from vit_cls.stats.verdicts import GREATER, Claim, judge_all
 
 QUESTION = "Does a head that looks at all tokens find more than the class token tells?"
 QUERIES = (1, 2, 4, 8, 16, 32)

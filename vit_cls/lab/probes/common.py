@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.lab.features import FrozenTokens, Rows
 from vit_cls.lab.reads import layers_of, parse_way, possible_ways, usual_ways
-from vit_cls.lab.results import Finding, ForestChart
-from vit_cls.lab.verdicts import Claim, judge_all
+from vit_cls.lab.results import ForestChart
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.stats.intervals import wilson_interval
+from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
 MARGIN = 0.01
 """A difference of a point does not matter, unless the user says otherwise."""

@@ -15,16 +15,15 @@ from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens, freeze
-from vit_cls.lab.least_squares import PENALTIES
 from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
-from vit_cls.lab.probes.explained import R2_UNIT, r2_scores
 from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
 from vit_cls.lab.probes.pixel_decoders import pixels_of
 from vit_cls.lab.probes.tiled import Mosaics, make_mosaics, tile_of_patches
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Line, LineChart, Table
-from vit_cls.lab.statistics import mean_interval
-from vit_cls.lab.verdicts import GREATER, POINTS, Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, r2_scores
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import GREATER, POINTS, Claim, judge_all
 
 QUESTION = "Do patch tokens know more about their own place than one vector for the whole image does?"
 MAX_IMAGES = 1000

@@ -11,19 +11,18 @@ import numpy as np
 
 from vit_cls.data.partition import PARTS, Partition
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.intervals import wilson_interval
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import checked_layers
-from vit_cls.lab.least_squares import PENALTIES
 from vit_cls.lab.probes.common import check_parts, described, failures_note
-from vit_cls.lab.probes.explained import R2_UNIT, r2, r2_scores
-from vit_cls.lab.probes.picture_metrics import frequency_bands
 from vit_cls.lab.probes.pixel_decoders import MAX_FLAT, Decoded
 from vit_cls.lab.probes.reconstructions import READS, Reconstructions, Scores
 from vit_cls.lab.results import Figure, LabResult, Line, LineChart, Pictures, Table
-from vit_cls.lab.statistics import mean_interval
-from vit_cls.lab.verdicts import GREATER, Claim, judge_all
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.stats.image_metrics import frequency_bands
+from vit_cls.stats.intervals import wilson_interval
+from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, r2, r2_scores
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import GREATER, Claim, judge_all
 
 QUESTION = "How much of the image do its tokens keep, and how much of it is more than the class?"
 DECODERS = ("ridge", "conv")

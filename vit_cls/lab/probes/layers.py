@@ -26,9 +26,9 @@ from vit_cls.lab.probes.common import (
 )
 from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
 from vit_cls.lab.reads import layers_of, parse_way
-from vit_cls.lab.results import MOST_LINES, Finding, LabResult, Line, LineChart, Table
-from vit_cls.lab.verdicts import Claim, judge_all
+from vit_cls.lab.results import MOST_LINES, LabResult, Line, LineChart, Table
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
 LAYER_WAYS = ("cls", "gap", "max")
 Pair = tuple[str, int]

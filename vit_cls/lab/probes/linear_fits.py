@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_cls.lab.least_squares import PENALTIES, chosen_classifier, ridge_fits
 from vit_cls.lab.probes.common import MARGIN, check_choice, check_margin
+from vit_cls.stats.least_squares import PENALTIES, chosen_classifier, ridge_fits
 
 PROTOCOLS = ("ours", "dinov2", "mae")
 SOLVERS = ("ridge", "logistic")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_cls.lab.least_squares import PENALTIES, Linear, fits_of_moments, moments_of
+from vit_cls.stats.least_squares import PENALTIES, Linear, fits_of_moments, moments_of
 
 _CHUNK = 64
 

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.transforms import model_reader
-from vit_cls.lab.least_squares import (
+from vit_cls.lab.seeding import seeded
+from vit_cls.model.classifier import Preprocess
+from vit_cls.model.tokens import TokenLayout
+from vit_cls.stats.least_squares import (
     PENALTIES,
     Linear,
     best_fit,
     fits_of_moments,
     moments_of,
+    r2,
     ridge_fits,
     scale_of,
 )
-from vit_cls.lab.probes.explained import r2
-from vit_cls.lab.seeding import seeded
-from vit_cls.model.classifier import Preprocess
-from vit_cls.model.tokens import TokenLayout
 
 MAX_SIDE = 32
 """Images are decoded at up to this many pixels a side."""

@@ -14,7 +14,6 @@ from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens, freeze, freeze_reads
-from vit_cls.lab.probes.picture_metrics import band_energy, identified, psnr, ssim
 from vit_cls.lab.probes.pixel_decoders import (
     MAX_FLAT,
     Decoded,
@@ -27,6 +26,7 @@ from vit_cls.lab.probes.pixel_decoders import (
 )
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.stats.image_metrics import band_energy, identified, psnr, ssim
 from vit_cls.weights.bundle import build_model
 
 READS = {
@@ -48,7 +48,7 @@ class Scores:
         errors: Squared error of each image, shape ``(images,)``.
         psnr: Of each image, in dB.
         ssim: Of each image.
-        identified: Of each image, see `vit_cls.lab.probes.picture_metrics.identified`.
+        identified: Of each image, see `vit_cls.stats.image_metrics.identified`.
         bands: Squared error of each image in each ring of frequencies, shape ``(images, bands)``.
         agrees: Whether the model gives each reconstruction the class that it gives the image; None where the
             reconstructions are not of the model's size, or its classes are not those of the data.

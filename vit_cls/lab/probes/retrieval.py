@@ -22,10 +22,10 @@ from vit_cls.lab.probes.common import (
     forest,
     reference_way,
 )
-from vit_cls.lab.probes.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
-from vit_cls.lab.results import Finding, LabResult, Table
-from vit_cls.lab.statistics import mean_interval
-from vit_cls.lab.verdicts import Claim, judge_all
+from vit_cls.lab.results import LabResult, Table
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
+from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
 GALLERIES = ("test", "train")
 CHANGES = ("raw", "centred", "whitened")

@@ -22,9 +22,9 @@ from vit_cls.lab.probes.common import (
 )
 from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import possible_ways
-from vit_cls.lab.results import Finding, HeatMap, LabResult, Table
-from vit_cls.lab.statistics import mean_interval
-from vit_cls.lab.verdicts import Claim, judge_all
+from vit_cls.lab.results import HeatMap, LabResult, Table
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
 SINGLE = "the average single patch"
 NOTE = (

@@ -8,17 +8,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.lab.results import (
-    CANNOT_TELL,
-    EQUIVALENT,
-    REFUTED,
-    Figure,
-    Finding,
-    ForestChart,
-    LabResult,
-    Table,
-)
-from vit_cls.lab.statistics import paired_difference
+from vit_cls.lab.results import Figure, ForestChart, LabResult, Table
 from vit_cls.lab.studies.frozen_patches import (
     FrozenReads,
     frozen_claims,
@@ -30,7 +20,8 @@ from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.named_patches import CLS, GAP, TOKENS, chosen_patches, grid_of
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import EQUAL, Claim, judge_all
+from vit_cls.stats.random_effects import paired_difference
+from vit_cls.stats.verdicts import CANNOT_TELL, EQUAL, EQUIVALENT, REFUTED, Claim, Finding, judge_all
 
 FROZEN, FINETUNED, SCRATCH = "frozen", "finetuned", "scratch"
 MODES = (FROZEN, FINETUNED, SCRATCH)

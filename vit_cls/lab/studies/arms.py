@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import Finding, ForestChart, Table
-from vit_cls.lab.statistics import paired_difference
+from vit_cls.lab.results import ForestChart, Table
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup
 from vit_cls.lab.studies.trials import Trial
+from vit_cls.stats.random_effects import paired_difference
+from vit_cls.stats.verdicts import Finding
 
 PAIRED = "Per seed all start from the same encoder weights and see the same images in the same order."
 ONE_RATE = (

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vit_cls.lab.results import EQUIVALENT, SUPPORTED, Finding, LabResult, Line, LineChart
-from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.results import LabResult, Line, LineChart
 from vit_cls.lab.studies.arms import (
     LAST_EPOCH,
     ONE_RATE,
@@ -19,7 +18,8 @@ from vit_cls.lab.studies.arms import (
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.study import Answers, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import EQUAL, LESS, Claim, judge_all
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import EQUAL, EQUIVALENT, LESS, SUPPORTED, Claim, Finding, judge_all
 
 FREE, FREE_LAST = "bidirectional, cls first", "bidirectional, cls last"
 FIRST, MIDDLE, LAST = "causal, cls first", "causal, cls middle", "causal, cls last"

@@ -11,7 +11,6 @@ import numpy as np
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.transforms import model_reader
 from vit_cls.lab.results import MOST_LINES, HeatMap, Line, LineChart, Pictures, Table
-from vit_cls.lab.statistics import Mean, mean_interval
 from vit_cls.lab.studies.class_tokens import (
     AgainstSeeds,
     ClassTokens,
@@ -22,6 +21,7 @@ from vit_cls.lab.studies.class_tokens import (
     information_test,
     pair_cosine,
 )
+from vit_cls.stats.random_effects import Mean, mean_interval
 
 COLLAPSED = 0.95
 """Tokens with a larger cosine are called parallel."""

@@ -18,9 +18,9 @@ from vit_cls.lab.attention import attention_module, capture_attention
 from vit_cls.lab.features import Rows
 from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
-from vit_cls.lab.statistics import permutation_p
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.pooling_tokens import ClassTokenPool, MultiClassTokenPool
+from vit_cls.stats.intervals import permutation_p
 
 PERMUTATIONS = 499
 CONFIG = InferenceConfig(precision="32")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import MOST_LINES, Finding, LabResult, Line, LineChart
-from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.results import MOST_LINES, LabResult, Line, LineChart
 from vit_cls.lab.studies.arms import (
     LAST_EPOCH,
     ONE_RATE,
@@ -25,8 +24,9 @@ from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import GREATER, Claim, judge_all
 from vit_cls.model.pooling import num_class_tokens
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import GREATER, Claim, Finding, judge_all
 
 UNIT = "points per doubling"
 

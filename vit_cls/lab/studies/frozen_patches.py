@@ -14,10 +14,10 @@ from vit_cls.lab.features import freeze
 from vit_cls.lab.probes.tokens import SINGLE
 from vit_cls.lab.probes.tokens import tokens as probe_tokens
 from vit_cls.lab.results import HeatMap, Table
-from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import EQUAL, GREATER, Claim
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import EQUAL, GREATER, Claim
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,12 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError, RunError
-from vit_cls.lab.results import (
-    Finding,
-    ForestChart,
-    HeatMap,
-    LabResult,
-    Line,
-    LineChart,
-    ScatterChart,
-    Table,
-)
-from vit_cls.lab.statistics import mean_interval, paired_difference
+from vit_cls.lab.results import ForestChart, HeatMap, LabResult, Line, LineChart, ScatterChart, Table
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import Claim, judge_all
 from vit_cls.model.pooling import needs_class_token, num_class_tokens
+from vit_cls.stats.random_effects import mean_interval, paired_difference
+from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
 LR_FACTORS = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 1.0, 2.0), 5: (0.25, 0.5, 1.0, 2.0, 4.0)}
 DEFAULT_HEADS = ("cls", "gap", "max", "map", "ep:8")

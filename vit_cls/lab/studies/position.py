@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_cls.lab.features import logits_of
-from vit_cls.lab.results import Finding, LabResult, Table
-from vit_cls.lab.statistics import mean_interval, paired_difference
+from vit_cls.lab.results import LabResult, Table
 from vit_cls.lab.studies.arms import (
     LAST_EPOCH,
     ONE_RATE,
@@ -24,7 +23,8 @@ from vit_cls.lab.studies.arms import (
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import DIFFERS, EQUAL, LESS, Claim, judge_all
+from vit_cls.stats.random_effects import mean_interval, paired_difference
+from vit_cls.stats.verdicts import DIFFERS, EQUAL, LESS, Claim, Finding, judge_all
 
 LEARNED, UNPLACED = "cls, learned", "cls, class token without"
 FIXED, NONE = "cls, sincos2d", "cls, none"

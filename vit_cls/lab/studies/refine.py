@@ -10,13 +10,13 @@ import numpy as np
 
 from vit_cls.errors import ConfigError
 from vit_cls.lab.refinement import Refinement, check_reads_class_token, refinement
-from vit_cls.lab.results import EQUIVALENT, SUPPORTED, Finding, LabResult, Line, LineChart, Table
-from vit_cls.lab.statistics import Mean, mean_interval
+from vit_cls.lab.results import LabResult, Line, LineChart, Table
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import LESS, Claim, judge_all
+from vit_cls.stats.random_effects import Mean, mean_interval
+from vit_cls.stats.verdicts import EQUIVALENT, LESS, SUPPORTED, Claim, Finding, judge_all
 from vit_cls.weights.factory import load
 
 RESULT_COLUMNS = ("(%)", "from (%)", "to (%)")

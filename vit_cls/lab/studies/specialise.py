@@ -11,8 +11,7 @@ import numpy as np
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.evaluation.calibration import measure_calibration
-from vit_cls.lab.results import REFUTED, SUPPORTED, Figure, Finding, ForestChart, LabResult, Table
-from vit_cls.lab.statistics import paired_difference
+from vit_cls.lab.results import Figure, ForestChart, LabResult, Table
 from vit_cls.lab.studies.class_token_views import (
     COLLAPSED,
     FROM_TO,
@@ -26,7 +25,8 @@ from vit_cls.lab.studies.class_token_views import (
 from vit_cls.lab.studies.class_tokens import token_answers, watch_class_tokens
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import GREATER, LESS, Claim, judge_all
+from vit_cls.stats.random_effects import paired_difference
+from vit_cls.stats.verdicts import GREATER, LESS, REFUTED, SUPPORTED, Claim, Finding, judge_all
 
 VARIANTS = {"mean": "multicls", "concat": "multicls-concat", "diverse": "multicls-diverse"}
 """Poolings by the word that is typed."""

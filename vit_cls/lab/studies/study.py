@@ -14,11 +14,11 @@ import numpy as np
 
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.lab.results import LabResult
-from vit_cls.lab.statistics import mean_interval
 from vit_cls.lab.studies.recipe import DATA_KEYS, MODEL_KEYS, OPTIM_KEYS, Recipe
 from vit_cls.lab.studies.runner import trial_folder
 from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, Trial, TrialData
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.stats.random_effects import mean_interval
 from vit_cls.weights.factory import load
 
 ARM_COLUMNS = ("top-1 (%)", "from (%)", "to (%)", "lowest seed (%)", "highest seed (%)", "seeds", "images")

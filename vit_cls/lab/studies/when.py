@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import MOST_LINES, Finding, ForestChart, LabResult, Line, LineChart, Table
-from vit_cls.lab.statistics import mean_interval
+from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, Table
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.mosaics import TILE, MosaicSource, example_pictures, roles
 from vit_cls.lab.studies.recipe import RECIPES
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.lab.verdicts import GREATER, Claim, judge_all
 from vit_cls.model.pooling import num_class_tokens
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import GREATER, Claim, Finding, judge_all
 
 GAP = "gap"
 DIGIT_TILE, DIGIT_PATCH = 8, 4

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED
-from vit_cls.lab.verdicts import Claim, judge, judge_all
+from vit_cls.stats.verdicts import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED, Claim, judge_all
+
+
+def _judge(claim, a, b, **options):
+    return judge_all([Claim(claim, a, b, **options)], seed=0)[0]
 
 
 def _pair(difference, *, seeds=3, images=2000, both=0.5, sd=0.0):
@@ -40,7 +43,7 @@ def _pair(difference, *, seeds=3, images=2000, both=0.5, sd=0.0):
 )  # fmt: skip
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_verdicts_follow_the_claim(seeds, difference, expect, at_least, verdict):
-    found = judge("c", *_pair(difference, seeds=seeds), expect=expect, margin=0.01, at_least=at_least)
+    found = _judge("c", *_pair(difference, seeds=seeds), expect=expect, margin=0.01, at_least=at_least)
     assert found.verdict == verdict, found.sentence
     assert (found.needed is not None) == (verdict == CANNOT_TELL)
     assert found.margin == 0.01
@@ -50,7 +53,7 @@ def test_verdicts_follow_the_claim(seeds, difference, expect, at_least, verdict)
 
 @pytest.mark.parametrize("expect", ["greater", "less", "differs", "equal"])
 def test_little_data_cannot_tell_and_says_what_is_needed(expect):
-    found = judge("c", *_pair(0.0, images=200, both=5), expect=expect, margin=0.01)
+    found = _judge("c", *_pair(0.0, images=200, both=5), expect=expect, margin=0.01)
     assert found.verdict == CANNOT_TELL
     assert "images" in found.needed
     assert found.needed in found.sentence
@@ -58,27 +61,27 @@ def test_little_data_cannot_tell_and_says_what_is_needed(expect):
 
 def test_a_significant_difference_within_the_margin_is_named():
     a, b = _pair(0.006, images=5000, both=0.1)
-    equal = judge("c", a, b, expect="equal", margin=0.02)
+    equal = _judge("c", a, b, expect="equal", margin=0.02)
     assert equal.verdict == EQUIVALENT
     assert "a small difference that is not chance" in equal.sentence
-    greater = judge("c", a, b, expect="greater", margin=0.02)
+    greater = _judge("c", a, b, expect="greater", margin=0.02)
     assert greater.verdict == SUPPORTED
     assert "less than the 2.00 points that matter" in greater.sentence
 
 
 def test_sentences_say_who_by_how_much_and_for_what():
     a, b = _pair(0.03)
-    found = judge("c", a, b, expect="greater", margin=0.01, names=("CLS", "GAP"))
+    found = _judge("c", a, b, expect="greater", margin=0.01, names=("CLS", "GAP"))
     low, high = (100 * bound for bound in found.ci95)
     assert found.sentence == (
         "GAP is better than CLS by 3.0 points for training with this recipe "
         f"(95 % interval {low:+.1f} to {high:+.1f}; 3 seeds, 2,000 images)."
     )
-    one = judge("c", a[:1], b[:1], expect="less", margin=0.01, names=("CLS", "GAP"))
+    one = _judge("c", a[:1], b[:1], expect="less", margin=0.01, names=("CLS", "GAP"))
     assert one.sentence.startswith("GAP is better than CLS by 3.0 points for this one training (")
     assert "; 1 seed, 2,000 images)" in one.sentence
     assert one.counts["right only with GAP"] == 70
-    plain = judge("c", a * 1.0, b * 1.0, expect="greater", margin=0.01, unit="of R2")
+    plain = _judge("c", a * 1.0, b * 1.0, expect="greater", margin=0.01, unit="of R2")
     assert "by 0.03 of R2 for" in plain.sentence
     assert (plain.unit, found.unit) == ("of R2", "points")
 
@@ -91,7 +94,7 @@ def test_a_claim_brings_words_and_unit_of_its_own():
         "unit": "points per doubling",
         "words": ("higher", "lower"),
     }
-    up, down = (judge("c", *pair, expect="greater", **options) for pair in ((a, b), (b, a)))
+    up, down = (_judge("c", *pair, expect="greater", **options) for pair in ((a, b), (b, a)))
     assert up.sentence.startswith("Y is higher than X by 3.00 points per doubling for ")
     assert down.sentence.startswith("Y is lower than X by 3.00 points per doubling for ")
     assert up.unit == "points per doubling"
@@ -109,20 +112,20 @@ def test_a_claim_brings_words_and_unit_of_its_own():
     ],
 )
 def test_a_finding_says_what_the_difference_was_tested_against(expect, at_least, null):
-    found = judge("c", *_pair(0.03), expect=expect, margin=0.01, at_least=at_least)
+    found = _judge("c", *_pair(0.03), expect=expect, margin=0.01, at_least=at_least)
     assert found.null == null
     assert math.copysign(1, found.null) == (1 if null >= 0 else -1)  # no zero with a minus
 
 
 def test_holm_makes_claims_harder_together():
     a, b = _pair(0.01, images=600, sd=0.003)
-    alone = judge("c", a, b, expect="differs", margin=0.01)
+    alone = _judge("c", a, b, expect="differs", margin=0.01)
     nothing = Claim("n", a, a)
     together = judge_all([Claim("c", a, b), nothing, nothing], seed=0)
     assert alone.p == together[0].p == alone.p_holm
     assert together[0].p_holm == pytest.approx(3 * alone.p)
     assert together[1].p_equivalence == pytest.approx(
-        3 * judge("n", a, a, expect="equal", margin=0.01).p_equivalence
+        3 * _judge("n", a, a, expect="equal", margin=0.01).p_equivalence
     )
     assert judge_all([], seed=0) == []
 
@@ -130,11 +133,11 @@ def test_holm_makes_claims_harder_together():
 def test_margin_and_expectation_are_checked():
     right = np.ones((2, 5), bool)
     with pytest.raises(ConfigError, match=r"margin must be above 0.*got 0"):
-        judge("x", right, right, expect="equal", margin=0)
+        _judge("x", right, right, expect="equal", margin=0)
     with pytest.raises(ConfigError, match=r"got 'graeter'\. Did you mean `greater`"):
-        judge("x", right, right, expect="graeter", margin=0.1)
+        _judge("x", right, right, expect="graeter", margin=0.1)
     with pytest.raises(ConfigError, match=r"at_least=0\.1 goes with"):
-        judge("x", right, right, expect="equal", margin=0.1, at_least=0.1)
+        _judge("x", right, right, expect="equal", margin=0.1, at_least=0.1)
 
 
 def test_among_equal_heads_a_winner_is_found_in_no_more_than_5_of_100_studies():

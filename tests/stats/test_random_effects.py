@@ -10,16 +10,10 @@ import pytest
 from scipy.stats import t
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.evaluation import paired
-from vit_cls.evaluation.intervals import wilson_interval
-from vit_cls.lab.statistics import (
-    equivalence_p,
-    mean_interval,
-    needed,
-    paired_difference,
-    permutation_p,
-    smallest_detectable,
-)
+from vit_cls.stats import paired, power
+from vit_cls.stats.intervals import permutation_p, wilson_interval
+from vit_cls.stats.power import minimum_detectable_effect, required_sample_size
+from vit_cls.stats.random_effects import equivalence_p, mean_interval, paired_difference
 
 REPEATS = 600
 SLACK = 3 * math.sqrt(0.05 * 0.95 / REPEATS)  # three standard errors of a share of 5 % in so many repeats
@@ -95,13 +89,15 @@ def test_one_seed_of_right_or_wrong_is_the_comparison_of_two_models():
     a, b = _scores(np.random.default_rng(2), 1, 400, discordance=0.1, difference=0.03)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     found = paired_difference(a, b, seed=3)
-    assert found.alone == (only_a, only_b)
+    assert found.discordant == (only_a, only_b)
     assert found.p == paired.mcnemar_mid_p(only_a, only_b)
     counts = np.array([only_a]), np.array([only_b]), np.array([400])
     assert found.ci95 == paired.difference_interval(*counts, seed=3)
-    assert equivalence_p(found, 0.05) == paired.equivalence_p(only_a, only_b, 400, 0.05)
-    assert smallest_detectable(found) == paired.smallest_detectable(400, (only_a + only_b) / 400)
-    assert f"{paired.images_needed(only_a, only_b, 400, 0.01):,}"[0] in needed(found, 0.01)
+    assert equivalence_p(found, 0.05) == paired.score_equivalence_p(only_a, only_b, 400, 0.05)
+    assert minimum_detectable_effect(found) == power.mcnemar_detectable_effect(400, (only_a + only_b) / 400)
+    assert f"{power.mcnemar_required_images(only_a, only_b, 400, 0.01):,}"[0] in required_sample_size(
+        found, 0.01
+    )
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
@@ -178,9 +174,9 @@ def test_scores_that_never_vary_raise_no_warning():
     found = paired_difference(same, same)
     assert (found.estimate, found.ci95, found.p, found.standard_error) == (0, (0, 0), 1, 0)
     assert equivalence_p(found, 0.01) == 0
-    assert smallest_detectable(found) == 0
+    assert minimum_detectable_effect(found) == 0
     assert paired_difference(same, same + 0.25).p < 1e-6
-    assert "neither" not in needed(found, 0.01)
+    assert "neither" not in required_sample_size(found, 0.01)
 
 
 def test_mean_of_one_seed_is_wilsons_and_of_several_stays_in_range():
@@ -307,7 +303,7 @@ def test_seeds_taken_for_images_or_resampled_as_if_there_were_many_cover_too_lit
 def test_the_difference_said_to_be_detectable_is_detected_in_80_of_100():
     how = {"seeds": 5, "images": 540, "discordance": 0.1, "seed_sd": 0.005, "same": 0.3}
     rng = np.random.default_rng(11)
-    sizes = [smallest_detectable(paired_difference(*_scores(rng, **how))) for _ in range(100)]
+    sizes = [minimum_detectable_effect(paired_difference(*_scores(rng, **how))) for _ in range(100)]
     found = _share(lambda a, b: paired_difference(a, b).p <= 0.05, repeats=400,
                    difference=float(np.mean(sizes)), **how)  # fmt: skip
     assert 0.7 < found < 0.93
@@ -316,22 +312,24 @@ def test_the_difference_said_to_be_detectable_is_detected_in_80_of_100():
 def test_needed_says_which_of_seeds_and_images_would_help():
     rng = np.random.default_rng(13)
     noisy = paired_difference(*_scores(rng, 3, 4000, discordance=0.05, difference=0.01, seed_sd=0.03))
-    assert "no number of images alone with these 3 seeds" in needed(noisy, 0.01)
+    assert "no number of images alone with these 3 seeds" in required_sample_size(noisy, 0.01)
     fixed = paired_difference(
         *(np.tile(one, (3, 1)) for one in _scores(rng, 1, 300, discordance=0.1, same=1))
     )
-    assert "no number of seeds alone with these 300 images" in needed(fixed, 0.01)
+    assert "no number of seeds alone with these 300 images" in required_sample_size(fixed, 0.01)
     fresh = paired_difference(*_scores(rng, 3, 300, discordance=0.1, same=0))
-    said = needed(fresh, 0.04)
+    said = required_sample_size(fresh, 0.04)
     assert re.fullmatch(r"about \d+ seeds with these 300 images, or [\d,]+ images with these 3 seeds", said)
     # what is on the hypothesis cannot be told from it
-    assert needed(fresh, 0.004, null=fresh.estimate).startswith("more seeds and more images together")
+    assert required_sample_size(fresh, 0.004, null=fresh.estimate).startswith(
+        "more seeds and more images together"
+    )
 
 
 def test_needed_images_are_enough():
     rng = np.random.default_rng(14)
     how = {"seeds": 5, "discordance": 0.1, "same": 1, "difference": 0.0}
-    said = needed(paired_difference(*_scores(rng, images=3000, **how)), 0.01, null=None)
+    said = required_sample_size(paired_difference(*_scores(rng, images=3000, **how)), 0.01, null=None)
     images = int(said.split()[1].replace(",", ""))
     assert 4000 < images < 30_000
     settled = _share(lambda a, b: equivalence_p(paired_difference(a, b), 0.01) <= 0.05, repeats=60,

@@ -11,15 +11,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import xlogy
 from scipy.stats import binom, binomtest, norm
 
-from vit_cls.evaluation.paired import (
-    difference_interval,
-    equivalence_p,
-    holm,
-    images_needed,
-    mcnemar_mid_p,
-    score_interval,
-    smallest_detectable,
-)
+from vit_cls.stats.intervals import holm
+from vit_cls.stats.paired import difference_interval, mcnemar_mid_p, score_equivalence_p, score_interval
+from vit_cls.stats.power import mcnemar_detectable_effect, mcnemar_required_images
 
 REPEATS = 1500
 
@@ -67,10 +61,10 @@ def test_mcnemar_is_wrong_in_no_more_than_5_percent(images, discordance):
 ])  # fmt: skip
 def test_equivalence_is_claimed_at_the_margin_in_no_more_than_5_percent(images, discordance, margin):
     shares = (discordance - margin) / 2, (discordance + margin) / 2
-    chance = _chance(images, *shares, lambda a, b: equivalence_p(a, b, images, margin) <= 0.05)
+    chance = _chance(images, *shares, lambda a, b: score_equivalence_p(a, b, images, margin) <= 0.05)
     assert chance <= 0.055
     assert chance == pytest.approx(
-        _chance(images, *reversed(shares), lambda a, b: equivalence_p(a, b, images, margin) <= 0.05)
+        _chance(images, *reversed(shares), lambda a, b: score_equivalence_p(a, b, images, margin) <= 0.05)
     )
 
 
@@ -78,12 +72,16 @@ def test_equivalence_is_claimed_at_the_margin_in_no_more_than_5_percent(images, 
 def test_equivalence_is_the_90_percent_interval_inside_the_margin(a, b, images):
     low, high = score_interval(a, b, images, confidence=0.9)
     widest = max(-low, high)
-    assert equivalence_p(a, b, images, widest * 1.001) < 0.05 < equivalence_p(a, b, images, widest * 0.999)
+    assert (
+        score_equivalence_p(a, b, images, widest * 1.001)
+        < 0.05
+        < score_equivalence_p(a, b, images, widest * 0.999)
+    )
 
 
 def test_identical_predictions_are_equivalent_where_there_are_images_enough():
     # z**2 * (1 - margin) / margin = 267.8 images
-    assert equivalence_p(0, 0, 267, 0.01) > 0.05 > equivalence_p(0, 0, 268, 0.01)
+    assert score_equivalence_p(0, 0, 267, 0.01) > 0.05 > score_equivalence_p(0, 0, 268, 0.01)
     none, images = np.zeros(3, int), np.array([100, 100, 100])
     low, high = difference_interval(none, none, images, seed=0)
     assert low == pytest.approx(-high)
@@ -185,7 +183,7 @@ def test_holm_controls_any_false_winner_among_four_equal_models():
 
 @pytest.mark.parametrize(("images", "discordance"), [(540, 0.03), (2000, 0.2), (10_000, 0.15), (500, 0.1)])
 def test_smallest_detectable_difference_is_found_in_80_percent(images, discordance):
-    difference = smallest_detectable(images, discordance)
+    difference = mcnemar_detectable_effect(images, discordance)
     z = norm.ppf(0.975) * math.sqrt(discordance) + norm.ppf(0.8) * math.sqrt(discordance - difference**2)
     assert images == pytest.approx((z / difference) ** 2)
     rng = np.random.default_rng(0)
@@ -198,24 +196,24 @@ def test_smallest_detectable_difference_is_found_in_80_percent(images, discordan
 
 
 def test_smallest_detectable_never_exceeds_what_can_disagree():
-    assert smallest_detectable(540, 0.03) == pytest.approx(0.021, abs=5e-4)
-    assert smallest_detectable(3, 0.5) == 1
-    d = smallest_detectable(1000, 0.0)  # all on one side: n * d = (z1 + z2 * sqrt(1 - d)) ** 2
+    assert mcnemar_detectable_effect(540, 0.03) == pytest.approx(0.021, abs=5e-4)
+    assert mcnemar_detectable_effect(3, 0.5) == 1
+    d = mcnemar_detectable_effect(1000, 0.0)  # all on one side: n * d = (z1 + z2 * sqrt(1 - d)) ** 2
     assert 1000 * d == pytest.approx((norm.ppf(0.975) + norm.ppf(0.8) * math.sqrt(1 - d)) ** 2)
-    values = [smallest_detectable(n, 0.02) for n in range(1, 2000)]
+    values = [mcnemar_detectable_effect(n, 0.02) for n in range(1, 2000)]
     assert all(0 < v <= 1 for v in values)
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values))
 
 
 def test_images_needed_settle_it_in_80_percent():
     rng = np.random.default_rng(0)
-    n = images_needed(10, 20, 400, 0.001)  # a difference of 2.5 points among 7.5 that disagree
+    n = mcnemar_required_images(10, 20, 400, 0.001)  # a difference of 2.5 points among 7.5 that disagree
     draws = rng.multinomial(n, [10 / 400, 20 / 400, 370 / 400], size=REPEATS)
     assert np.mean([mcnemar_mid_p(a, b) <= 0.05 for a, b, _ in draws]) == pytest.approx(0.8, abs=0.035)
-    n = images_needed(6, 6, 400, 0.01)  # no difference among 3 points that disagree
+    n = mcnemar_required_images(6, 6, 400, 0.01)  # no difference among 3 points that disagree
     draws = rng.multinomial(n, [6 / 400, 6 / 400, 388 / 400], size=REPEATS)
-    assert np.mean([equivalence_p(a, b, n, 0.01) <= 0.05 for a, b, _ in draws]) == pytest.approx(
+    assert np.mean([score_equivalence_p(a, b, n, 0.01) <= 0.05 for a, b, _ in draws]) == pytest.approx(
         0.8, abs=0.035
     )
-    assert images_needed(0, 0, 50, 0.01) == 268
-    assert images_needed(20, 10, 400, 0.01) == images_needed(10, 20, 400, 0.01)
+    assert mcnemar_required_images(0, 0, 50, 0.01) == 268
+    assert mcnemar_required_images(20, 10, 400, 0.01) == mcnemar_required_images(10, 20, 400, 0.01)

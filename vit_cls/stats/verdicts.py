@@ -3,25 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.evaluation.paired import ALPHA, holm
-from vit_cls.lab.crossed import Difference
-from vit_cls.lab.results import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED, Finding, in_points
-from vit_cls.lab.results import POINTS as POINTS  # for those who claim
-from vit_cls.lab.statistics import equivalence_p, needed, paired_difference, smallest_detectable
+from vit_cls.stats.intervals import ALPHA, holm
+from vit_cls.stats.power import minimum_detectable_effect, required_sample_size
+from vit_cls.stats.random_effects import Difference, equivalence_p, paired_difference
 
+SUPPORTED, REFUTED, EQUIVALENT, CANNOT_TELL = "supported", "refuted", "equivalent", "cannot tell"
+VERDICTS = (SUPPORTED, REFUTED, EQUIVALENT, CANNOT_TELL)
+POINTS = "points"
+"""Unit of accuracies and other shares; also the first word of units such as ``points per doubling``."""
 DIFFERS, GREATER, LESS, EQUAL = "differs", "greater", "less", "equal"
 EXPECTATIONS = (DIFFERS, GREATER, LESS, EQUAL)
 
 
+def in_points(unit: str) -> bool:
+    """Whether numbers of a unit are shares, which people read as percentage points: 100 times as large.
+
+    Args:
+        unit: As in `Finding`.
+
+    Example:
+        >>> in_points("points"), in_points("points per doubling"), in_points("of cosine")
+        (True, True, False)
+    """
+    return unit.partition(" ")[0] == POINTS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim, stated before measuring, and what may be said of it.
+
+    Args:
+        claim: The claim, as a sentence that could be wrong.
+        verdict: One of `VERDICTS`.
+        sentence: The verdict with the numbers that it rests on, as one sentence.
+        estimate: The difference (or other quantity) that was estimated; of ``points``, as a share.
+        ci95: Its 95 % interval.
+        p: p-value of a difference of ``null``; None where there is no test.
+        p_holm: The same, adjusted over the claims that were judged together.
+        p_equivalence: p-value of a difference as large as the margin, adjusted over the claims that were
+            judged together.
+        margin: The largest difference that does not matter, stated before.
+        smallest_detectable: The smallest difference that this much data finds with a power of 80 %.
+        needed: What would settle it, in words, where the verdict is `CANNOT_TELL`.
+        counts: Seeds, images and other counts, by name.
+        null: The difference that the claim was tested against; 0 is no difference.
+        unit: What the numbers count, as it is written behind them; see `in_points`.
+    """
+
+    claim: str
+    verdict: str
+    sentence: str
+    estimate: float | None = None
+    ci95: tuple[float, float] | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    p_equivalence: float | None = None
+    margin: float | None = None
+    smallest_detectable: float | None = None
+    needed: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    null: float = 0.0
+    unit: str = POINTS
+
+    def __post_init__(self) -> None:
+        assert self.verdict in VERDICTS, self.verdict
+
+
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed of two ways on the same images, before it is measured.
+    """What is claimed of two methods on the same images, before it is measured.
 
     Args:
         claim: As a sentence that could be wrong.
@@ -68,42 +124,6 @@ class Claim:
         return -self.at_least if self.at_least and self.expect == LESS else self.at_least
 
 
-def judge(
-    claim: str,
-    a: np.ndarray,
-    b: np.ndarray,
-    *,
-    expect: str,
-    margin: float,
-    seed: int = 0,
-    names: tuple[str, str] = ("A", "B"),
-    unit: str = POINTS,
-    at_least: float = 0.0,
-    words: tuple[str, str] = ("better", "worse"),
-) -> Finding:
-    """Verdict on one claim; where there are several, `judge_all` adjusts for their number.
-
-    Args:
-        claim: See `Claim`.
-        a: See `Claim`.
-        b: See `Claim`.
-        expect: See `Claim`.
-        margin: See `Claim`.
-        seed: Of the resampling.
-        names: See `Claim`.
-        unit: See `Claim`.
-        at_least: See `Claim`.
-        words: See `Claim`.
-
-    Example:
-        >>> right = np.arange(400) % 10 > 0
-        >>> found = judge("They differ.", right, right, expect="differs", margin=0.03, names=("cls", "gap"))
-        >>> found.verdict, found.estimate
-        ('equivalent', 0.0)
-    """
-    return judge_all([Claim(claim, a, b, expect, margin, names, unit, at_least, words)], seed=seed)[0]
-
-
 def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
     """Verdicts on the claims of one study; both kinds of p-values are adjusted over all of them.
 
@@ -120,6 +140,12 @@ def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
     Returns:
         One finding a claim. ``p`` is of the null hypothesis of the claim, not adjusted; ``p_equivalence`` is
         adjusted, as ``p_holm`` is; ``ci95`` is not.
+
+    Example:
+        >>> right = np.arange(400) % 10 > 0
+        >>> [finding] = judge_all([Claim("They differ.", right, right, margin=0.03)], seed=0)
+        >>> finding.verdict, finding.estimate
+        ('equivalent', 0.0)
 
     Source:
         Holm 1979, https://www.jstor.org/stable/4615733.
@@ -157,7 +183,8 @@ def _finding(claim: Claim, difference: Difference, p: Sequence[float], alpha: fl
     verdict = _verdict(claim, difference, against, same)
     missing = None
     if verdict == CANNOT_TELL:
-        missing = needed(difference, claim.margin, null=_to_be_told_from(claim, difference), alpha=alpha)
+        null = _to_be_told_from(claim, difference)
+        missing = required_sample_size(difference, claim.margin, null=null, alpha=alpha)
     return Finding(
         claim=claim.claim,
         verdict=verdict,
@@ -168,7 +195,7 @@ def _finding(claim: Claim, difference: Difference, p: Sequence[float], alpha: fl
         p_holm=p[1],
         p_equivalence=p[2],
         margin=claim.margin,
-        smallest_detectable=smallest_detectable(difference),
+        smallest_detectable=minimum_detectable_effect(difference),
         needed=missing,
         counts=_counts(claim, difference),
         null=claim.null,
@@ -201,9 +228,9 @@ def _to_be_told_from(claim: Claim, difference: Difference) -> float | None:
 
 def _counts(claim: Claim, difference: Difference) -> dict[str, int]:
     counts = {"seeds": difference.seeds, "images": difference.images}
-    if difference.alone is not None:
+    if difference.discordant is not None:
         counts |= {
-            f"right only with {name}": n for name, n in zip(claim.names, difference.alone, strict=True)
+            f"right only with {name}": n for name, n in zip(claim.names, difference.discordant, strict=True)
         }
     return counts
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-ALPHA = 0.05
-POWER = 0.8
-RESAMPLES = 10_000
+from vit_cls.stats.intervals import ALPHA, percentile_interval
+
+PAIRED_RESAMPLES = 10_000
 FEW_DISCORDANT = 10
 """Below it resamples take too few values: the bootstrap would cover less than it says."""
 
@@ -40,38 +39,15 @@ def mcnemar_mid_p(only_a: int, only_b: int) -> float:
     return float(2 * binom.cdf(fewer, trials, 0.5) - binom.pmf(fewer, trials, 0.5))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values so that the chance of any false claim among them stays at the level.
-
-    Args:
-        p_values: One a test, in any order.
-
-    Returns:
-        Adjusted values in the order given, none above 1.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
-
-    Source:
-        Holm 1979, https://www.jstor.org/stable/4615733.
-    """
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, position in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[position]))
-        adjusted[position] = running
-    return adjusted
-
-
 def difference_interval(
     only_a: np.ndarray,
     only_b: np.ndarray,
     images: np.ndarray,
     *,
     seed: int,
-    resamples: int = RESAMPLES,
+    resamples: int = PAIRED_RESAMPLES,
 ) -> tuple[float, float]:
-    """95 % interval of the difference of two accuracies on the same images.
+    """95 % confidence interval of the difference of two accuracies on the same images.
 
     The paired percentile bootstrap, each class resampled on its own. An image has one of three outcomes (one
     right, the other right, no difference), so the counts of a resample are a multinomial draw. From ``n``
@@ -107,8 +83,8 @@ def difference_interval(
             continue
         drawn = rng.multinomial(n - 1, [a / n, b / n, (n - a - b) / n], size=resamples)
         sums += (drawn[:, 1] - drawn[:, 0]) * (n / (n - 1))
-    low, high = np.quantile(sums / total, [ALPHA / 2, 1 - ALPHA / 2])
-    return max(-1.0, float(low)), min(1.0, float(high))
+    low, high = percentile_interval(sums / total)
+    return max(-1.0, low), min(1.0, high)
 
 
 def _strata(only_a: np.ndarray, only_b: np.ndarray, images: np.ndarray) -> list[tuple[int, int, int]]:
@@ -152,7 +128,7 @@ def score_interval(
     return bound(1), bound(-1)
 
 
-def equivalence_p(only_a: int, only_b: int, images: int, margin: float) -> float:
+def score_equivalence_p(only_a: int, only_b: int, images: int, margin: float) -> float:
     """Two one-sided score tests of a difference that is as large as the margin, or larger.
 
     Args:
@@ -174,78 +150,13 @@ def equivalence_p(only_a: int, only_b: int, images: int, margin: float) -> float
 
 def _score_statistic(only_a: int, only_b: int, images: int, delta: float) -> float:
     """Tango 1998, equation 6: distance of the difference from ``delta``, in its standard errors there."""
-    variance = _null_variance(only_a / images, only_b / images, delta)
+    variance = null_variance(only_a / images, only_b / images, delta)
     return ((only_b - only_a) / images - delta) * math.sqrt(images / variance)
 
 
-def _null_variance(share_a: float, share_b: float, delta: float) -> float:
+def null_variance(share_a: float, share_b: float, delta: float) -> float:
     """Variance of one image's difference where its mean is ``delta``, the rest by maximum likelihood."""
     linear = -share_b - share_a + (2 - share_b + share_a) * delta
     constant = -share_a * delta * (1 - delta)
     alone = (math.sqrt(max(0.0, linear * linear - 8 * constant)) - linear) / 4
     return 2 * alone + delta * (1 - delta)
-
-
-def smallest_detectable(images: int, discordance: float) -> float:
-    """The smallest difference that a test at 5 % finds with a power of 80 %.
-
-    It solves ``images * d**2 = (z1 * sqrt(s) + z2 * sqrt(s - d**2))**2`` for ``d``, where ``s`` is the
-    discordance, ``z1 = 1.96`` and ``z2 = 0.84``. No difference exceeds the discordance: where the solution
-    would, all of the discordance is on one side, and ``s`` is ``d``.
-
-    Args:
-        images: That both models scored.
-        discordance: Share of images that one model alone classified right, in [0, 1].
-
-    Returns:
-        A difference of accuracies, in (0, 1]; 1 where the images are too few for any.
-
-    Example:
-        >>> round(smallest_detectable(540, 0.03), 3)
-        0.021
-
-    Source:
-        Connor 1987, https://doi.org/10.2307/2531961, solved for the difference.
-    """
-    z1, z2 = float(norm.ppf(1 - ALPHA / 2)), float(norm.ppf(POWER))
-    n, below = images, images - z1 * z1
-    if below <= 0:
-        return 1.0
-    scale = z2 * z2 + n
-    found = math.sqrt(discordance) * (z1 * math.sqrt(n) + z2 * math.sqrt(below + z2 * z2)) / scale
-    if 0 < found <= discordance:
-        return found
-    root = (math.sqrt((z1 * z2) ** 2 + scale * below) - z1 * z2) / scale
-    return 1 - root * root
-
-
-def images_needed(only_a: int, only_b: int, images: int, margin: float, *, alpha: float = ALPHA) -> int:
-    """How many images would settle it with a power of 80 %, should the observed shares be the true ones.
-
-    Settled is: the difference found, by Connor's ``n = ((z1 * sqrt(s) + z2 * sqrt(s - d**2)) / d)**2``, or
-    equivalence shown, by ``n = ((z1 * sqrt(v) + z2 * sqrt(s - d**2)) / (margin - abs(d)))**2``, ``v`` being
-    the variance at the margin; the smaller counts. ``d`` is the difference and ``s`` the discordance.
-
-    Args:
-        only_a: Images that the first model alone classified right.
-        only_b: Images that the second alone did.
-        images: All images.
-        margin: The largest difference that does not matter, in (0, 1).
-        alpha: Level of the tests.
-
-    Source:
-        Connor 1987, https://doi.org/10.2307/2531961; for equivalence, Tango 1998, section 4, with half of the
-        remaining 20 % for each side.
-    """
-    share_a, share_b = sorted((only_a / images, only_b / images))
-    difference, discordance = share_b - share_a, share_a + share_b
-    spread = math.sqrt(discordance - difference * difference)
-    needed = math.inf
-    if difference > 0:
-        both = norm.ppf(1 - alpha / 2) * math.sqrt(discordance) + norm.ppf(POWER) * spread
-        needed = (both / difference) ** 2
-    if difference < margin:
-        variance = _null_variance(share_a, share_b, margin)
-        both = norm.ppf(1 - alpha) * math.sqrt(variance) + norm.ppf((1 + POWER) / 2) * spread
-        needed = min(needed, (both / (margin - difference)) ** 2)
-    return math.ceil(needed)

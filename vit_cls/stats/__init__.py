@@ -1,0 +1,1 @@
+"""Statistics for comparisons, the laboratory and training: arrays in, numbers and dataclasses out."""
