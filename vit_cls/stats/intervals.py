@@ -82,9 +82,14 @@ def bootstrap_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int
     return np.concatenate(sums) / rows
 
 
-def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of a bootstrap distribution, shape ``(resamples,)``."""
-    low, high = np.quantile(samples, [ALPHA / 2, 1 - ALPHA / 2])
+def percentile_interval(samples: np.ndarray, *, lower: float = 0.5 - 0.95 / 2) -> tuple[float, float]:
+    """The middle 95 % of a bootstrap distribution.
+
+    Args:
+        samples: The statistic in each resample, shape ``(resamples,)``.
+        lower: The share below, 0.025; its rounding decides the last digit, so each statistic keeps its own.
+    """
+    low, high = np.quantile(samples, [lower, 1 - ALPHA / 2])
     return float(low), float(high)
 
 

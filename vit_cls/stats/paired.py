@@ -83,7 +83,7 @@ def difference_interval(
             continue
         drawn = rng.multinomial(n - 1, [a / n, b / n, (n - a - b) / n], size=resamples)
         sums += (drawn[:, 1] - drawn[:, 0]) * (n / (n - 1))
-    low, high = percentile_interval(sums / total)
+    low, high = percentile_interval(sums / total, lower=ALPHA / 2)
     return max(-1.0, low), min(1.0, high)
 
 
@@ -155,7 +155,13 @@ def _score_statistic(only_a: int, only_b: int, images: int, delta: float) -> flo
 
 
 def null_variance(share_a: float, share_b: float, delta: float) -> float:
-    """Variance of one image's difference where its mean is ``delta``, the rest by maximum likelihood."""
+    """Variance of one image's difference where its mean is ``delta``, the rest by maximum likelihood.
+
+    Args:
+        share_a: Observed share of images that the first model alone classified right.
+        share_b: Likewise the second.
+        delta: The mean of the null hypothesis, in (-1, 1).
+    """
     linear = -share_b - share_a + (2 - share_b + share_a) * delta
     constant = -share_a * delta * (1 - delta)
     alone = (math.sqrt(max(0.0, linear * linear - 8 * constant)) - linear) / 4
