@@ -19,7 +19,8 @@ from vit_cls.lab.probes.seen import UNKNOWN, find_record, seen_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
-from vit_cls.weights.bundle import build_model, save_classifier
+from vit_cls.weights.architecture import build_model
+from vit_cls.weights.bundle import save_classifier
 
 QUICK = {
     "attentive": ["--heads", "cls,gap", "--recipe.epochs", "2", "--recipe.learning_rates", "1e-2,.03"],

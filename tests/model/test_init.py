@@ -10,7 +10,7 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.init import SkipInit
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.model.vit import VisionTransformer
-from vit_cls.weights.bundle import build_model
+from vit_cls.weights.architecture import build_model
 
 SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
 

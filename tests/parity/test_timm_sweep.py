@@ -12,7 +12,7 @@ import torch
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.weights.adapter import adapter_config
-from vit_cls.weights.bundle import build_model
+from vit_cls.weights.architecture import build_model
 from vit_cls.weights.timm_models import (
     architectures,
     make_timm,

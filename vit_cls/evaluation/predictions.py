@@ -120,7 +120,7 @@ def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, nam
     exact = set(class_names)
     known = {folder: folder for folder in folders}
     if not exact.issuperset(folders):
-        from vit_cls.weights.class_names import class_aliases  # imports timm: seconds, for ImageNet alone
+        from vit_cls.weights.timm_models import class_aliases  # imports timm: seconds, for ImageNet alone
 
         aliases: dict[str, set[str]] = {}
         for class_name in filter(WORDNET_ID.fullmatch, class_names):

@@ -48,6 +48,18 @@ class ModelConfig(Protocol):
         """Attention heads in each block."""
 
     @property
+    def class_token(self) -> bool:
+        """Whether there is a class token."""
+
+    @property
+    def reg_tokens(self) -> int:
+        """Register tokens after it."""
+
+    @property
+    def no_embed_class(self) -> bool:
+        """Whether prefix tokens go without a position."""
+
+    @property
     def image_hw(self) -> tuple[int, int]:
         """Image height and width, in pixels."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.weights.factory import MAX_FRESH, create_classifier, pool_of
+from vit_cls.weights.factory import architecture_of, create_classifier
 from vit_cls.weights.families import Recipe, recipe_of
+from vit_cls.weights.loading import MAX_FRESH
 
 BACKBONE = "backbone"
 
@@ -93,7 +94,7 @@ class ModelOptions:
     @property
     def pool_name(self) -> str:
         """What the head reads: the setting, or else the architecture's own."""
-        return self.pool or pool_of(self.name, self.pretrained)
+        return self.pool or architecture_of(self.name, self.pretrained).pool
 
     @property
     def recipe(self) -> Recipe:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling, num_class_tokens
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
-from vit_cls.weights.adapter_steps import STEPS
-from vit_cls.weights.timm_models import activation_name, make_timm, module_of, placement, skeleton
-
-ADAPTER_KEY = "timm_architecture"
-"""Marks the architecture of an adapted model in a model file."""
+from vit_cls.weights.timm_models import (
+    activation_name,
+    make_timm,
+    module_of,
+    native_config,
+    placement,
+    skeleton,
+)
 
 OWN_MODULES = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
 """What the adapter holds itself; every other key belongs to timm's encoder."""
+
+_OWN_FIELDS = (
+    *("pool", "num_classes", "img_size", "patch_size", "in_chans"),
+    *("fc_norm", "pool_include_prefix", "drop_rate"),
+)
+"""Fields of `AdapterConfig` that a user may change; other settings are arguments of timm's constructor."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +100,6 @@ class AdapterConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
         """Rebuild a config from `to_dict`, after JSON or not.
 
-        Args:
-            values: Field names and values.
-
         Raises:
             ConfigError: If a name is not a field of this class.
         """
@@ -101,14 +111,16 @@ class AdapterConfig:
         return cls(**values)
 
 
-def adapter_config(name: str, model: Any, **arguments: Any) -> AdapterConfig:
-    """The architecture of an adapted model, read off timm's.
+def timm_config(name: str, model: Any, **arguments: Any) -> ViTConfig | AdapterConfig:
+    """The architecture of timm's model of that name: native where native blocks compute the same.
 
-    Args:
-        name: timm's name, without a tag.
-        model: timm's model of that name; a skeleton will do.
-        arguments: What it was built with, beyond the name.
+    A skeleton of the model will do; ``arguments`` are what it was built with, beyond the name.
     """
+    return native_config(model) or adapter_config(name.partition(".")[0], model, **arguments)
+
+
+def adapter_config(name: str, model: Any, **arguments: Any) -> AdapterConfig:
+    """The architecture of an adapted model, read off timm's, which was built with these arguments."""
     place = placement(model)
     distilled = isinstance(model, VisionTransformerDistilled)
     reg_token = getattr(model, "reg_token", None)
@@ -133,33 +145,18 @@ def adapter_config(name: str, model: Any, **arguments: Any) -> AdapterConfig:
 
 
 def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
-    """An adapted architecture with some settings changed.
-
-    Args:
-        config: The architecture.
-        changes: Fields of it, or arguments of its constructor in timm.
+    """An adapted architecture with fields, or arguments of its constructor in timm, changed.
 
     Raises:
         ConfigError: If timm's constructor does not know a setting, or it cannot be changed.
     """
-    ours = (
-        "pool",
-        "num_classes",
-        "img_size",
-        "patch_size",
-        "in_chans",
-        "fc_norm",
-        "pool_include_prefix",
-        "drop_rate",
-    )
     name = config.timm_architecture
-    own = {key: value for key, value in changes.items() if key in ours}
+    own = {key: value for key, value in changes.items() if key in _OWN_FIELDS}
     if isinstance(own.get("img_size"), int):
         own["img_size"] = (own["img_size"], own["img_size"])
-    eva = module_of(name) == "eva"
-    arguments = {
-        ("num_reg_tokens" if eva and k == "reg_tokens" else k): v for k, v in changes.items() if k not in ours
-    }
+    arguments = {key: value for key, value in changes.items() if key not in _OWN_FIELDS}
+    if module_of(name) == "eva" and "reg_tokens" in arguments:
+        arguments["num_reg_tokens"] = arguments.pop("reg_tokens")
     config = dataclasses.replace(config, **own)
     if any(side % config.patch_size for side in config.img_size):
         height, width = config.img_size
@@ -182,7 +179,7 @@ def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> Adapte
     # timm's constructor refuses its own pooling without a class token; ours is set here in any case.
     native = {"global_pool": "avg"} if merged.get("class_token") is False else {}
     built = adapter_config(name, skeleton(name, **merged, **native), **merged, **native)
-    kept = {key: getattr(config, key) for key in ours}
+    kept = {key: getattr(config, key) for key in _OWN_FIELDS}
     return dataclasses.replace(built, **kept)
 
 
@@ -239,7 +236,7 @@ class TimmAdapter(TokenModel):
             patch_size=config.patch_size,
             **arguments,
         )
-        self._embed, self._run = next(steps for kind, steps in STEPS.items() if isinstance(body, kind))
+        self._embed, self._run = next(steps for kind, steps in _STEPS.items() if isinstance(body, kind))
         self.layout = TokenLayout(config.class_token, config.reg_tokens, config.grid_size)
         if config.pool != "distilled" and num_class_tokens(config.pool, config.num_classes) != 1:
             raise ConfigError(
@@ -353,3 +350,50 @@ def _from_timm_keys(module: nn.Module, state: dict[str, Tensor], prefix: str, *_
         name = key.removeprefix(prefix)
         if name.partition(".")[0] not in OWN_MODULES and not name.startswith("body."):
             state[f"{prefix}body.{name}"] = state.pop(key)
+
+
+# ---- how models of timm turn images into tokens, and send tokens through their blocks ----------------------
+
+
+def _embed_vit(body: Any, images: Tensor) -> Tensor:
+    return body.norm_pre(body.patch_drop(body._pos_embed(body.patch_embed(images))))
+
+
+def _run_vit(body: Any, tokens: Tensor) -> Tensor:
+    return body.blocks(tokens)
+
+
+def _embed_eva(body: Any, images: Tensor) -> Tensor:
+    tokens, _ = body._pos_embed(body.patch_embed(images))
+    return body.norm_pre(tokens)
+
+
+def _run_eva(body: Any, tokens: Tensor) -> Tensor:
+    rope = body.rope
+    if rope is not None:
+        known = getattr(rope, "feat_shape", None) is not None
+        rope = rope.get_embed() if known else rope.get_embed(shape=body.patch_embed.grid_size)
+    for i, block in enumerate(body.blocks):
+        tokens = block(tokens, rope=rope[i] if body.rope_mixed and rope is not None else rope)
+    return tokens
+
+
+def _embed_beit(body: Any, images: Tensor) -> Tensor:
+    patches = body.patch_embed(images)
+    tokens = torch.cat([body.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+    return body.pos_drop(tokens if body.pos_embed is None else tokens + body.pos_embed)
+
+
+def _run_beit(body: Any, tokens: Tensor) -> Tensor:
+    bias = None if body.rel_pos_bias is None else body.rel_pos_bias()
+    for block in body.blocks:
+        tokens = block(tokens, shared_rel_pos_bias=bias)
+    return tokens
+
+
+# timm's class: (images to tokens, tokens through the blocks)
+_STEPS: dict[type, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
+    TimmViT: (_embed_vit, _run_vit),
+    Eva: (_embed_eva, _run_eva),
+    Beit: (_embed_beit, _run_beit),
+}

@@ -16,9 +16,7 @@ from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.files import replacing
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.init import SkipInit
-from vit_cls.model.token_model import TokenModel
-from vit_cls.model.vit import VisionTransformer
+from vit_cls.weights.architecture import architecture_from_dict, build_model
 
 FORMAT_VERSION = 1
 METADATA_KEY = "vit_cls"
@@ -91,6 +89,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
+def model_file(path: Path) -> Path:
+    """The model file that a run folder stands for; any other path stands for itself.
+
+    Args:
+        path: Of a folder or a file.
+    """
+    return path / MODEL_FILE if path.is_dir() else path
+
+
 def is_own_file(path: Path) -> bool:
     """Whether a file is one that `save_classifier` wrote, or a training checkpoint of ours.
 
@@ -152,45 +159,6 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def architecture_config(values: Mapping[str, Any]) -> Any:
-    """The configuration that a file's architecture describes.
-
-    Args:
-        values: `ViTConfig.to_dict` or `AdapterConfig.to_dict`, after JSON or not.
-
-    Raises:
-        ConfigError: If they describe none.
-    """
-    if "timm_architecture" in values:
-        from vit_cls.weights.adapter import (
-            AdapterConfig,
-        )  # imports timm: seconds that native models do not need
-
-        return AdapterConfig.from_dict(values)
-    return ViTConfig.from_dict(values)
-
-
-def build_model(config: Any, *, init: bool = True) -> TokenModel:
-    """A model with fresh weights.
-
-    Args:
-        config: A `ViTConfig`, or an `AdapterConfig`.
-        init: Whether the weights of a native model are drawn; without, they are whatever was in memory.
-
-    Raises:
-        ConfigError: If its settings do not fit together.
-    """
-    if isinstance(config, ViTConfig):
-        if init:
-            return VisionTransformer(config)
-        with torch.device("meta"), SkipInit():
-            model = VisionTransformer(config)
-        return model.to_empty(device="cpu")
-    from vit_cls.weights.adapter import TimmAdapter
-
-    return TimmAdapter(config)
-
-
 def load_classifier(path: str | Path) -> ImageClassifier:
     """Rebuild a classifier from a file that `save_classifier` wrote, or from a training checkpoint of ours.
 
@@ -206,7 +174,7 @@ def load_classifier(path: str | Path) -> ImageClassifier:
     metadata, state = read_own_file(Path(path))
     try:
         classifier = ImageClassifier.from_metadata(
-            metadata, lambda values: build_model(architecture_config(values), init=False)
+            metadata, lambda values: build_model(architecture_from_dict(values), init=False)
         )
         classifier.model.load_state_dict(state, assign=True)
     except (ConfigError, RuntimeError) as error:

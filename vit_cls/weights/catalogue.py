@@ -12,11 +12,11 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.weights.adapter import adapter_config
-from vit_cls.weights.class_names import class_names_of
 from vit_cls.weights.families import is_non_commercial, recipe_of
 from vit_cls.weights.timm_models import (
     QUICK_GELU_NOTE,
     architectures,
+    class_names_of,
     matching,
     native_config,
     pretrained_config,

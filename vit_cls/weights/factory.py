@@ -1,55 +1,30 @@
-"""From what a user names (an architecture, a tag, a file, a folder) to a model or a classifier."""
+"""From what a user names to a model or a classifier, step by step.
+
+What was written, to a reference and then a source of weights: `sources`. The architecture, with the settings
+that were changed: `architecture`. The weights, converted to it, and the fate of each key: `loading`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.model.config import ViTConfig
 from vit_cls.model.token_model import TokenModel
-from vit_cls.weights.bundle import MODEL_FILE, build_model, is_own_file, load_classifier
+from vit_cls.weights.architecture import build_model, changed
+from vit_cls.weights.bundle import is_own_file, load_classifier, model_file
 from vit_cls.weights.families import FROM_SCRATCH_LICENCE, UNKNOWN_LICENCE, is_non_commercial
-from vit_cls.weights.resolve import AUTO, Found, find
+from vit_cls.weights.load_report import LoadReport
+from vit_cls.weights.loading import MAX_FRESH, HeadOptions, load_weights
+from vit_cls.weights.sources import AUTO, Reference, Source, find_source, parse_model, parse_pretrained
 
 log = logging.getLogger("vit_cls")
-
-MAX_FRESH = 0.1
-"""More of the encoder than this must not be fresh, unless the user says so."""
-HEAD_INITS = ("normal", "zero")
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What becomes of the head when weights are loaded.
-
-    Args:
-        class_names: Classes of the new model; None where only their number matters.
-        keep: Whether the checkpoint's head is kept where its classes are known and agree.
-        init: A new head's weights: ``normal`` (standard deviation 0.02) or ``zero``.
-        max_fresh: Largest share of the encoder's parameters that may be missing, in [0, 1].
-
-    Raises:
-        ConfigError: If a value is impossible.
-    """
-
-    class_names: Sequence[str] | None = None
-    keep: bool = True
-    init: str = "normal"
-    max_fresh: float = MAX_FRESH
-
-    def __post_init__(self) -> None:
-        if self.init not in HEAD_INITS:
-            raise ConfigError(f"model.head_init must be one of {', '.join(HEAD_INITS)}; got {self.init!r}.")
-        if not 0.0 <= self.max_fresh <= 1.0:
-            raise ConfigError(f"model.max_fresh must be in [0, 1]; got {self.max_fresh}.")
 
 
 def create_model(
@@ -103,10 +78,10 @@ def create_model(
         if num_classes not in (None, len(class_names)):
             raise ConfigError(f"num_classes is {num_classes}, but there are {len(class_names)} class names.")
         num_classes = len(class_names)
-    found = find(name, pretrained, overrides)
+    source = find_source(parse_pretrained(name, pretrained), overrides)
     changes = {**overrides, "num_classes": num_classes, "pool": pool}
-    config = changed(found.config, **{k: v for k, v in changes.items() if v is not None})
-    return _build(config, found, head)
+    config = changed(source.config, **{k: v for k, v in changes.items() if v is not None})
+    return _build(config, source, head)
 
 
 def create_classifier(
@@ -145,99 +120,30 @@ def create_classifier(
         ModelFileError: As for `create_model`.
     """
     head = HeadOptions(class_names, keep_head, head_init, max_fresh)
-    found = find(name, pretrained, overrides, needed=load_weights)
-    if class_names is not None:
-        overrides["num_classes"] = len(class_names)
-    config = changed(found.config, **{k: v for k, v in overrides.items() if v is not None})
-    preprocess = found.preprocess.resized(config.image_hw, config.in_chans)
-    crop: dict[str, Any] = {
-        k: v for k, v in (("crop_pct", crop_pct), ("crop_mode", crop_mode)) if v is not None
-    }
-    preprocess = dataclasses.replace(preprocess, **crop)
-    if class_names is None:
-        known = found.class_names if found.source is not None else None
-        fits = known is not None and len(known) == config.num_classes
-        class_names = known if fits and known else [f"output_{i}" for i in range(config.num_classes)]
-    model = _build(config, found if load_weights else dataclasses.replace(found, source=None), head)
-    classifier = ImageClassifier(model, preprocess, list(class_names))
-    licence = found.source.licence or UNKNOWN_LICENCE if found.source else FROM_SCRATCH_LICENCE
-    classifier.weights_licence = licence
-    classifier.weights_source = found.source.label if found.source else None
-    return classifier
+    crop = {k: v for k, v in (("crop_pct", crop_pct), ("crop_mode", crop_mode)) if v is not None}
+    return _classifier(parse_pretrained(name, pretrained), head, overrides, crop, load_weights=load_weights)
 
 
-def pool_of(name: str, pretrained: bool | str | Path | None = None) -> str:
-    """What the head of an architecture reads if nothing else is asked for.
+def architecture_of(name: str, pretrained: bool | str | Path | None = None, **overrides: Any) -> Any:
+    """The architecture that a name and weights stand for, with some settings changed; no weights are read.
 
     Args:
         name: As for `create_model`.
         pretrained: As for `create_model`.
+        overrides: As for `create_model`.
+
+    Returns:
+        A `ViTConfig`, or an `AdapterConfig`.
 
     Raises:
         ConfigError: As for `create_model`.
         ModelFileError: As for `create_model`.
 
     Example:
-        >>> pool_of("vit_pico_patch7_28")
-        'cls'
+        >>> architecture_of("vit_pico_patch7_28", pool="gap").grid_size
+        (4, 4)
     """
-    return find(name, pretrained).config.pool
-
-
-def changed(config: Any, **changes: Any) -> Any:
-    """An architecture with some settings changed.
-
-    Args:
-        config: A `ViTConfig`, or an `AdapterConfig`.
-        changes: Fields of it; for an adapted one also arguments of its constructor in timm.
-
-    Raises:
-        ConfigError: If a setting is unknown or impossible.
-
-    Example:
-        >>> changed(ViTConfig(), pool="gap").pool
-        'gap'
-    """
-    if changes.get("pool", config.pool) != config.pool:
-        changes.setdefault("pool_include_prefix", False)
-    if isinstance(config, ViTConfig):
-        return ViTConfig.from_dict({**config.to_dict(), **changes})
-    from vit_cls.weights.adapter import changed_adapter
-
-    return changed_adapter(config, changes)
-
-
-def _build(config: Any, found: Found, head: HeadOptions) -> TokenModel:
-    model = build_model(config, init=found.source is None)
-    if found.source is not None:
-        from vit_cls.weights.loading import load_weights
-
-        load_weights(model, found.source, head)
-        announce(model)
-    if head.init == "zero":
-        fresh = None if model.load_report is None else model.load_report.of("fresh")
-        for layer in (model.head, getattr(model, "head_dist", None)):
-            if isinstance(layer, nn.Linear) and (fresh is None or "head.weight" in fresh):
-                nn.init.zeros_(layer.weight)
-    return model
-
-
-def announce(model: TokenModel) -> None:
-    """Say what was loaded, and under which licence; a non-commercial one as a warning.
-
-    Args:
-        model: Has a load report.
-    """
-    report = model.load_report
-    for note in report.notes:
-        log.info(note)
-    licence = report.licence or UNKNOWN_LICENCE
-    if is_non_commercial(report.licence):
-        log.warning(
-            f"licence of the weights of {report.source}: {licence}, which does not allow commercial use"
-        )
-    else:
-        log.info(f"licence of the weights of {report.source}: {licence}")
+    return changed(find_source(parse_pretrained(name, pretrained), overrides).config, **overrides)
 
 
 def load(model: str | Path) -> ImageClassifier:
@@ -253,38 +159,60 @@ def load(model: str | Path) -> ImageClassifier:
         ModelFileError: If there is no such model, or it cannot be read.
         ConfigError: If the name is unknown.
     """
-    text, path = str(model), Path(model)
-    if not path.exists():
-        name, equals, file = text.partition("=")
-        if equals:
-            return create_classifier(name, pretrained=Path(file) if Path(file).exists() else file).eval()
-        return _load_name(text)
-    if path.is_dir() and (path / MODEL_FILE).is_file() and is_own_file(path / MODEL_FILE):
-        return load_classifier(path / MODEL_FILE)
-    if path.is_file() and (path.suffix == ".ckpt" or is_own_file(path)):
-        return load_classifier(path)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return create_classifier(AUTO, pretrained=path).eval()
-        if (path / MODEL_FILE).is_file():
-            raise ModelFileError(
-                f"{path / MODEL_FILE} does not say its architecture, and there is no config.json beside it. "
-                "Use name=path/to/weights, with one of the names of `vit-cls models`."
-            )
-        raise ModelFileError(
-            f"{path} is a folder without a {MODEL_FILE}. --model takes a run folder that `vit-cls fit` "
-            "finished at least one epoch in, or a model file."
-        )
-    return load_classifier(path)  # raises, and says why
+    reference = parse_model(model)
+    path = reference.path
+    if reference.name == AUTO and path is not None and (path.is_file() or is_own_file(model_file(path))):
+        return load_classifier(model_file(path))  # as it was saved; of a file that is not ours it says why
+    return _classifier(reference, HeadOptions(), {}, {}).eval()
 
 
-def _load_name(text: str) -> ImageClassifier:
-    from vit_cls.weights.timm_models import is_timm_name, module_of
+def _classifier(
+    reference: Reference,
+    head: HeadOptions,
+    overrides: Mapping[str, Any],
+    crop: Mapping[str, Any],
+    *,
+    load_weights: bool = True,
+) -> ImageClassifier:
+    source = find_source(reference, overrides, needed=load_weights)
+    changes = {k: v for k, v in overrides.items() if v is not None}
+    if head.class_names is not None:
+        changes["num_classes"] = len(head.class_names)
+    config = changed(source.config, **changes)
+    names = head.class_names
+    if names is None:
+        fits = source.class_names is not None and len(source.class_names) == config.num_classes
+        names = (fits and source.class_names) or [f"output_{i}" for i in range(config.num_classes)]
+    preprocess = source.preprocess.resized(config.image_hw, config.in_chans)
+    model = _build(config, source if load_weights else dataclasses.replace(source, read=None), head)
+    classifier = ImageClassifier(model, dataclasses.replace(preprocess, **crop), list(names))
+    classifier.weights_licence = (
+        FROM_SCRATCH_LICENCE if source.read is None else source.licence or UNKNOWN_LICENCE
+    )
+    classifier.weights_source = source.label
+    return classifier
 
-    if not is_timm_name(text) and module_of(text.partition(".")[0]) is None:
-        raise ModelFileError(
-            f"there is no file or folder {text!r}, and no architecture of that name. --model takes a run "
-            f"folder, its {MODEL_FILE}, a .ckpt of a run, a name of timm's (`vit-cls models`), or "
-            "name=path/to/weights."
-        )
-    return create_classifier(text, pretrained=True).eval()
+
+def _build(config: Any, source: Source, head: HeadOptions) -> TokenModel:
+    model = build_model(config, init=source.read is None)
+    report = None
+    if source.read is not None:
+        load_weights(model, source, head)
+        report = model.load_report
+        _announce(report)
+    if head.init == "zero" and (report is None or "head.weight" in report.of("fresh")):
+        for layer in (model.head, getattr(model, "head_dist", None)):
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.weight)
+    return model
+
+
+def _announce(report: LoadReport) -> None:
+    """Say what was loaded, and under which licence; a non-commercial one as a warning."""
+    for note in report.notes:
+        log.info(note)
+    text = f"licence of the weights of {report.source}: {report.licence or UNKNOWN_LICENCE}"
+    if is_non_commercial(report.licence):
+        log.warning(f"{text}, which does not allow commercial use")
+    else:
+        log.info(text)

@@ -20,7 +20,7 @@ from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig, ViTConfig
 from vit_cls.model.init import SkipInit
 from vit_cls.weights.adapter import AdapterConfig
-from vit_cls.weights.bundle import build_model
+from vit_cls.weights.architecture import build_model
 from vit_cls.weights.tensor_files import read_tensors
 from vit_cls.weights.timm_models import ratio_of
 

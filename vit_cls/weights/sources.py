@@ -1,212 +1,269 @@
-"""Where weights come from: a tag of timm's, a file, a folder; each as one `Source` with timm's names."""
+"""One resolver: what a user names, to the architecture and the weights that it means.
+
+``name`` and ``pretrained``, or ``--model``   `parse_pretrained`, `parse_model`: a `Reference`
+`Reference`                                   `find_source`: a `Source`, of which only headers are read
+`Source`                                      `Source.read`: its tensors, for an architecture
+
+timm takes seconds to import. Fresh presets do without, so what needs it imports it itself.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg
-from timm.models.vision_transformer import VisionTransformer as TimmViT
-from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor
-
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig
-from vit_cls.weights.adapter import AdapterConfig, adapter_config
-from vit_cls.weights.bundle import MODEL_FILE, architecture_config, is_own_file, read_own_file
-from vit_cls.weights.class_names import class_names_of
-from vit_cls.weights.hf_folder import is_hf_folder, read_hf_folder
-from vit_cls.weights.hub import weights_file
-from vit_cls.weights.npz import read_npz
-from vit_cls.weights.tensor_files import read_tensors
-from vit_cls.weights.timm_models import (
-    QUICK_GELU_NOTE,
-    filter_of,
-    native_config,
-    preprocess_of,
-    pretrained_config,
-    skeleton,
-    timm_arguments,
-)
-from vit_cls.weights.tracing import Weights
+from vit_cls.model.presets import PRESETS, preset_config
+from vit_cls.weights.architecture import architecture_from_dict
+from vit_cls.weights.bundle import MODEL_FILE, is_own_file, model_file, read_own_file
+from vit_cls.weights.tensor_files import SUFFIXES, Weights
+
+AUTO = "auto"
+"""As ``model.name``: the architecture that the weights say by themselves."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a user named: an architecture, and its published weights or a file of weights or neither.
+
+    Args:
+        name: ``architecture`` or ``architecture.tag``, or ``auto``.
+        tag: The published weights that are meant, ``architecture.tag``, or ``architecture`` for its default.
+        path: A file or folder of weights; need not exist.
+        written: How the user wrote it, for messages.
+    """
+
+    name: str
+    tag: str | None = None
+    path: Path | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that are known but not yet read.
+    """An architecture, and the weights for it that are known but not yet read.
 
     Args:
-        label: Where they come from, for people.
-        config: Their architecture.
-        read: Reads them for a target architecture.
-        preprocess: How their images are prepared; None where the source does not say.
-        class_names: Classes of their head; None where unknown.
-        licence: Their licence; None where the source does not say.
+        config: The architecture, with the classes of the weights.
+        preprocess: How its images are prepared.
+        label: Where the weights come from, for people; None for fresh ones.
+        read: Reads the weights, with the grid of a target architecture; None for fresh ones.
+        class_names: Classes of the head; None where unknown.
+        licence: Licence of the weights; None where the source does not say.
         remarks: What a user should know before they are read.
     """
 
-    label: str
     config: Any
-    read: Callable[[ModelConfig], Weights]
-    preprocess: Preprocess | None = None
+    preprocess: Preprocess
+    label: str | None = None
+    read: Callable[[ModelConfig], Weights] | None = None
     class_names: list[str] | None = None
     licence: str | None = None
     remarks: tuple[str, ...] = ()
 
 
-def architecture_of(name: str) -> Any:
-    """The architecture of timm's ``name`` or ``name.tag``: native where native blocks can do it.
-
-    Args:
-        name: As the user wrote it.
+def parse_model(model: str | Path) -> Reference:
+    """What ``--model`` means: a path that exists, a name, or ``name=weights``.
 
     Raises:
-        ConfigError: If there is no such name.
+        ModelFileError: If it is none of these.
     """
-    pretrained_config(name)
-    model = skeleton(name)
-    return native_config(model) or adapter_config(name.partition(".")[0], model)
+    text, path = str(model), Path(model)
+    if path.exists():
+        return Reference(AUTO, path=path, written=f"--model {text}")
+    name, equals, weights = text.partition("=")
+    if equals:
+        return dataclasses.replace(parse_pretrained(name, weights), written=f"--model {text}")
+    from vit_cls.weights.timm_models import is_timm_name, module_of
+
+    if not is_timm_name(text) and module_of(text.partition(".")[0]) is None:
+        raise ModelFileError(
+            f"there is no file or folder {text!r}, and no architecture of that name. --model takes a run "
+            f"folder, its {MODEL_FILE}, a .ckpt of a run, a name of timm's (`vit-cls models`), or "
+            "name=path/to/weights."
+        )
+    return Reference(text, tag=text)
 
 
-def tag_source(name: str, path: Path | None = None) -> Source:
-    """A tag of timm's, from the hub or from a file that holds it.
+def parse_pretrained(name: str, pretrained: bool | str | Path | None) -> Reference:
+    """What ``model.name`` and ``model.pretrained`` mean; a tag is known, whatever else is a path."""
+    if pretrained is None or isinstance(pretrained, bool):
+        return Reference(name, tag=name if pretrained else None)
+    from vit_cls.weights.timm_models import is_timm_name
+
+    text, base = str(pretrained), name.partition(".")[0]
+    for tag in (text, f"{base}.{text}"):
+        if is_timm_name(tag) and (name == AUTO or tag.partition(".")[0] == base):
+            return Reference(name, tag=tag)
+    return Reference(name, path=Path(pretrained), written=f"model.pretrained {text}")
+
+
+def find_source(
+    reference: Reference, overrides: Mapping[str, Any] | None = None, *, needed: bool = True
+) -> Source:
+    """The architecture and the weights that a reference means; reads headers and records, no weights yet.
 
     Args:
-        name: ``architecture.tag``, or ``architecture`` for its default tag.
-        path: The file; None takes the hub's.
+        reference: What the user named.
+        overrides: Settings that may explain why a file differs from the architecture of that name.
+        needed: Whether the weights will be read; where they will not, their file may be gone.
 
     Raises:
-        ConfigError: If there is no such name.
+        ConfigError: If the name is unknown, or needs weights that say their architecture.
+        ModelFileError: If the weights are not there, or are of another architecture.
     """
+    name, path = reference.name, reference.path
+    if reference.tag is not None:
+        return _published(reference.tag)
+    if path is None:
+        return _fresh(name)
+    if not path.exists() and needed:
+        raise _missing(reference)
+    source = _self_described(path)
+    if source is not None:
+        _check_agreement(reference, source, overrides or {})
+        return source
+    if path.is_dir():
+        raise ModelFileError(
+            f"{reference.written} is a folder without a {MODEL_FILE} of ours and without a config.json. Give "
+            "a run folder that `vit-cls fit` finished at least one epoch in, a folder of timm's or "
+            "transformers', or a weights file with the name of its architecture (name=path/to/weights)."
+        )
+    if name == AUTO:
+        raise ConfigError(
+            f"{reference.written} does not say which architecture it holds. Give its name as model.name."
+        )
+    return _plain_file(name, path)
+
+
+def _fresh(name: str) -> Source:
+    if name == AUTO:
+        raise ConfigError("model.name auto takes the architecture of the weights: give model.pretrained too.")
+    if name in PRESETS:
+        config = preset_config(name)
+        return Source(config, Preprocess.for_size(config.image_hw))
+    from vit_cls.weights.adapter import timm_config
+    from vit_cls.weights.timm_models import preprocess_of, pretrained_config, skeleton
+
+    record = pretrained_config(name)
+    return Source(timm_config(name, skeleton(name)), preprocess_of(record))
+
+
+def _published(name: str, path: Path | None = None) -> Source:
+    """A tag of timm's, from the hub or from a file that holds it."""
+    from vit_cls.weights.adapter import timm_config
+    from vit_cls.weights.hub import weights_file
+    from vit_cls.weights.timm_files import read_timm_file
+    from vit_cls.weights.timm_models import (
+        QUICK_GELU_NOTE,
+        class_names_of,
+        preprocess_of,
+        pretrained_config,
+        skeleton,
+    )
+
     record = pretrained_config(name)
     base = name.partition(".")[0]
     label = f"{base}.{record.tag}" if record.tag else base
-    config, remarks = architecture_of(name), tuple[str, ...]()
-    notes = record.notes or ()
-    if any(QUICK_GELU_NOTE in note for note in notes) and getattr(config, "act", None) == "gelu":
+    config: Any = timm_config(name, skeleton(name))
+    remarks: tuple[str, ...] = ()
+    if any(QUICK_GELU_NOTE in note for note in record.notes or ()) and getattr(config, "act", "") == "gelu":
         config = dataclasses.replace(config, act="quick_gelu")
         remarks = ("these weights were trained with QuickGELU, so the model is built with it, not with GELU",)
 
     def read(target: ModelConfig) -> Weights:
-        file = weights_file(label, record) if path is None else path
-        return read_timm_file(file, config, target, name=base)
+        return read_timm_file(path or weights_file(label, record), config, target, name=base)
 
     return Source(
-        label if path is None else f"{path} ({label})",
         config,
-        read,
         preprocess_of(record),
+        label if path is None else f"{path} ({label})",
+        read,
         class_names_of(record),
         record.license,
         remarks,
     )
 
 
-def file_source(path: Path, config: Any, *, name: str | None) -> Source:
-    """A file under timm's names or in a format that timm converts, for an architecture given by name.
+def _plain_file(name: str, path: Path) -> Source:
+    """A file of tensors alone, whose architecture, or whose tag, the user named."""
+    from vit_cls.weights.timm_files import count_classes, read_timm_file
+    from vit_cls.weights.timm_models import is_timm_name
 
-    Args:
-        path: The file.
-        config: The architecture.
-        name: timm's name of it, which decides how foreign formats are converted; None where it has none.
-    """
-    classes = _classes_in(path) if path.exists() else None  # a resumed run does without
-    if classes is not None:
-        config = dataclasses.replace(config, num_classes=classes)
-    return Source(str(path), config, lambda target: read_timm_file(path, config, target, name=name))
+    base = name.partition(".")[0]
+    if is_timm_name(name) and name != base:
+        return _published(name, path)
+    fresh, format_name = _fresh(name), base if is_timm_name(base) else None
+    classes = count_classes(path) if path.exists() else None  # a resumed run does without
+    config = fresh.config if classes is None else dataclasses.replace(fresh.config, num_classes=classes)
 
+    def read(target: ModelConfig) -> Weights:
+        return read_timm_file(path, config, target, name=format_name)
 
-def _classes_in(path: Path) -> int | None:
-    """Rows of the head in a file; None where it has none under a name that needs no conversion."""
-    if path.suffix == ".npz":
-        known = {f"{prefix}head/bias" for prefix in ("", "opt/target/", "params/", "params/img/")}
-        try:
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                return next((len(file[name]) for name in file.files if name in known), None)
-        except Exception:  # a damaged archive can raise anything; reading the weights says what is wrong
-            return None
-    if path.suffix == ".safetensors":  # the header tells; the tensors are read once, later
-        try:
-            with safe_open(path, framework="pt") as opened:
-                shape = opened.get_slice("head.weight").get_shape()
-        except (SafetensorError, OSError):
-            return None
-    else:
-        head = read_tensors(path)[0].get("head.weight")
-        shape = [] if head is None else list(head.shape)
-    return shape[0] if len(shape) == 2 else None
+    return Source(config, fresh.preprocess, str(path), read)
 
 
-def own_source(path: Path) -> Source:
-    """A model file or a training checkpoint of ours.
+def _self_described(path: Path) -> Source | None:
+    """What says its architecture itself: a file or run of ours, a folder of transformers or of timm."""
+    if is_own_file(model_file(path)):
+        return _own(model_file(path))
+    if not (path / "config.json").is_file():
+        return None
+    from vit_cls.weights.hf_folder import is_hf_folder
 
-    Args:
-        path: The file.
+    return _transformers(path) if is_hf_folder(path) else _timm_folder(path)
 
-    Raises:
-        ModelFileError: If it is damaged.
-    """
+
+def _own(path: Path) -> Source:
     metadata = read_own_file(path, weights=False)[0]
     try:
-        config = architecture_config(metadata["architecture"])
+        config = architecture_from_dict(metadata["architecture"])
         preprocess = Preprocess(**metadata["preprocess"])
     except (ConfigError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} does not describe a model: {error}.") from error
 
     def read(target: ModelConfig) -> Weights:
-        state = read_own_file(path)[1]
-        name = getattr(config, "timm_architecture", None)
-        return Weights(dict(state), _filtered(dict(state), config, target, name, path), config)
+        from vit_cls.weights.timm_files import fitted
+
+        state, name = read_own_file(path)[1], getattr(config, "timm_architecture", None)
+        return Weights(state, fitted(state, config, target, name, path), config)
 
     return Source(
-        metadata.get("weights_source") or str(path),
         config,
-        read,
         preprocess,
+        metadata.get("weights_source") or str(path),
+        read,
         list(metadata["class_names"]) or None,
         metadata.get("weights_licence"),
     )
 
 
-def folder_source(path: Path) -> Source | None:
-    """A folder that says by itself what it holds: of transformers, of timm, or a run of ours.
+def _transformers(path: Path) -> Source:
+    from vit_cls.weights.hf_folder import read_hf_folder
+    from vit_cls.weights.timm_files import fitted
 
-    Args:
-        path: The folder.
+    model = read_hf_folder(path)
 
-    Returns:
-        None where the folder is none of these.
+    def read(target: ModelConfig) -> Weights:
+        return Weights(model.raw, fitted(model.state, model.stored, target, None, path), model.stored)
 
-    Raises:
-        ModelFileError: If it is one of these, and damaged or of an unknown kind.
-    """
-    if is_hf_folder(path):
-        model = read_hf_folder(path)
-
-        def read(target: ModelConfig) -> Weights:
-            return Weights(
-                model.raw, _filtered(dict(model.state), model.stored, target, None, path), model.stored
-            )
-
-        return Source(str(path), model.config, read, model.preprocess, model.class_names, model.licence)
-    if (path / MODEL_FILE).is_file() and is_own_file(path / MODEL_FILE):
-        return own_source(path / MODEL_FILE)
-    if (path / "config.json").is_file():
-        return _timm_folder(path)
-    return None
+    return Source(model.config, model.preprocess, str(path), read, model.class_names, model.licence)
 
 
 def _timm_folder(path: Path) -> Source:
     """What timm's ``save_for_hf`` and ``vit-cls export --format timm`` write."""
+    from timm.models import PretrainedCfg
+
+    from vit_cls.weights.adapter import timm_config
+    from vit_cls.weights.timm_files import read_timm_file
+    from vit_cls.weights.timm_models import class_names_of, preprocess_of, pretrained_config, skeleton
+
     try:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
         name = settings["architecture"]
@@ -223,102 +280,34 @@ def _timm_folder(path: Path) -> Source:
         raise ModelFileError(f"timm cannot build what {path / 'config.json'} describes: {reason}.") from error
     passed = ("img_size", "patch_size", "in_chans", "num_classes")  # the adapter's own fields
     arguments = {k: v for k, v in settings.get("model_args", {}).items() if k not in passed}
-    config = native_config(model) or adapter_config(name, model, **arguments)
-    file = path / MODEL_FILE
-    return Source(
-        str(path),
-        config,
-        lambda target: read_timm_file(file, config, target, name=name),
-        preprocess_of(record),
-        class_names_of(record),
-        record.license,
-    )
+    config = timm_config(name, model, **arguments)
+
+    def read(target: ModelConfig) -> Weights:
+        return read_timm_file(path / MODEL_FILE, config, target, name=name)
+
+    return Source(config, preprocess_of(record), str(path), read, class_names_of(record), record.license)
 
 
-def read_timm_file(path: Path, config: Any, target: ModelConfig, *, name: str | None) -> Weights:
-    """Read a file that is in timm's format, or in one that timm converts.
+def _missing(reference: Reference) -> ModelFileError:
+    from vit_cls.weights.timm_models import is_timm_name, pretrained_config
 
-    Args:
-        path: The file.
-        config: The architecture that the file should have.
-        target: The architecture that the weights are for: their grid is resized to its.
-        name: timm's name of the architecture; None where it has none.
-
-    Raises:
-        ModelFileError: If the file cannot be read, or does not hold that architecture.
-    """
-    if path.suffix == ".npz":
-        return read_npz(path, config, target)
-    raw, remarks = read_tensors(path)
-    config = _structure_in(raw, config)
-    state = _filtered(dict(raw), config, target, name, path)
-    head = state.get("head.weight")
-    if head is not None and head.ndim == 2:
-        config = dataclasses.replace(config, num_classes=head.shape[0])
-    return Weights(dict(raw), state, config, remarks)
+    base, path = reference.name.partition(".")[0], reference.path
+    assert path is not None
+    looks_like_path = "/" in str(path) or path.suffix in SUFFIXES
+    if not looks_like_path and is_timm_name(base):
+        pretrained_config(f"{base}.{path}")  # raises, and names the tags that there are
+    return ModelFileError(f"{reference.written}: there is no such file or folder.")
 
 
-def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
-    """The architecture with class token, registers and positions as a file under timm's names has them."""
-    positions, weight = raw.get("pos_embed"), raw.get("patch_embed.proj.weight")
-    if isinstance(config, AdapterConfig) or positions is None or weight is None or positions.ndim != 3:
-        return config
-    if "mask_token" in raw:  # DINOv2's own layout, which timm converts
-        return config
-    registers, classes = raw.get("reg_token"), raw.get("cls_token")
-    found: dict[str, Any] = {
-        "class_token": classes is not None,
-        "reg_tokens": 0 if registers is None else registers.shape[1],
-    }
-    count = 0 if classes is None else classes.numel() // positions.shape[2]
-    prefix = count + found["reg_tokens"]
-    length = positions.shape[1]
-    counts = {True: length, False: length - prefix}  # of patches, without and with positions for the prefix
-    fits = {embed: count == math.prod(config.grid_size) for embed, count in counts.items()}
-    squares = {embed: math.isqrt(count) ** 2 == count for embed, count in counts.items()}
-    told = fits if any(fits.values()) else squares
-    if prefix and told[True] != told[False]:
-        found["no_embed_class"] = told[True]
-    head = raw.get("head.weight")
-    if "attn_pool.latent" in raw:
-        found["pool"] = "map"
-    elif count > 1:
-        joined = head is not None and head.ndim == 2 and head.shape[1] == count * positions.shape[2]
-        kind = "-diverse" if "attn_pool.weight" in raw else "-concat" if joined else ""
-        found["pool"] = f"multicls{kind}:{count}"
-    elif head is not None and head.ndim == 2 and head.shape[1] == 2 * positions.shape[2]:
-        found["pool"] = "cls+gap"
-    elif config.pool in ("cls", "cls+gap") and ("fc_norm.weight" in raw or not found["class_token"]):
-        found["pool"] = "gap"
-    return dataclasses.replace(config, **found)
-
-
-def _filtered(
-    raw: dict[str, Tensor], config: Any, target: ModelConfig, name: str | None, path: Path
-) -> dict[str, Tensor]:
-    """Through timm's own conversion: foreign names, another grid, another patch size."""
-    convert = checkpoint_filter_fn if name is None else filter_of(name)
-    try:
-        return convert(raw, _twin(config, target))
-    except (RuntimeError, KeyError, AssertionError, ValueError, IndexError, AttributeError) as error:
-        raise ModelFileError(
-            f"{path} does not hold the weights of {name or 'this architecture'}: timm's conversion stops at "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}."
-        ) from error
-
-
-def _twin(config: Any, target: ModelConfig) -> Any:
-    """A skeleton with the tokens of the weights and the grid of the target."""
-    size = {"img_size": target.image_hw, "patch_size": target.patch_size}
-    if isinstance(config, AdapterConfig):
-        adapted = skeleton(config.timm_architecture, **{**config.arguments, **size}, in_chans=config.in_chans)
-        adapted.pretrained_model_args = {"img_size": config.image_hw}  # or timm takes any grid for a square
-        return adapted
-    pool = "cls" if config.class_token else "gap"
-    others = config.layout.num_prefix_tokens - config.class_token  # timm's has one class token
-    plain = dataclasses.replace(config, **size, pool=pool, reg_tokens=others, depth=1, floor_grid=True)
-    arguments = {**timm_arguments(plain), "fc_norm": False}
-    with torch.device("meta"):
-        twin: Any = TimmViT(**arguments)
-    twin.pretrained_model_args = {"img_size": config.image_hw}
-    return twin
+def _check_agreement(reference: Reference, source: Source, overrides: Mapping[str, Any]) -> None:
+    """The architecture's name is a check on a file that says its own."""
+    if reference.name == AUTO:
+        return
+    config = _fresh(reference.name).config
+    for field in ("embed_dim", "num_heads"):
+        ours, theirs = overrides.get(field) or getattr(config, field), getattr(source.config, field)
+        if ours != theirs:
+            raise ModelFileError(
+                f"{reference.written} holds another architecture than model.name {reference.name}: {field} "
+                f"is {theirs}, not {ours}. Use model.name auto to take the file's."
+            )

@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickletools import genops
 from typing import IO, Any
@@ -37,6 +38,23 @@ WRAPPERS = (
 
 PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.", "net.")
 """What compiling, data parallelism, Lightning and self-distillation put in front of every key."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a source, ready to be converted.
+
+    Args:
+        raw: Under the file's own names; None for what was not read.
+        state: Under timm's names, for the grid of the target, with the tokens of ``config``.
+        config: The architecture that the tensors have, tokens and classes as found in the file.
+        remarks: What a user should know of the file.
+    """
+
+    raw: Mapping[str, Tensor | None]
+    state: dict[str, Tensor]
+    config: Any
+    remarks: tuple[str, ...] = ()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

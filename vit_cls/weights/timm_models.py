@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import AttentionPoolLatent, GluMlp
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models import beit as timm_beit
@@ -206,14 +207,14 @@ def matching(pattern: str) -> list[str]:
     return fnmatch.filter(architectures(), pattern)
 
 
-def filter_of(name: str) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]]:
+def filter_of(name: str | None) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]]:
     """timm's function that brings a foreign checkpoint into timm's keys and the model's grid.
 
     timm chooses it inside the constructors of these modules, out of reach; the choice is repeated here.
-
-    Args:
-        name: Architecture, without a tag.
+    Without a name of timm's it is that of plain Vision Transformers.
     """
+    if name is None:
+        return timm_vit.checkpoint_filter_fn
     module = module_of(name)
     if module == "eva":
         return timm_eva.checkpoint_filter_fn
@@ -380,3 +381,42 @@ def timm_arguments(config: ViTConfig) -> dict[str, Any]:
         "pos_embed": "none" if config.pos_embed == "none" else "learn",
         "act_layer": config.act,
     }
+
+
+def class_names_of(config: PretrainedCfg) -> list[str] | None:
+    """The classes of a tag's head in order: WordNet ids, or the names that the record has.
+
+    Args:
+        config: timm's record.
+
+    Returns:
+        None where the outputs are no known classes (a text-aligned projection) or there is no head.
+    """
+    if config.label_names:
+        names = list(config.label_names)
+        return names if len(set(names)) == len(names) == config.num_classes else None
+    subset = infer_imagenet_subset(config.to_dict())
+    return None if subset is None else list(_imagenet(subset).label_names())
+
+
+@functools.cache
+def class_aliases(class_name: str) -> tuple[str, ...]:
+    """Other names of an ImageNet class: its lemmas, with spaces and with underscores.
+
+    Args:
+        class_name: A WordNet id, ``n01440764``; anything else has no aliases.
+
+    Example:
+        >>> class_aliases("n01440764")
+        ('tench', 'Tinca tinca', 'Tinca_tinca')
+    """
+    try:
+        lemmas = _imagenet("imagenet-22k").label_name_to_description(class_name).split(", ")
+    except KeyError:
+        return ()
+    return tuple(dict.fromkeys(form for lemma in lemmas for form in (lemma, lemma.replace(" ", "_"))))
+
+
+@functools.cache
+def _imagenet(subset: str) -> ImageNetInfo:
+    return ImageNetInfo(subset)

@@ -27,7 +27,7 @@ from vit_cls.lab.probes.pixel_decoders import (
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.image_metrics import band_energy, identified, psnr, ssim
-from vit_cls.weights.bundle import build_model
+from vit_cls.weights.architecture import build_model
 
 READS = {
     "cls": "class token",

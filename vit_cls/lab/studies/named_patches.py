@@ -10,8 +10,7 @@ from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.lab.reads import parse_way
 from vit_cls.lab.studies.recipe import MODEL_KEYS, Recipe
 from vit_cls.model.tokens import TokenLayout
-from vit_cls.weights.factory import changed
-from vit_cls.weights.resolve import find
+from vit_cls.weights.factory import architecture_of
 
 CLS, GAP = "cls", "gap"
 TOKENS = (CLS, "first", "corner", "centre", "random", GAP)
@@ -29,7 +28,7 @@ def grid_of(recipe: Recipe) -> tuple[int, int]:
     """
     settings = recipe.part(MODEL_KEYS)
     name, pretrained = settings.pop("name"), settings.pop("pretrained", None)
-    rows, columns = changed(find(name, pretrained, settings).config, **settings).grid_size
+    rows, columns = architecture_of(name, pretrained, **settings).grid_size
     return rows, columns
 
 

@@ -1,0 +1,73 @@
+"""Plain data to an architecture, and an architecture to a model: native, or one of timm's behind the adapter.
+
+timm takes seconds to import, and native models do without: it is imported where an adapted one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.init import SkipInit
+from vit_cls.model.token_model import TokenModel
+from vit_cls.model.vit import VisionTransformer
+
+
+def architecture_from_dict(values: Mapping[str, Any]) -> Any:
+    """The `ViTConfig`, or the `AdapterConfig`, whose ``to_dict`` gave these values, after JSON or not.
+
+    Raises:
+        ConfigError: If they describe none.
+    """
+    if "timm_architecture" not in values:
+        return ViTConfig.from_dict(values)
+    from vit_cls.weights.adapter import AdapterConfig
+
+    return AdapterConfig.from_dict(values)
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """An architecture with some settings changed.
+
+    Args:
+        config: A `ViTConfig`, or an `AdapterConfig`.
+        changes: Fields of it; for an adapted one also arguments of its constructor in timm.
+
+    Raises:
+        ConfigError: If a setting is unknown or impossible.
+
+    Example:
+        >>> changed(ViTConfig(), pool="gap").pool
+        'gap'
+    """
+    if changes.get("pool", config.pool) != config.pool:
+        changes.setdefault("pool_include_prefix", False)
+    if isinstance(config, ViTConfig):
+        return ViTConfig.from_dict({**config.to_dict(), **changes})
+    from vit_cls.weights.adapter import changed_adapter
+
+    return changed_adapter(config, changes)
+
+
+def build_model(config: Any, *, init: bool = True) -> TokenModel:
+    """A model with fresh weights, drawn from torch's global generator.
+
+    Args:
+        config: A `ViTConfig`, or an `AdapterConfig`.
+        init: Whether the weights of a native model are drawn; without, they are whatever was in memory.
+
+    Raises:
+        ConfigError: If its settings do not fit together.
+    """
+    if isinstance(config, ViTConfig):
+        if init:
+            return VisionTransformer(config)
+        with torch.device("meta"), SkipInit():
+            model = VisionTransformer(config)
+        return model.to_empty(device="cpu")
+    from vit_cls.weights.adapter import TimmAdapter
+
+    return TimmAdapter(config)
