@@ -704,7 +704,7 @@ def test_fewer_blocks_than_the_file_has_drop_the_last_ones(theirs):
         (NAME, "nowhere.pth", r"^model\.pretrained nowhere\.pth: there is no such file or folder\."),
         (NAME, "nowhere.pth.tar", r"^model\.pretrained nowhere\.pth\.tar: there is no such file"),
         (NAME, "weights.h5", r"weights\.h5 does not look like a weights file: known endings are"),
-        (NAME, "nothing", r"^model\.pretrained nothing is a folder without a model\.safetensors of ours"),
+        (NAME, "nothing", r"^model\.pretrained nothing is a folder without a model\.safetensors"),
         (NAME, "config", r"^config/config\.json names no architecture.*neither timm's nor transformers'"),
         (NAME, "program", r"^timm cannot build what program/config\.json describes: .*no_such_argument"),
         ("vit_pico_patch7_28", "nowhere", r"^model\.pretrained nowhere: there is no such file or folder\."),
@@ -763,7 +763,7 @@ def test_load_takes_a_name_with_a_file():
         (f"{NAME}=nowhere.pth", r"nowhere\.pth: there is no such file or folder"),
         ("vit_tny=weights.pth", r"'vit_tny' is not a known architecture"),
         (f"{NAME}=weights.pth", r"weights\.pth does not fit the model: cls_token is \(1, 1, 48\)"),
-        ("nothing", r"--model nothing is a folder without a model\.safetensors of ours"),
+        ("nothing", r"--model nothing is a folder without a model\.safetensors"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_paragraph_and_exit_2(model, message, theirs, capsys, image_root):

@@ -130,11 +130,7 @@ def find_source(
         _check_agreement(reference, source, overrides or {})
         return source
     if path.is_dir():
-        raise ModelFileError(
-            f"{reference.written} is a folder without a {MODEL_FILE} of ours and without a config.json. Give "
-            "a run folder that `vit-cls fit` finished at least one epoch in, a folder of timm's or "
-            "transformers', or a weights file with the name of its architecture (name=path/to/weights)."
-        )
+        raise _no_model(reference, path)
     if name == AUTO:
         raise ConfigError(
             f"{reference.written} does not say which architecture it holds. Give its name as model.name."
@@ -297,6 +293,19 @@ def _missing(reference: Reference) -> ModelFileError:
     if not looks_like_path and is_timm_name(base):
         pretrained_config(f"{base}.{path}")  # raises, and names the tags that there are
     return ModelFileError(f"{reference.written}: there is no such file or folder.")
+
+
+def _no_model(reference: Reference, folder: Path) -> ModelFileError:
+    if (folder / MODEL_FILE).is_file():
+        return ModelFileError(
+            f"{folder / MODEL_FILE} does not say its architecture, and there is no config.json beside it. Use "
+            "name=path/to/weights, with one of the names of `vit-cls models`."
+        )
+    return ModelFileError(
+        f"{reference.written} is a folder without a {MODEL_FILE} and without a config.json. Give a run folder "
+        "that `vit-cls fit` finished at least one epoch in, a folder of timm's or of transformers', or a "
+        "weights file with the name of its architecture (name=path/to/weights)."
+    )
 
 
 def _check_agreement(reference: Reference, source: Source, overrides: Mapping[str, Any]) -> None:
