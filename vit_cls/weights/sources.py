@@ -298,13 +298,13 @@ def _missing(reference: Reference) -> ModelFileError:
 def _no_model(reference: Reference, folder: Path) -> ModelFileError:
     if (folder / MODEL_FILE).is_file():
         return ModelFileError(
-            f"{folder / MODEL_FILE} does not say its architecture, and there is no config.json beside it. Use "
-            "name=path/to/weights, with one of the names of `vit-cls models`."
+            f"{folder / MODEL_FILE} does not say its architecture, and there is no config.json beside it. "
+            "Use name=path/to/weights, with one of the names of `vit-cls models`."
         )
     return ModelFileError(
-        f"{reference.written} is a folder without a {MODEL_FILE} and without a config.json. Give a run folder "
-        "that `vit-cls fit` finished at least one epoch in, a folder of timm's or of transformers', or a "
-        "weights file with the name of its architecture (name=path/to/weights)."
+        f"{reference.written} is a folder without a {MODEL_FILE} and without a config.json. Give a run "
+        "folder that `vit-cls fit` finished at least one epoch in, a folder of timm's or of transformers', "
+        "or a weights file with the name of its architecture (name=path/to/weights)."
     )
 
 

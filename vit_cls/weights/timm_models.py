@@ -61,11 +61,7 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gel
 
 
 def make_timm(name: str, **arguments: Any) -> Any:
-    """timm's model of that name, with fresh weights.
-
-    Args:
-        name: Architecture, without a tag.
-        arguments: Of timm's constructor.
+    """timm's model of that name (``architecture``, with a tag or not), with fresh weights.
 
     Raises:
         ConfigError: If timm's constructor refuses the arguments.
@@ -82,10 +78,6 @@ def make_timm(name: str, **arguments: Any) -> Any:
 
 def skeleton(name: str, **arguments: Any) -> Any:
     """timm's model of that name without memory for its weights: shapes and settings alone.
-
-    Args:
-        name: Architecture, without a tag.
-        arguments: Of timm's constructor.
 
     Raises:
         ConfigError: If timm's constructor refuses the arguments.
@@ -116,19 +108,12 @@ def tags() -> tuple[str, ...]:
 
 @functools.cache
 def module_of(name: str) -> str | None:
-    """The module of timm that an architecture is in, or None where it is in none of `MODULES`.
-
-    Args:
-        name: Architecture, without a tag.
-    """
+    """The module of timm that an architecture is in, or None where it is in none of `MODULES`."""
     return next((module for module in MODULES if name in timm.list_models(module=module)), None)
 
 
 def is_timm_name(name: str) -> bool:
     """Whether ``architecture`` or ``architecture.tag`` is one of timm's that can be loaded.
-
-    Args:
-        name: As the user wrote it.
 
     Example:
         >>> is_timm_name("vit_base_patch16_224"), is_timm_name("resnet50")
@@ -146,10 +131,9 @@ def _record(name: str) -> PretrainedCfg | None:
 
 
 def pretrained_config(name: str) -> PretrainedCfg:
-    """timm's record of a tag: where the weights are, how images are prepared, which classes.
+    """timm's record of ``architecture.tag``, or of an architecture's default tag.
 
-    Args:
-        name: ``architecture`` (its default tag) or ``architecture.tag``.
+    It says where the weights are, how images are prepared, and which classes there are.
 
     Raises:
         ConfigError: If the architecture or the tag is unknown; near names are given.
@@ -178,11 +162,7 @@ def pretrained_config(name: str) -> PretrainedCfg:
 
 
 def preprocess_of(config: PretrainedCfg) -> Preprocess:
-    """How a tag wants its images.
-
-    Args:
-        config: timm's record.
-    """
+    """How a tag wants its images."""
     assert config.crop_mode in CROP_MODES
     assert config.interpolation in INTERPOLATIONS
     return Preprocess(
@@ -196,14 +176,9 @@ def preprocess_of(config: PretrainedCfg) -> Preprocess:
 
 
 def matching(pattern: str) -> list[str]:
-    """Architectures that match a name or a pattern, tags included.
-
-    Args:
-        pattern: ``vit_base_patch16_224``, ``*clip*``, or with a tag: ``*.openai``.
-    """
+    """Architectures that match a name or a pattern (``*clip*``), or have a tag that does (``*.openai``)."""
     if "." in pattern:
-        found = fnmatch.filter(tags(), pattern)
-        return list(dict.fromkeys(name.partition(".")[0] for name in found))
+        return list(dict.fromkeys(name.partition(".")[0] for name in fnmatch.filter(tags(), pattern)))
     return fnmatch.filter(architectures(), pattern)
 
 
@@ -251,10 +226,7 @@ class Placement:
 
 
 def placement(model: Any) -> Placement:
-    """Read pooling and norm off a model of timm.
-
-    Args:
-        model: A skeleton will do.
+    """Read pooling and norm off a model of timm; a skeleton will do.
 
     Raises:
         ConfigError: If the model pools in a way that has no counterpart here.
@@ -273,10 +245,8 @@ def placement(model: Any) -> Placement:
 def native_config(model: Any) -> ViTConfig | None:
     """The native architecture that computes what a model of timm computes, with the same keys.
 
-    It is read off the built model, not off the constructor's arguments: those may be partials of anything.
-
-    Args:
-        model: A skeleton will do.
+    It is read off the built model, of which a skeleton will do, and not off the constructor's arguments:
+    those may be partials of anything.
 
     Returns:
         None where the model has a part that native blocks lack; it then runs through the adapter.
@@ -334,9 +304,6 @@ def native_config(model: Any) -> ViTConfig | None:
 def activation_name(module: nn.Module) -> str:
     """Our name of an activation of timm's or torch's.
 
-    Args:
-        module: The activation.
-
     Raises:
         ConfigError: If it has none.
     """
@@ -348,12 +315,7 @@ def activation_name(module: nn.Module) -> str:
 
 
 def ratio_of(hidden: int, dim: int) -> float:
-    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it.
-
-    Args:
-        hidden: Hidden width of an MLP.
-        dim: Width of a token.
-    """
+    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
 
@@ -362,9 +324,6 @@ def timm_arguments(config: ViTConfig) -> dict[str, Any]:
     """A native architecture as arguments of timm's ``VisionTransformer``, all that JSON can hold.
 
     The kind of MLP and the epsilon of the norms are not among them: they belong to an architecture's name.
-
-    Args:
-        config: The architecture.
 
     Raises:
         ConfigError: If timm has no counterpart of its pooling.
@@ -385,9 +344,6 @@ def timm_arguments(config: ViTConfig) -> dict[str, Any]:
 
 def class_names_of(config: PretrainedCfg) -> list[str] | None:
     """The classes of a tag's head in order: WordNet ids, or the names that the record has.
-
-    Args:
-        config: timm's record.
 
     Returns:
         None where the outputs are no known classes (a text-aligned projection) or there is no head.
