@@ -11,6 +11,7 @@ import sys
 from vit_cls import __version__
 from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
+from vit_cls.signals import Stopped, StopSignals
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -58,18 +59,14 @@ def main(argv: list[str] | None = None) -> int:
             )
         # Whatever a library prints on the way is not the result, unless it is what was asked for.
         asked = any(word in ("-h", "--help") or word.startswith("--print_config") for word in rest)
-        with contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr):
+        stdout = contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr)
+        with StopSignals(), stdout:
             outcome: Outcome = importlib.import_module(COMMANDS[verb][1]).run(rest)
     except VitClsError as error:
         if debug:
             raise
         print(f"vit-cls: {' '.join(str(error).split())}", file=sys.stderr)
-        return 128 + error.signum if hasattr(error, "signum") else 2
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("vit-cls: interrupted", file=sys.stderr)
-        return 130
+        return 128 + error.signum if isinstance(error, Stopped) else 2
     except BrokenPipeError:
         return 0
     if not outcome.silent:

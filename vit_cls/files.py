@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from vit_cls.errors import ConfigError
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -53,3 +55,53 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def output_folder(folder: str | Path | None, option: str = "--output") -> Path | None:
+    """Make sure, before any work, that files can be written to a folder; creates nothing.
+
+    Args:
+        folder: As the user wrote it, or None.
+        option: The option that names it, for the message.
+
+    Returns:
+        The folder, or None.
+
+    Raises:
+        ConfigError: If it is a file, or cannot be made or written.
+    """
+    if folder is None:
+        return None
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{option} {folder} is a file. Give a folder; it is made if it does not exist.")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "does not allow it" if nearest.is_dir() else "is a file"
+        raise ConfigError(f"{option} {folder} cannot be written: {nearest} {reason}. Choose another folder.")
+    return path
+
+
+@contextlib.contextmanager
+def writing(folder: Path, option: str = "--output") -> Iterator[None]:
+    """Make a folder, and write files into it inside the ``with`` block.
+
+    Args:
+        folder: Is made if it does not exist, with those above it.
+        option: The option that names it, for the message.
+
+    Raises:
+        ConfigError: If the folder cannot be made or written, or the disk is full; complete files stay.
+
+    Example:
+        >>> with writing(Path("/dev/null/below")):
+        ...     pass
+        Traceback (most recent call last):
+            ...
+        vit_cls.errors.ConfigError: --output /dev/null/below cannot be written: Not a directory.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option} {folder} cannot be written: {error.strerror or error}.") from error

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from vit_cls.checks import check_choice, check_range
 from vit_cls.data.dataset import Batch, ImageSource
 from vit_cls.data.loader import Images, load_once
 from vit_cls.data.transforms import model_reader
@@ -57,12 +58,9 @@ class InferenceConfig:
     show_progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch_size must be at least 1; got {self.batch_size}.")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ConfigError(f"--num_workers must not be negative; got {self.num_workers}.")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"--precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+        check_range("--batch_size", self.batch_size, at_least=1)
+        check_range("--num_workers", self.num_workers, at_least=0)
+        check_choice("--precision", self.precision, PRECISIONS)
         choose_device(self.device)
 
     @property
@@ -84,8 +82,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     """
     if isinstance(device, torch.device):
         return device
-    if device not in DEVICES:
-        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}; got {device!r}.")
+    check_choice("--device", device, DEVICES)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")

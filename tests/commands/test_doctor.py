@@ -146,7 +146,7 @@ REFUSED = {
     "no data": ([], r"required.*data"),
     "missing folder": (["--data", "nowhere"], r"--data nowhere does not exist"),
     "a file": (["--data", "file"], r"--data file cannot be read as a folder: Not a directory"),
-    "workers": (["--data", "data", "--num_workers", "-1"], r"--num_workers must not be negative; got -1"),
+    "workers": (["--data", "data", "--num_workers", "-1"], r"--num_workers must be at least 0; got -1"),
     "workers in words": (["--data", "data", "--num_workers", "two"], r"num_workers must be a whole number"),
     "typo": (["--data", "data", "--near_duplicate"], r"Did you mean `near_duplicates`"),
     "stray word": (["--data", "data", "more"], r"unexpected word\(s\): more"),

@@ -503,7 +503,7 @@ def test_missing_folder_and_file_instead_of_a_folder_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"^--data .*file cannot be read as a folder: Not a directory"):
         examine(tmp_path / "file")
-    with pytest.raises(ConfigError, match="num_workers must not be negative; got -1"):
+    with pytest.raises(ConfigError, match="num_workers must be at least 0; got -1"):
         examine(tmp_path, num_workers=-1)
 
 

@@ -354,7 +354,7 @@ def shared_listing(monkeypatch):
     """Every listing counts as long; returns the helpers that were started."""
     monkeypatch.setattr(listing, "LONG_SECONDS", 1e-9)
     monkeypatch.setattr(listing, "START_SECONDS", 0.0)
-    monkeypatch.setattr(listing, "_cores", lambda: 4)
+    monkeypatch.setattr("vit_cls.environment.cpu_count", lambda: 4)
     helpers = []
     popen = subprocess.Popen
 

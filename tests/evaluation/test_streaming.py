@@ -26,11 +26,12 @@ from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_fun
 from vit_cls.evaluation.path_stream import iter_paths
 from vit_cls.evaluation.predictions import Row, index_for_model, predict_files, predict_index
 from vit_cls.evaluation.row_files import FORMATS, RowFile, as_record, columns_of
-from vit_cls.evaluation.saving import Stopped, save_rows
+from vit_cls.evaluation.saving import save_rows
 from vit_cls.inference import InferenceConfig, batches
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
+from vit_cls.signals import Stopped
 from vit_cls.weights.bundle import save_classifier
 
 ON_CPU = {"device": "cpu", "num_workers": 0}

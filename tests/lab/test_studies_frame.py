@@ -20,6 +20,7 @@ from vit_cls.lab.studies.recipe import RECIPES, Recipe
 from vit_cls.lab.studies.runner import Spread, is_done, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.trials import ANSWERS, RUN, Trial, TrialData
+from vit_cls.signals import Stopped
 from vit_cls.stats.verdicts import SUPPORTED
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
@@ -138,7 +139,7 @@ def test_a_stopped_study_goes_on_without_training_anything_again(setup):
 
 
 def test_a_training_stopped_in_the_middle_goes_on_and_gives_the_same_model(setup, tmp_path, monkeypatch):
-    from vit_cls.training.callbacks import Interrupted, RunCheckpoint
+    from vit_cls.training.callbacks import RunCheckpoint
     from vit_cls.training.trial import train_trial
 
     setup = replace(setup, seeds=1, recipe=replace(setup.recipe, epochs=3))
@@ -151,11 +152,11 @@ def test_a_training_stopped_in_the_middle_goes_on_and_gives_the_same_model(setup
         save(callback, trainer, module)
         epochs.append(trainer.current_epoch)
         if epochs == [0, 1]:
-            raise Interrupted(signal.SIGINT)
+            raise Stopped(signal.SIGINT)
 
     monkeypatch.setattr(RunCheckpoint, "on_train_epoch_end", stop_after_two)
     study = _study(setup)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         _finish(study, train_trial)
     assert not any(is_done(setup.folder, trial) for trial in study.trials())
     left, found = _finish(study, train_trial)
@@ -216,9 +217,7 @@ def test_a_trial_that_starts_from_another_comes_after_it_and_on_its_machine(setu
     trials = _chains(setup)
     third, *second, root0, root1 = trials
     ran = []
-    monkeypatch.setattr(
-        "vit_cls.lab.studies.runner.workers", lambda count: _ThreadsInOrder(ran), raising=True
-    )
+    monkeypatch.setattr("vit_cls.lab.studies.runner.WorkerPool", lambda *args: _ThreadsInOrder(ran))
     train = Counting()
     assert run_trials(trials, setup.folder, train, Spread(jobs, 2, 2)) == 2
     assert list(train.calls) == [root1.key, second[1].key, third.key]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vit_cls
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, DataError, RunError
-from vit_cls.training.callbacks import Interrupted
+from vit_cls.signals import Stopped
 from vit_cls.training.fit import fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.weights.bundle import read_metadata
@@ -147,14 +147,14 @@ class _SignalAtStart(Callback):
 
 
 def test_a_signal_before_the_first_step_stops_at_once(image_root, tmp_path):
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM; no epoch was complete"):
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; no epoch was complete"):
         _fit(image_root, tmp_path / "run", trainer={"callbacks": [_SignalAtStart()]})
     assert os.listdir(tmp_path) == []
 
 
 def test_a_failure_leaves_an_empty_folder_as_it_was(image_root, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         _fit(image_root, tmp_path / "run", trainer={"callbacks": [_StopAfter(0)]})
     assert os.listdir(tmp_path / "run") == []
 
@@ -189,7 +189,7 @@ class _StopAfter(Callback):
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_rows(image_root, tmp_path):
     _fit(image_root, tmp_path / "whole", epochs=4)
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(Stopped) as stopped:
         _fit(image_root, tmp_path / "parts", epochs=4, trainer={"callbacks": [_StopAfter(2)]})
     assert stopped.value.signum == signal.SIGTERM
     assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "interrupted"
@@ -208,7 +208,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_rows(i
 
 
 def test_a_run_that_never_finished_an_epoch_leaves_nothing(image_root, tmp_path):
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         _fit(image_root, tmp_path / "run", trainer={"callbacks": [_StopAfter(0)]})
     assert os.listdir(tmp_path) == []
 

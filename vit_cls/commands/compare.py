@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
@@ -20,8 +21,8 @@ from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.answers import Answers, align, answers_of, read_answers
 from vit_cls.evaluation.comparison import MARGIN, Comparison, compare_answers, disagreements
-from vit_cls.evaluation.output import check_output
 from vit_cls.evaluation.predictions import index_for_model, predict_index
+from vit_cls.files import output_folder, writing
 from vit_cls.reports import compare as page
 from vit_cls.weights.factory import load
 
@@ -52,7 +53,7 @@ def run(words: list[str]) -> Outcome:
     add_runtime_arguments(parser)
     args = parse(parser, words)
     _check(args)
-    output = check_output(args.output)
+    output = output_folder(args.output)
     files, names = args.predictions or [], args.model or []
     answers = align([*(read_answers(path) for path in files), *(_predict(name, args) for name in names)])
     result = compare_answers(answers, margin=args.margin, seed=args.seed)
@@ -76,10 +77,8 @@ def _check(args: Namespace) -> None:
         raise ConfigError("--model needs --data, the image folder that the models are compared on.")
     if args.predictions and args.data is not None and not Path(args.data).is_dir():
         raise ConfigError(f"--data {args.data} is no folder. Leave it out for a page without pictures.")
-    if not 0 < args.margin < 1:
-        raise ConfigError(f"--margin must lie between 0 and 1, as 0.01 for one point; got {args.margin:g}.")
-    if args.seed < 0:
-        raise ConfigError(f"--seed must be 0 or more; got {args.seed}.")
+    check_range("--margin", args.margin, above=0, below=1, hint="0.01 is one point.")
+    check_range("--seed", args.seed, at_least=0)
 
 
 def _predict(name: str, args: Namespace) -> Answers:
@@ -95,10 +94,7 @@ def _predict(name: str, args: Namespace) -> Answers:
 def _write(output: Path, result: Comparison, answers: list[Answers], data: str | None) -> None:
     found = disagreements(answers)
     pictures = {} if data is None else thumbnails(data, page.pictures_wanted(found))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
         page.write_disagreements(output / "comparison.csv", found, len(answers))
         more = {"data": data, "thumbnails": pictures, "versions": environment()["versions"]}
         page.write_compare_report(output / "report.html", result, found, **more)
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error

@@ -9,7 +9,7 @@ from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import make_parser, parse
 from vit_cls.data.diagnosis import SEVERITIES, Diagnosis, Problem
 from vit_cls.data.doctor import examine
-from vit_cls.errors import ConfigError
+from vit_cls.files import output_folder, writing
 
 
 def run(words: list[str]) -> Outcome:
@@ -32,12 +32,7 @@ def run(words: list[str]) -> Outcome:
     )
     parser.add_argument("--num_workers", type=int | None, default=None, help="reading processes; 0 for none")
     args = parse(parser, words)
-    output = None
-    if args.output is not None:
-        # Here and below: the libraries of metrics and charts take seconds to load, and only files need them.
-        from vit_cls.evaluation.output import check_output
-
-        output = check_output(args.output)
+    output = output_folder(args.output)
     diagnosis = examine(
         args.data,
         near_duplicates=args.near_duplicates,
@@ -50,18 +45,16 @@ def run(words: list[str]) -> Outcome:
 
 
 def _write(output: Path, diagnosis: Diagnosis) -> None:
+    # Here: the libraries of charts take seconds to load, and only files need them.
     from vit_cls.data.thumbnails import thumbnails
     from vit_cls.environment import environment
     from vit_cls.reports.doctor import pictures_wanted, write_doctor_report, write_problems_table
 
     pictures = thumbnails(diagnosis.root, pictures_wanted(diagnosis))
     versions = environment()["versions"]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
         write_problems_table(output / "problems.csv", diagnosis)
         write_doctor_report(output / "report.html", diagnosis, thumbnails=pictures, versions=versions)
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error
 
 
 def _text(diagnosis: Diagnosis, output: Path | None) -> str:

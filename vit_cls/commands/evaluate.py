@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
@@ -23,16 +24,10 @@ from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.calibration import TemperatureFit, fit_temperature
 from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
-from vit_cls.evaluation.output import (
-    check_output,
-    to_dict,
-    to_text,
-    uncertain_images,
-    worst_images,
-    write_tables,
-)
+from vit_cls.evaluation.output import to_dict, to_text, uncertain_images, worst_images, write_tables
 from vit_cls.evaluation.predictions import Predictions, check_tta, index_for_model, predict_index
 from vit_cls.evaluation.temperature_file import calibratable_file, store_temperature
+from vit_cls.files import output_folder, writing
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.reports.html import MOST_PICTURES, ImageCases, write_evaluation_report
@@ -68,9 +63,8 @@ def run(words: list[str]) -> Outcome:
     add_runtime_arguments(parser)
     args = parse(parser, words)
     check_tta(args.tta)
-    if args.seed < 0:
-        raise ConfigError(f"--seed must be at least 0; got {args.seed}.")
-    output = check_output(args.output)
+    check_range("--seed", args.seed, at_least=0)
+    output = output_folder(args.output)
     file = None if args.calibrate is None else calibratable_file(args.model)
     config = inference_config(args, show_progress=sys.stderr.isatty())
     classifier = load(args.model)
@@ -120,12 +114,12 @@ def _fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
 def _write(
     output: Path, predictions: Predictions, result: Evaluation, classifier: ImageClassifier, args: Namespace
 ) -> None:
-    write_tables(output, predictions, result)
     index = predictions.index
     worst = worst_images(predictions, MOST_PICTURES)
     uncertain = uncertain_images(predictions, MOST_PICTURES)
     paths = dict.fromkeys(case.path for case in (*worst, *uncertain))
-    try:
+    with writing(output):
+        write_tables(output, predictions, result)
         write_evaluation_report(
             output / "report.html",
             result,
@@ -137,5 +131,3 @@ def _write(
             licence=classifier.weights_licence,
             source=classifier.weights_source,
         )
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error

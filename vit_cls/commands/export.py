@@ -7,7 +7,7 @@ from pathlib import Path
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.evaluation.output import check_output
+from vit_cls.files import output_folder
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.weights.bundle import MODEL_FILE, load_classifier, save_classifier
 from vit_cls.weights.export import check_new_folder, export_timm, making
@@ -44,7 +44,7 @@ def run(words: list[str]) -> Outcome:
             f"--format must be one of {', '.join(FORMATS)}; got {args.format!r}."
             f"{did_you_mean(args.format, FORMATS)}"
         )
-    output = check_output(args.output)
+    output = output_folder(args.output)
     assert output is not None
     check_new_folder(output)
     classifier = load(args.model)

@@ -6,6 +6,7 @@ import sys
 
 from jsonargparse import Namespace
 
+from vit_cls.checks import check_choice
 from vit_cls.commands.outcome import CALLER, Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
@@ -17,9 +18,9 @@ from vit_cls.commands.parsing import (
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.features import FEATURES
 from vit_cls.evaluation.labelling import Request, label
-from vit_cls.evaluation.output import check_output
 from vit_cls.evaluation.path_stream import iter_paths
 from vit_cls.evaluation.row_files import FORMATS, RowFile, check_parquet, columns_of
+from vit_cls.files import output_folder
 from vit_cls.weights.factory import load
 
 TABLE = "table"
@@ -54,7 +55,7 @@ def run(words: list[str]) -> Outcome:
     args = parse(parser, words)
     caller = CALLER.get()
     row_format = args.format or (TABLE if args.output is None and caller.stdout.isatty() else "csv")
-    output = check_output(args.output)
+    output = output_folder(args.output)
     _check(row_format, args)
     # Rows on a terminal and a bar would be in each other's way.
     config = inference_config(args, show_progress=output is not None and sys.stderr.isatty())
@@ -84,10 +85,9 @@ def _calibration(temperature: float) -> str:
 
 
 def _check(row_format: str, args: Namespace) -> None:
-    if row_format not in (*FORMATS, TABLE):
-        raise ConfigError(f"--format must be one of {', '.join((*FORMATS, TABLE))}; got {row_format!r}.")
-    if args.features is not None and args.features not in FEATURES:
-        raise ConfigError(f"--features must be one of {', '.join(FEATURES)}; got {args.features!r}.")
+    check_choice("--format", row_format, (*FORMATS, TABLE))
+    if args.features is not None:
+        check_choice("--features", args.features, FEATURES)
     if args.output is None:
         for name in ("features", "resume"):
             if getattr(args, name):

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
@@ -21,7 +22,7 @@ from vit_cls.commands.parsing import (
 from vit_cls.data.partition import partition_data
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.evaluation.output import check_output
+from vit_cls.files import output_folder, writing
 from vit_cls.lab.probes.common import described
 from vit_cls.lab.probes.seen import find_record, seen_note
 from vit_cls.lab.probes.table import PROBES
@@ -70,10 +71,9 @@ def run(words: list[str]) -> Outcome:
     args = parse(parser, comma_lists(rest))
     if args.compile:
         raise ConfigError("--compile has no effect on a probe: tokens are computed once. Leave it out.")
-    if args.seed < 0:
-        raise ConfigError(f"--seed must be 0 or more; got {args.seed}.")
+    check_range("--seed", args.seed, at_least=0)
     config = inference_config(args, show_progress=sys.stderr.isatty())
-    output, cache = check_output(args.output), cache_folder(args.cache)
+    output, cache = output_folder(args.output), cache_folder(args.cache)
     classifier = load(args.model)
     fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
     parts = partition_data(args.data, seed=args.seed, **fractions)
@@ -87,10 +87,8 @@ def run(words: list[str]) -> Outcome:
     result = replace(result, settings=settings, notes=notes, seconds=seconds)
     text = lab_text(result)
     if output is not None:
-        try:
+        with writing(output):
             write_lab_report(output, result, versions=environment()["versions"])
-        except OSError as error:
-            raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error
         text += f"\nfiles in {output}"
     return Outcome(result.to_dict() | {"output": None if output is None else str(output)}, text)
 
@@ -108,15 +106,13 @@ def cache_folder(cache: str | None) -> Path | None:
         ConfigError: If ``cache`` is a file, or cannot be made or written.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "vit_cls" / "tokens" if cache is None else Path(cache)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
-        return folder
-    reason = "does not allow it" if nearest.is_dir() else "is a file"
     if cache is not None:
-        raise ConfigError(f"--cache {cache} cannot be written: {nearest} {reason}. Choose another folder.")
-    log.warning(f"tokens are not kept, for {nearest} {reason}; --cache FOLDER keeps them")
-    return None
+        return output_folder(cache, "--cache")
+    try:
+        return output_folder(home / "vit_cls" / "tokens", "the cache")
+    except ConfigError as error:
+        log.warning(f"tokens are not kept; --cache FOLDER keeps them: {error}")
+        return None
 
 
 def _name(words: list[str]) -> tuple[str, list[str]]:

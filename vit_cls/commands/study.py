@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -19,8 +18,7 @@ from vit_cls.commands.parsing import comma_lists, make_parser, parse
 from vit_cls.data.partition import PARTS
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError, VitClsError, did_you_mean
-from vit_cls.evaluation.saving import Stopped
-from vit_cls.files import write_text
+from vit_cls.files import write_text, writing
 from vit_cls.lab.results import plain
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, default_jobs, is_done, run_trials
@@ -29,6 +27,7 @@ from vit_cls.lab.studies.table import STUDIES
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text
+from vit_cls.signals import Stopped, StopSignals
 from vit_cls.training.trial import train_trial
 
 RECORD = "study.json"
@@ -104,16 +103,20 @@ def _study(name: str, kind: type[Study], args: Namespace) -> tuple[Study, Path]:
 
 def _train(trials: Sequence[Trial], folder: Path, spread: Spread, *, new: bool) -> int:
     """Train what is left; a new folder goes away again if the request was wrong."""
+
+    def num_done() -> int:
+        return sum(is_done(folder, trial) for trial in trials)
+
+    def hint() -> str:
+        return f"{num_done()} of {len(trials)} trainings are done, and the same command goes on from here"
+
     try:
-        return run_trials(trials, folder, train_trial, spread)
-    except (KeyboardInterrupt, VitClsError) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        signum = signal.SIGINT if interrupted else getattr(error, "signum", None)
-        done = sum(is_done(folder, trial) for trial in trials)
-        if signum is not None:
-            kept = f"; {done} of {len(trials)} trainings are done, and the same command goes on from here"
-            raise Stopped(signum, f"{kept}.") from error
-        if new and not done:
+        with StopSignals(hint):
+            return run_trials(trials, folder, train_trial, spread)
+    except Stopped:
+        raise
+    except VitClsError:
+        if new and not num_done():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -139,11 +142,8 @@ def _claim_folder(folder: Path, study: Study, images: dict[str, str]) -> bool:
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"--output {folder} is not empty, and holds no study. Give a new folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
         write_text(file, json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
     return True
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
-from vit_cls.errors import ConfigError
+from vit_cls.files import output_folder, write_text, writing
 
 
 def run(words: list[str]) -> Outcome:
@@ -39,11 +39,7 @@ def run(words: list[str]) -> Outcome:
     from vit_cls.lab.verify import verify
     from vit_cls.weights.factory import load
 
-    output = None
-    if args.output is not None:
-        from vit_cls.evaluation.output import check_output
-
-        output = check_output(args.output)
+    output = output_folder(args.output)
     device = choose_device(args.device)
     found = verify(
         load(args.model), precision=args.precision, images=args.images, seed=args.seed, device=device
@@ -57,13 +53,8 @@ def run(words: list[str]) -> Outcome:
 
 
 def _write(output: Path, data: dict[str, Any]) -> None:
-    from vit_cls.files import write_text
-
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
         write_text(output / "verify.json", json.dumps(data, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}.") from error
 
 
 def _text(data: dict[str, Any]) -> str:

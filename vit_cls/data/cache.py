@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor
 
 from vit_cls.data.index import ImageIndex
-from vit_cls.errors import ConfigError
+from vit_cls.files import writing
 
 FORMAT_VERSION = 2
 _CHECKSUM = struct.Struct("<I")
@@ -54,11 +54,8 @@ class PixelCache:
         self.path = folder / f"{_digest(index, transform, size)}.uint8"
         self._descriptor: int | None = None
         self._full = False
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, "data.cache"):
             self._open()
-        except OSError as error:
-            raise ConfigError(f"data.cache {folder} cannot be written: {error.strerror}.") from error
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptor": None}  # each process opens the file itself

@@ -13,13 +13,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from vit_cls.checks import check_range
 from vit_cls.data.diagnosis import Diagnosis, Offender, Problem, problems_of
 from vit_cls.data.duplicates import exact_copies, near_copies, shared_images
 from vit_cls.data.image_check import CRASHED, Checked, CheckTask, check_image
 from vit_cls.data.index import ImageIndex
-from vit_cls.data.parallel import each_in_processes
 from vit_cls.data.scan import FoundImage, Scan, scan_folder
-from vit_cls.errors import ConfigError
+from vit_cls.workers import each_in_processes
 
 MOST_IMBALANCE = 10.0
 """Largest class over smallest, above which a warning is due."""
@@ -60,8 +60,7 @@ def examine(
         ...     [problem.kind for problem in examine(folder).problems]
         ['empty_file', 'too_few_classes', 'few_images']
     """
-    if num_workers is not None and num_workers < 0:
-        raise ConfigError(f"--num_workers must not be negative; got {num_workers}.")
+    check_range("--num_workers", num_workers, at_least=0)
     started = time.perf_counter()
     scan = scan_folder(root)
     checked = _check(scan, near_duplicates, _workers(scan, num_workers), show_progress)

@@ -1,7 +1,7 @@
 """Names of the image files below class folders; a long listing is shared with helper processes.
 
 This file is the program of the helpers too, so it imports only what Python loads for itself: a helper is at
-work some 15 ms after its start.
+work some 15 ms after its start, where a process of a `WorkerPool` needs as long as most listings take.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ def list_images(root: str, folders: list[str]) -> list[Run]:
         seconds = time.perf_counter() - started
         if seconds >= LONG_SECONDS / 8:  # seen enough to judge by
             expected = seconds / done * (len(folders) - done)
-            helpers = min(_cores() - 1, MAX_HELPERS, int(2 * expected / LONG_SECONDS))
-            if expected > LONG_SECONDS and helpers:
+            if expected <= LONG_SECONDS:
+                continue
+            from vit_cls.environment import cpu_count  # here: a helper is this file alone
+
+            helpers = min(cpu_count() - 1, MAX_HELPERS, int(2 * expected / LONG_SECONDS))
+            if helpers:
                 own = (expected + helpers * START_SECONDS) / ((helpers + 1) * expected)
                 return runs + _list_shared(root, folders[done:], helpers, own)
     return runs
@@ -215,10 +219,6 @@ def _add_run(folder: str, names: list[str], joined: str, runs: list[Run]) -> Non
 
 def _ending(name: str) -> str:
     return name[name.rfind(".") :]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from vit_cls.checks import check_range
 from vit_cls.data.dataset import (
     ArraySource,
     Batch,
@@ -23,7 +23,9 @@ from vit_cls.data.dataset import (
 )
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.transforms import Reader
-from vit_cls.errors import ConfigError, RunError
+from vit_cls.environment import cpu_count
+from vit_cls.errors import RunError
+from vit_cls.signals import leave_signals_to_parent
 
 Images = ImageSource | Iterable[str | os.PathLike[str]]
 """What can be loaded once, in order: the images of an index, or any number of paths."""
@@ -49,10 +51,8 @@ def make_loader(
     Raises:
         ConfigError: If a number is out of range.
     """
-    if batch_size < 1:
-        raise ConfigError(f"data.batch_size must be at least 1; got {batch_size}.")
-    if num_workers < 0:
-        raise ConfigError(f"data.num_workers must not be negative; got {num_workers}.")
+    check_range("data.batch_size", batch_size, at_least=1)
+    check_range("data.num_workers", num_workers, at_least=0)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # keys are (epoch, index)
         batch_size=batch_size,
@@ -117,7 +117,7 @@ def _settings(num_workers: int, pin_memory: bool) -> dict[str, Any]:
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "collate_fn": collate,
-        "worker_init_fn": _leave_signals_to_the_main_process,
+        "worker_init_fn": leave_signals_to_parent,
         # The loader draws a base seed for each iterator. From the global generator that would move
         # dropout's draws, and differently for 0 workers and for many.
         "generator": torch.Generator(),
@@ -143,10 +143,4 @@ def _named_crashes(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 def default_num_workers() -> int:
     """Worker processes where the user gave no number: one a usable core, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _leave_signals_to_the_main_process(worker_id: int) -> None:
-    # A scheduler signals every process of a job; the main one ends the others when it has kept its work.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return min(8, cpu_count())

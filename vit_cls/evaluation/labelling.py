@@ -13,9 +13,10 @@ from typing import Any, TextIO
 from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
 from vit_cls.evaluation.predictions import check_top_k, predict_batches
 from vit_cls.evaluation.row_files import FORMATS, RowFile, Value, as_record, columns_of
-from vit_cls.evaluation.saving import Chunk, Saved, StopSignals, save_rows
+from vit_cls.evaluation.saving import Chunk, Saved, save_rows
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,12 @@ def _print_rows(
     started = time.perf_counter()
     images = failed = 0
     head, line = _text_format(classifier, request)
-    with StopSignals():
+    with StopSignals() as stop:
         try:
             if kept is None:
                 stdout.write(head)
             for records, _ in chunks:
+                stop.check()
                 images += len(records)
                 failed += sum(record["error"] is not None for record in records)
                 if kept is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from vit_cls.errors import ConfigError
 from vit_cls.evaluation.calibration import ECE_BINS
 from vit_cls.evaluation.metrics import Evaluation
 from vit_cls.evaluation.predictions import Predictions
@@ -167,52 +165,23 @@ def to_text(result: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def check_output(output: str | None) -> Path | None:
-    """Make sure, before any work, that files can be written to ``--output``; creates nothing.
-
-    Args:
-        output: The folder as the user wrote it, or None.
-
-    Returns:
-        The folder, or None.
-
-    Raises:
-        ConfigError: If it is a file, or cannot be made or written.
-    """
-    if output is None:
-        return None
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {output} is a file. Give a folder; it is made if it does not exist.")
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"--output {output} cannot be written: {nearest} does not allow it. Choose another folder."
-        )
-    return folder
-
-
 def write_tables(folder: Path, predictions: Predictions, result: Evaluation) -> None:
     """Write ``predictions.csv`` and ``per_class.csv``; files of those names are replaced.
 
     Args:
-        folder: Is made if it does not exist.
+        folder: Exists.
         predictions: Of every image.
         result: Of every class.
 
     Raises:
-        ConfigError: If the folder cannot be written or is full; complete files stay.
+        OSError: If a file cannot be written; complete files stay.
     """
     rows = (
         [r.name, r.support, r.correct, r.predicted, r.precision, r.recall, r.f1, *(r.recall_ci95 or ("", ""))]
         for r in result.per_class
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "predictions.csv", _csv(PREDICTION_COLUMNS, _prediction_rows(predictions)))
-        write_text(folder / "per_class.csv", _csv(CLASS_COLUMNS, rows))
-    except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
+    write_text(folder / "predictions.csv", _csv(PREDICTION_COLUMNS, _prediction_rows(predictions)))
+    write_text(folder / "per_class.csv", _csv(CLASS_COLUMNS, rows))
 
 
 def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:

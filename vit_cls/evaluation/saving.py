@@ -4,80 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
 
-from vit_cls.errors import ConfigError, RunError, VitClsError
+from vit_cls.errors import ConfigError, VitClsError
 from vit_cls.evaluation.features import FeatureFile
 from vit_cls.evaluation.row_files import RowFile, Value
+from vit_cls.signals import StopSignals
 
 Chunk = tuple[Sequence[Mapping[str, Value]], np.ndarray | None]
 """Rows of one batch by column, and their features where those are wanted."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(RunError):
-    """The work was stopped by a signal.
-
-    Args:
-        signum: The signal's number.
-        hint: How to go on.
-    """
-
-    def __init__(self, signum: int, hint: str = "") -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}{hint}")
-        self.signum = signum
-
-
-class StopSignals:
-    """SIGINT and SIGTERM end the block with `Stopped`, but not in the middle of a write."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._held = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self.signum is not None:
-            raise Stopped(self.signum) from error
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        if not self._held:
-            # Not an Exception: decoding, which takes those for a damaged image, would make a row of it.
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Let a write come to its end first; do not begin one after a signal."""
-        self._held = True
-        try:
-            if self.signum is not None:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._held = False
-        if self.signum is not None:
-            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -131,7 +71,7 @@ def save_rows(
     started = time.perf_counter()
     resumed = table.check_part(resume)
     try:
-        with StopSignals() as stop:
+        with StopSignals(lambda: _hint(table)) as stop:
             if resumed:
                 paths = table.resume(facts, paths, batch_size)
                 if features is not None:
@@ -146,17 +86,16 @@ def save_rows(
                     if features is not None and values is not None:
                         features.append(values)  # first: rows of the table have features then
                     table.append(records)
-            with stop.held():
-                if features is not None:
-                    features.finish(metadata or {})
-                table.finish()
-    except Stopped as error:
-        raise Stopped(error.signum, _hint(table)) from None
+            stop.waits = True
+            stop.check()
+            if features is not None:
+                features.finish(metadata or {})
+            table.finish()
     except OSError as error:
         if isinstance(error, VitClsError) or error.errno is None:
             raise
         raise ConfigError(
-            f"--output {table.path.parent} cannot be written: {error.strerror or error}{_hint(table)}"
+            f"--output {table.path.parent} cannot be written: {error.strerror or error}; {_hint(table)}."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -168,8 +107,8 @@ def save_rows(
 
 def _hint(table: RowFile) -> str:
     if not table.rows:
-        return "."
+        return "no row was complete"
     return (
-        f"; {table.rows} rows are kept in {table.part}. Repeat the command with --resume to continue "
-        f"({os.fspath(table.path)} appears at the end)."
+        f"{table.rows} rows are kept in {table.part}. Repeat the command with --resume to continue "
+        f"({os.fspath(table.path)} appears at the end)"
     )

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,14 +11,13 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from vit_cls.data.loader import default_num_workers
 from vit_cls.environment import environment
-from vit_cls.errors import RunError
+from vit_cls.signals import StopSignals
 from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
 from vit_cls.weights.bundle import save_classifier
 
 log = logging.getLogger("vit_cls")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/balanced_acc1", "val/correct", "val/images")
 SLOW_LOADER = 0.2
 """Share of an epoch spent waiting for images from which on the loader is said to be the bottleneck."""
@@ -166,54 +160,26 @@ class RunCheckpoint(Checkpoint):
         self.best = state_dict["best"]
 
 
-class Interrupted(RunError):
-    """A signal ended the run between two steps.
+class StopBetweenSteps(Callback):
+    """Let a signal wait for the end of the step, and then stop.
 
     Args:
-        signum: The signal's number.
+        signals: Watches for the whole run.
     """
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-class StopOnSignal(Callback):
-    """On SIGINT or SIGTERM finish the step and stop; between steps, or on a second signal, stop at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.training = False
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None or not self.training:
-            raise Interrupted(signum)
-        self.signum = signum
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hold both signals for the time of the block; Python allows that in the main thread alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on signals wait for the end of the step; Lightning put its own handler in between."""
-        self.training = True
-        if signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGTERM, self._note)
+        self.signals.waits = True
+        self.signals.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if a signal came."""
-        self._stop_if_asked()
+        self.signals.check()
 
     def on_validation_batch_end(
         self,
@@ -225,12 +191,8 @@ class StopOnSignal(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if a signal came."""
-        self._stop_if_asked()
+        self.signals.check()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """No step is left to wait for."""
-        self.training = False
-
-    def _stop_if_asked(self) -> None:
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        self.signals.waits = False

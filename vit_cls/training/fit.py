@@ -24,7 +24,8 @@ from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.training.callbacks import EpochLog, Interrupted, RunCheckpoint, StopOnSignal
+from vit_cls.signals import StopSignals
+from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import AUTO, FitOptions
 from vit_cls.training.record import announce_run, announce_weights, now, run_identity, run_record
@@ -94,7 +95,7 @@ def fit(
     Raises:
         VitClsError: If the request cannot be carried out. Before the first epoch is complete nothing is
             left behind.
-        Interrupted: If SIGINT or SIGTERM came; complete epochs are kept.
+        Stopped: If SIGINT or SIGTERM came; complete epochs are kept.
     """
     _quiet_lightning()
     stem = _stem(options) if options.run_dir is None and options.resume is None else ""
@@ -105,8 +106,8 @@ def fit(
     # Dropout and drop path draw from here on: the same whatever the model drew before.
     torch.manual_seed(options.seed)
     identity = run_identity(options, data, classifier)
-    epoch_log, stop = EpochLog(folder), StopOnSignal()
-    callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), stop]
+    epoch_log, stop = EpochLog(folder), StopSignals(lambda: _how_to_go_on(folder))
+    callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), StopBetweenSteps(stop)]
     trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
     if trainer.world_size > 1 and options.run_dir is None and options.resume is None:
         raise ConfigError(
@@ -133,7 +134,7 @@ def fit(
         record["model"]["load_report"] = folder.read_record().get("model", {}).get("load_report")
     announce_run(record, data, schedule)
     announce_weights(options, classifier, schedule)
-    with stop.watching(), _run_folder(folder, record, trainer, existed=existed):
+    with stop, _run_folder(folder, record, trainer, stop, existed=existed):
         if trainer.is_global_zero:
             write_text(folder.config_file, config_yaml)
         checkpoint = str(folder.last_checkpoint) if resuming else None
@@ -262,7 +263,7 @@ def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> S
 
 @contextmanager
 def _run_folder(
-    folder: RunFolder, record: dict[str, Any], trainer: Trainer, *, existed: bool
+    folder: RunFolder, record: dict[str, Any], trainer: Trainer, stop: StopSignals, *, existed: bool
 ) -> Iterator[None]:
     """Make the folder; take away what is in it if the run fails before it has anything to show."""
     if not trainer.is_global_zero:
@@ -281,23 +282,21 @@ def _run_folder(
         ) from error
     try:
         yield
-    except BaseException as error:
-        kept = folder.last_checkpoint.exists()
-        if isinstance(error, Interrupted):
-            hint = (
-                f"continue with --resume {folder.path}"
-                if kept
-                else "no epoch was complete, so nothing is kept"
-            )
-            error.args = (f"{error}; {hint}.",)
-        if kept or not new:
-            status = "interrupted" if isinstance(error, Interrupted) else "failed"
+    except BaseException:
+        if folder.last_checkpoint.exists() or not new:
+            status = "failed" if stop.signum is None else "interrupted"
             folder.write_record({**record, "status": status, "finished": now()})
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
             if existed:
                 folder.path.mkdir()
         raise
+
+
+def _how_to_go_on(folder: RunFolder) -> str:
+    if folder.last_checkpoint.exists():
+        return f"continue with --resume {folder.path}"
+    return "no epoch was complete, so nothing is kept"
 
 
 def _result(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
+from vit_cls.environment import cpu_count
 from vit_cls.errors import ConfigError, ModelFileError, RunError
 from vit_cls.files import replacing, write_text
 from vit_cls.lab.features import logits_of
 from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, RUN, TrainFunction, Trial
-from vit_cls.lab.studies.workers import interrupts_held, leave_when_stopped, num_cores, workers
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.signals import Stopped
 from vit_cls.weights.factory import load
+from vit_cls.workers import WorkerPool
 
 log = logging.getLogger("vit_cls")
 
@@ -164,14 +167,11 @@ def _run_spread(trials: Sequence[Trial], study: Path, train: TrainFunction, jobs
     late = {trial.key for trial in waiting}
     names: dict[Future[float], str] = {}
     done = 0
-    with workers(min(jobs, len(trials))) as pool:
+    jobs = min(jobs, len(trials))
+    with WorkerPool(jobs, partial(torch.set_num_threads, max(1, cpu_count() // jobs))) as pool:
 
         def submit(ready: Sequence[Trial]) -> set[Future[float]]:
-            with interrupts_held():
-                new = {
-                    pool.submit(leave_when_stopped, run_trial, trial, study, train): trial.key
-                    for trial in ready
-                }
+            new = {pool.submit(run_trial, trial, study, train): trial.key for trial in ready}
             names.update(new)
             return set(new)
 
@@ -222,9 +222,9 @@ def run_trial(trial: Trial, study: Path, train: TrainFunction) -> float:
         classifier = load(_train(trial, study, train, parts))
         note |= _costs(classifier)
         note["failures"] = _save_answers(folder / ANSWERS, classifier, {"val": parts.val, "test": parts.test})
+    except Stopped:
+        raise
     except RunError as error:
-        if hasattr(error, "signum"):  # stopped from outside
-            raise
         note["error"] = str(error)
         log.warning(f"{trial.key} failed: {error}")
     note["seconds"] = time.perf_counter() - started
@@ -308,4 +308,4 @@ def default_jobs(data: str) -> int:
     """
     if torch.cuda.is_available() or data != "digits":
         return 1
-    return min(8, num_cores())
+    return min(8, cpu_count())

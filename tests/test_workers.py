@@ -8,9 +8,9 @@ from operator import call
 
 import pytest
 
-from vit_cls.data import parallel
-from vit_cls.data.parallel import CHUNK, each_in_processes
+from vit_cls import workers
 from vit_cls.errors import ConfigError, RunError
+from vit_cls.workers import CHUNK, each_in_processes
 
 
 def test_without_processes_the_answers_come_in_order():
@@ -20,7 +20,7 @@ def test_without_processes_the_answers_come_in_order():
 
 
 def test_negative_number_of_processes_is_refused():
-    with pytest.raises(ConfigError, match="num_workers must not be negative; got -1"):
+    with pytest.raises(ConfigError, match="num_workers must be at least 0; got -1"):
         list(each_in_processes(call, [], crashed=-1, num_workers=-1))
 
 
@@ -33,6 +33,6 @@ def test_item_that_kills_its_process_is_an_answer_and_the_others_are_worked_on()
 
 
 def test_processes_that_cannot_start_are_not_blamed_on_files(monkeypatch):
-    monkeypatch.setattr(parallel, "_leave_interrupts_to_the_parent", partial(os._exit, 1))
+    monkeypatch.setattr(workers, "_start", partial(os._exit, 1))
     with pytest.raises(RunError, match=r"cannot be started.*num_workers 0"):
         list(each_in_processes(call, [partial(int, 1)], crashed=-1, num_workers=1))
