@@ -243,7 +243,7 @@ def test_a_signal_keeps_the_rows_and_resume_completes_them(signum, code, workers
     process.stdin.write("\n".join(paths[:200]) + "\n")
     process.stdin.flush()  # and left open: the signal comes while it waits for more
     part = Path("out/predictions.csv.part")
-    for _ in range(600):
+    for _ in range(2400):
         if part.exists() and part.read_bytes().count(b"\n") > 100:
             break
         time.sleep(0.05)

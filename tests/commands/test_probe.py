@@ -202,7 +202,7 @@ CASES = {
     "class token": (_words("knn", "--ways", "cls", model="gap.safetensors"), r"--ways cls .*has none"),
     "blocks": ([*BASE, "--ways", "last:3"], r"--ways last:3: the number must be from 1 to 2"),
     "blocks by layer": (_words("layers", "--ways", "last:2"), r"--ways last:2 needs 2 blocks"),
-    "seed": ([*BASE, "--seed", "-1"], r"--seed must be 0 or more; got -1"),
+    "seed": ([*BASE, "--seed", "-1"], r"--seed must be at least 0; got -1"),
     "seed in words": ([*BASE, "--seed", "one"], r"seed must be a whole number; got 'one'"),
     "output": ([*BASE, "--output", "model.safetensors"], r"--output model.safetensors is a file"),
     "cache": ([*BASE, "--cache", "model.safetensors"], r"--cache model.safetensors .*is a file"),
