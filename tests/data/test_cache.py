@@ -30,8 +30,8 @@ def folder(tmp_path, write_folder) -> Path:
     return write_folder(tmp_path / "images", {"a": 5, "b": 4})
 
 
-def _cache(root: Path, transform: str = "center", size: tuple[int, int] = SIZE) -> PixelCache:
-    return PixelCache(root.parent / "cache", index_folder(root), transform, size)
+def _cache(root: Path, size: tuple[int, int] = SIZE, **settings) -> PixelCache:
+    return PixelCache(root.parent / "cache", index_folder(root), eval_reader(size, **settings))
 
 
 def _dataset(root: Path, cache: PixelCache | None) -> ImageDataset:
@@ -154,7 +154,7 @@ def test_file_that_is_missing_when_the_cache_is_opened_is_a_failure(folder):
     cache_before = _cache(folder)
     index = index_folder(folder)
     index.path(2).unlink()
-    cache = PixelCache(folder.parent / "cache", index, "center", SIZE)
+    cache = PixelCache(folder.parent / "cache", index, eval_reader(SIZE))
     assert cache.path != cache_before.path
     dataset = ImageDataset(FolderSource(index), eval_reader(SIZE), cache=cache)
     failures = [failure for batch in _loader(dataset) for failure in batch.failures]
@@ -201,7 +201,11 @@ def test_other_version_of_a_library_is_another_cache(folder, monkeypatch, module
 
 
 def test_other_settings_format_root_or_size_are_another_cache(folder, monkeypatch):
-    paths = {_cache(folder).path, _cache(folder, "squash").path, _cache(folder, size=SIZE[::-1]).path}
+    paths = {
+        _cache(folder).path,
+        _cache(folder, crop_mode="squash").path,
+        _cache(folder, size=SIZE[::-1]).path,
+    }
     shutil.copytree(folder, folder.parent / "copy")  # keeps the times
     paths.add(_cache(folder.parent / "copy").path)
     monkeypatch.setattr(cache_module, "FORMAT_VERSION", 99)
@@ -213,7 +217,7 @@ def test_other_settings_format_root_or_size_are_another_cache(folder, monkeypatc
 def test_relative_and_absolute_root_share_a_cache(folder, monkeypatch):
     absolute = _cache(folder).path
     monkeypatch.chdir(folder.parent)
-    relative = PixelCache(Path("cache"), index_folder("images"), "center", SIZE).path
+    relative = PixelCache(Path("cache"), index_folder("images"), eval_reader(SIZE)).path
     assert relative.resolve() == absolute.resolve()
 
 
@@ -221,7 +225,7 @@ def test_caches_of_two_splits_lie_side_by_side(folder, no_reading):
     index = index_folder(folder)
     parts = [index.subset(np.arange(start, COUNT, 2)) for start in (0, 1)]
     expected = _fresh(folder)
-    caches = [PixelCache(folder.parent / "cache", part, "center", SIZE) for part in parts]
+    caches = [PixelCache(folder.parent / "cache", part, eval_reader(SIZE)) for part in parts]
     assert caches[0].path != caches[1].path
     for attempt in range(2):
         for start, part, cache in zip((0, 1), parts, caches, strict=True):
@@ -237,7 +241,7 @@ def test_folder_that_cannot_be_made_is_a_config_error(folder, depth):
     target.write_text("a file")
     target = target if depth == "file" else target / "deeper"
     with pytest.raises(ConfigError, match=r"^data\.cache .*occupied.* cannot be written: [A-Z][a-z ]+\.$"):
-        PixelCache(target, index_folder(folder), "center", SIZE)
+        PixelCache(target, index_folder(folder), eval_reader(SIZE))
 
 
 def test_folder_without_permission_is_a_config_error(folder, monkeypatch):
@@ -317,7 +321,7 @@ def test_damage_under_an_open_cache_is_noticed_too(folder):
 def test_pickle_holds_the_name_of_the_file_not_its_pixels(folder):
     index = index_folder(folder)
     size = (2000, 2000)
-    cache = PixelCache(folder.parent / "cache", index, "center", size)
+    cache = PixelCache(folder.parent / "cache", index, eval_reader(size))
     image = torch.arange(3 * 2000 * 2000, dtype=torch.int64).to(torch.uint8).reshape(3, *size)
     cache.put(4, image)
     data = pickle.dumps(cache)

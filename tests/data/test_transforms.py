@@ -1,6 +1,7 @@
 """Evaluation sees what timm's evaluation sees; training draws what its key says and nothing else."""
 
 import copy
+import io
 import itertools
 import pickle
 import random
@@ -15,8 +16,17 @@ from torchvision.transforms import v2
 
 from vit_cls.data.decode import decode_image, read_file
 from vit_cls.data.index import index_folder
-from vit_cls.data.transforms import AUGMENTS, eval_transform, keyed, train_transform
+from vit_cls.data.transforms import (
+    AUGMENTS,
+    eval_reader,
+    eval_transform,
+    keyed,
+    model_reader,
+    train_reader,
+    train_transform,
+)
 from vit_cls.errors import ConfigError
+from vit_cls.model.classifier import Preprocess
 
 MAX_DIFFERENCE = 2
 """Grey levels. torchvision resizes uint8 tensors in fixed point, and Pillow images in another."""
@@ -363,3 +373,45 @@ def test_keyed_draws_are_those_of_a_generator_with_that_seed():
 def test_an_unknown_crop_mode_is_refused():
     with pytest.raises(ConfigError, match="crop_mode must be one of center, squash; got 'border'"):
         eval_transform(16, crop_mode="border")
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_a_training_reader_decodes_and_then_transforms_with_the_same_key(augment):
+    data = _file(_picture(61, 83))
+    reader, transform = train_reader(24, augment=augment), train_transform(24, augment=augment)
+    for key in range(5):
+        assert torch.equal(reader(data, key), keyed(transform, decode_image(data), key))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_evaluation_reader_decodes_and_then_transforms_and_takes_pixels_too(exact):
+    settings = {"crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear", "exact": exact}
+    image = _picture(61, 83)
+    expected = eval_transform((20, 24), **settings)(image)
+    reader = eval_reader((20, 24), **settings)
+    assert torch.equal(reader(_file(image)), expected)
+    assert torch.equal(reader(image), expected)
+
+
+def test_the_reader_of_a_model_takes_every_setting_of_its_preprocessing():
+    changes = {
+        "img_size": (20, 28),
+        "crop_pct": 0.5,
+        "crop_mode": "squash",
+        "interpolation": "nearest",
+        "background": (1, 2, 3),
+    }
+    half_clear = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8))
+    buffer = io.BytesIO()
+    half_clear.save(buffer, "PNG")
+    readers = [model_reader(Preprocess((24, 24))), model_reader(Preprocess((24, 24)), exact=True)]
+    readers += [model_reader(Preprocess(**{"img_size": (24, 24), key: changes[key]})) for key in changes]
+    readers += [model_reader(Preprocess((24, 24)), augment="crop_flip")]
+    results = {reader(buffer.getvalue(), 1).numpy().tobytes() for reader in readers}
+    assert len(results) == len({reader.description for reader in readers}) == len(readers) == 8
+
+
+def _file(image: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -139,8 +139,8 @@ def test_pixels_that_differ_are_refused_before_anything_is_timed(
     benchmark, loader, photos, monkeypatch, capsys
 ):
     monkeypatch.setattr(loader, "measure", lambda *args: pytest.fail("it was timed"))
-    our_transform = loader.our_transform
-    monkeypatch.setattr(loader, "our_transform", lambda *args: lambda image: our_transform(*args)(image) ^ 8)
+    our_reader = loader.our_reader
+    monkeypatch.setattr(loader, "our_reader", lambda *args: lambda image: our_reader(*args)(image) ^ 8)
     assert benchmark.main(_arguments(photos)) == 1
     assert "eval differs from timm's by" in capsys.readouterr().err
 

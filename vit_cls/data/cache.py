@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor
 
 from vit_cls.data.index import ImageIndex
+from vit_cls.data.transforms import Reader
 from vit_cls.files import writing
 
 FORMAT_VERSION = 2
@@ -26,10 +27,10 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class PixelCache:
-    """uint8 pixels of an index after a fixed transform, in one file.
+    """uint8 pixels that a fixed reader makes of an index, in one file.
 
     The file's name is a digest of everything that decides its content: each file's path, size and time of
-    change, the transform, and the versions of the libraries that decode and resize. What is not there yet is
+    change, the reader, and the versions of the libraries that decode and resize. What is not there yet is
     computed and written by whichever process comes first; images that cannot be read are never written, so
     they fail again.
 
@@ -41,17 +42,16 @@ class PixelCache:
     Args:
         folder: Where the file goes; is made if it does not exist. It grows to the size of all pixels.
         index: The images.
-        transform: A description of the transform, such as its settings.
-        size: Height and width after the transform, in pixels.
+        reader: Makes the pixels, with no random draws.
 
     Raises:
         ConfigError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, index: ImageIndex, transform: str, size: tuple[int, int]) -> None:
-        self.shape = (len(index), 3, *size)
+    def __init__(self, folder: Path, index: ImageIndex, reader: Reader) -> None:
+        self.shape = (len(index), 3, *reader.size)
         self._image_bytes = math.prod(self.shape[1:])
-        self.path = folder / f"{_digest(index, transform, size)}.uint8"
+        self.path = folder / f"{_digest(index, reader)}.uint8"
         self._descriptor: int | None = None
         self._full = False
         with writing(folder, "data.cache"):
@@ -78,7 +78,9 @@ class PixelCache:
         pixels = os.pread(self._open(), self._image_bytes, self._place(index))
         if recorded != _checksum(pixels):
             return None
-        return torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(self.shape[1:]).copy())
+        planes = torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(self.shape[1:]).copy())
+        # In the layout of a decoded image: in another a convolution may round differently.
+        return planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
     def put(self, index: int, image: Tensor) -> None:
         """Keep the pixels of one image; where the disk is full, warn and keep no more.
@@ -123,10 +125,11 @@ def _write(descriptor: int, data: bytes, place: int) -> None:
         data, place = data[written:], place + written
 
 
-def _digest(index: ImageIndex, transform: str, size: tuple[int, int]) -> str:
+def _digest(index: ImageIndex, reader: Reader) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    root = str(index.root.absolute())
     versions = (PIL.__version__, torch.__version__, torchvision.__version__, simplejpeg.__version__)
-    digest.update(repr((FORMAT_VERSION, versions, transform, size, str(index.root.absolute()))).encode())
+    digest.update(repr((FORMAT_VERSION, versions, reader.description, reader.size, root)).encode())
     for path in index.paths:
         digest.update(os.fsencode(path))
         try:

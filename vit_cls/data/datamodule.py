@@ -164,7 +164,7 @@ class ImageDataModule(LightningDataModule):
         val = model_reader(preprocess)
         cache = None
         if self.cache is not None and isinstance(self.val_source, FolderSource):
-            cache = PixelCache(Path(self.cache), self.val_source.index, val.description, val.size)
+            cache = PixelCache(Path(self.cache), self.val_source.index, val)
         train = model_reader(preprocess, augment=self.augment)
         self.train_set = ImageDataset(self.train_source, train, seed=seed)
         self.val_set = ImageDataset(self.val_source, val, cache=cache)

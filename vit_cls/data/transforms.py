@@ -221,7 +221,7 @@ class Reader:
         transform: From decoded pixels to those of the model's size.
         size: Height and width of the result, in pixels.
         background: Colour under transparent pixels.
-        description: All settings in words; readers that give the same pixels have the same.
+        description: All settings; readers that give the same pixels have the same.
     """
 
     transform: Transform
@@ -255,18 +255,10 @@ def eval_reader(
     exact: bool = False,
     background: tuple[int, int, int] = BACKGROUND,
 ) -> Reader:
-    """One call from the bytes of a file to the pixels of `eval_transform`.
+    """`eval_transform` from the bytes of a file on; settings and errors are its.
 
     Args:
-        size: As for `eval_transform`, like the settings below.
-        crop_pct: As there.
-        crop_mode: As there.
-        interpolation: As there.
-        exact: As there.
         background: Colour under transparent pixels.
-
-    Raises:
-        ConfigError: If ``crop_mode`` is unknown.
     """
     settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     transform = eval_transform(
@@ -283,52 +275,37 @@ def train_reader(
     interpolation: str = "bicubic",
     background: tuple[int, int, int] = BACKGROUND,
 ) -> Reader:
-    """One call from the bytes of a file and a key to the pixels of `train_transform`.
+    """`train_transform` from the bytes of a file on; settings and errors are its.
 
     Args:
-        size: As for `train_transform`, like the settings below.
-        augment: As there.
-        interpolation: As there.
         background: Colour under transparent pixels.
-
-    Raises:
-        ConfigError: If ``augment`` is unknown.
     """
     transform = train_transform(size, augment=augment, interpolation=interpolation)
     return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
 
 
 class Preprocessing(Protocol):
-    """What a model says of the pixels that it wants; `vit_cls.model.classifier.Preprocess` is one."""
+    """The pixels that a model wants, in the words of `eval_reader`; its ``Preprocess`` is one."""
 
     @property
-    def img_size(self) -> tuple[int, int]:
-        """Height and width, in pixels."""
-
+    def img_size(self) -> tuple[int, int]: ...  # height and width, in pixels
     @property
-    def crop_pct(self) -> float:
-        """As for `eval_transform`."""
-
+    def crop_pct(self) -> float: ...
     @property
-    def crop_mode(self) -> str:
-        """As for `eval_transform`."""
-
+    def crop_mode(self) -> str: ...
     @property
-    def interpolation(self) -> str:
-        """Filter of every resize."""
-
+    def interpolation(self) -> str: ...
     @property
-    def background(self) -> tuple[int, int, int]:
-        """Colour under transparent pixels."""
+    def background(self) -> tuple[int, int, int]: ...
 
 
 def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str | None = None) -> Reader:
-    """How images become the input of a model.
+    """How images become the input of a model; whoever makes pixels for one asks here.
 
     Args:
         preprocess: The model's own: ``classifier.preprocess``.
-        exact: As for `eval_reader`.
-        augment: As for `train_reader`; None reads as for evaluation, with no random draws.
+        exact: As for `eval_transform`.
+        augment: As for `train_transform`; None reads as for evaluation, with no random draws.
 
     Raises:
         ConfigError: If ``augment`` is unknown.
