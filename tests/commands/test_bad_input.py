@@ -49,7 +49,7 @@ FIT_CASES = {
     "missing folder": (["--data.root", "nowhere", *ON_CPU], r"data.root nowhere does not exist"),
     "a file as folder": (
         ["--data.root", "typo.yaml", *ON_CPU],
-        r"data.root typo.yaml cannot be read as a folder",
+        r"data.root typo.yaml is a file, but no manifest",
     ),
     "no root": (ON_CPU, r"data.root is missing.*--data.name digits"),
     "no classes": (["--data.root", "no_classes", *ON_CPU], r"no_classes has no class folders"),
@@ -106,9 +106,13 @@ EVALUATE_CASES = {
         ["--model", "model.safetensors", "--data", "nowhere"],
         r"--data nowhere does not exist",
     ),
-    "splits": (
-        ["--model", "model.safetensors", "--data", "good"],
-        r"holds splits .* Choose one: --data good/train",
+    "part that is not there": (
+        ["--model", "model.safetensors", "--data", "good", "--split", "test"],
+        r"--split test: --data good has only train, val\.",
+    ),
+    "part of undivided data": (
+        ["--model", "model.safetensors", "--data", "good/val", "--split", "val"],
+        r"--split val: --data good/val has no parts, so leave --split out\.",
     ),
     "unknown class": (
         ["--model", "other.safetensors", "--data", "good/val"],

@@ -63,7 +63,7 @@ def test_models_agree_with_what_evaluate_says_of_each(folder, capsys):
     assert code == 0
     assert err.count("could not be read: data/red/1.png: ") == 2
     result = json.loads(out)
-    assert list(result) == ["models", "pairs", "seed", "output"]
+    assert list(result) == ["models", "pairs", "seed", "split", "origin", "output"]
     assert " ".join(result["pairs"][0]) == PAIR_KEYS
     assert [list(model) for model in result["models"]] == [
         ["name", "correct", "scored", "top1", "top1_ci95"]
@@ -148,7 +148,7 @@ def test_files_of_pictures_that_are_not_there_become_a_table(folder, capsys):
     (_models("--seed", "-1"), "--seed must be at least 0; got -1"),
     (_models("--output", "a.csv"), "--output a.csv is a file"),
     (_models("--output", "/proc/none"), "--output /proc/none cannot be written"),
-    ([*_files("a", "b"), "--data", "none"], "--data none is no folder"),
+    ([*_files("a", "b"), "--data", "none"], "--data none does not exist"),
     (_models("--colour", "red"), "unknown key --colour"),
     ([*_files("a"), "--predictions", "none.csv"], "--predictions none.csv cannot be read: No such file"),
     ([*_files("a"), "--predictions", "0.safetensors"], "is no predictions.csv of `vit-cls evaluate"),

@@ -295,7 +295,7 @@ CASES = {
     ),
     "calibrate on the test folder": (
         ["--model", "run", "--data", "test", "--calibrate", "test/"],
-        r"--calibrate test/ is the folder of --data",
+        r"--calibrate test/ are the images of --data",
     ),
     "calibrate an unknown class": (
         ["--model", "run", "--data", "test", "--calibrate", "other"],

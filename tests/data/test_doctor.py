@@ -17,10 +17,11 @@ from vit_cls.data import image_check, scan
 from vit_cls.data.decode import MAX_BYTES
 from vit_cls.data.diagnosis import KINDS, MOST_EXAMPLES, SEVERITIES, UNREADABLE
 from vit_cls.data.doctor import examine, quick_check
+from vit_cls.data.folders import find_parts
 from vit_cls.data.image_check import CheckTask, check_image
 from vit_cls.data.index import EXTENSIONS, index_folder
+from vit_cls.data.partition import split_for_training
 from vit_cls.data.scan import scan_folder
-from vit_cls.data.splits import split_root
 from vit_cls.errors import ConfigError, DataError
 
 TEST_DATA = Path(os.environ.get("VIT_CLS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -446,7 +447,7 @@ ERRORS_OF_LAYOUT = ["empty_class", "link_loop", "too_few_classes", "unknown_clas
 def test_training_refuses_what_is_called_an_error_of_the_layout(name, clean):
     SPOILED[name](clean)
     with pytest.raises(DataError):
-        split_root(clean, val_fraction=0.1, seed=0)
+        split_for_training(find_parts(clean), val_fraction=0.1, seed=0)
 
 
 def test_near_copies_are_looked_for_when_asked_alone(clean):
@@ -528,7 +529,7 @@ def test_layout_is_read_as_training_reads_it(name, tmp_path):
                 _put(tmp_path, f"{place}/{i}.png", _file(_noise(0)))
     found = scan_folder(tmp_path)
     try:
-        split = split_root(tmp_path, val_fraction=0.4, seed=0)
+        split = split_for_training(find_parts(tmp_path), val_fraction=0.4, seed=0)
     except DataError:
         assert name == "no training folder"
         assert (found.training, found.splits) == (None, ["val", "test"])
@@ -536,10 +537,10 @@ def test_layout_is_read_as_training_reads_it(name, tmp_path):
     assert found.training is not None
     prefix = f"{found.training}/" if found.training else ""
     ours = [image.path for image in found.images if image.split == found.training]
-    in_one_folder = split.train.root == split.val.root
-    theirs = [*split.train.paths, *(split.val.paths if in_one_folder else ())]
+    in_one_folder = split.train.index.root == split.val.index.root
+    theirs = [*split.train.index.paths, *(split.val.index.paths if in_one_folder else ())]
     assert sorted(ours) == sorted(prefix + path for path in theirs)
-    assert found.classes[found.training] == split.train.class_names
+    assert found.classes[found.training] == split.train.index.class_names
 
 
 def test_images_are_those_that_the_index_has(clean):
@@ -703,6 +704,6 @@ def test_doctor_and_quick_check_agree(clean):
     _leakage(clean)
     problems = {p.kind: p for p in examine(clean, num_workers=0).problems}
     ours = [o for o in problems["leakage"].offenders if o.path.startswith("val/")]
-    split = split_root(clean, val_fraction=0.2, seed=0)
-    (problem,) = quick_check(split.train, split.val)
+    split = split_for_training(find_parts(clean), val_fraction=0.2, seed=0)
+    (problem,) = quick_check(split.train.index, split.val.index)
     assert (problem.kind, problem.offenders) == ("leakage", ours)

@@ -12,9 +12,10 @@ from PIL import Image
 
 from vit_cls.data import duplicates
 from vit_cls.data.doctor import quick_check
+from vit_cls.data.folders import find_parts
 from vit_cls.data.image_check import sign
+from vit_cls.data.partition import split_for_training
 from vit_cls.data.scan import FoundImage
-from vit_cls.data.splits import split_root
 
 
 def _signature(pixels: np.ndarray) -> np.ndarray:
@@ -115,8 +116,8 @@ def clean(tmp_path):
 
 
 def _quick(root, **options):
-    split = split_root(root, val_fraction=0.2, seed=0)
-    return {p.kind: p.offenders for p in quick_check(split.train, split.val, **options)}
+    split = split_for_training(find_parts(root), val_fraction=0.2, seed=0)
+    return {p.kind: p.offenders for p in quick_check(split.train.index, split.val.index, **options)}
 
 
 def test_quick_check_finds_nothing_in_a_clean_folder(clean):
@@ -137,8 +138,8 @@ def test_quick_check_finds_copies_that_the_split_made_here_parts(tmp_path):
     _fill(tmp_path, {"cat": 10, "dog": 10}, seed=0)
     for i in range(10):
         _copy(tmp_path, f"cat/{i:02d}.png", f"cat/copy{i}.png")
-    split = split_root(tmp_path, val_fraction=0.2, seed=0)
-    val, train = set(split.val.paths), set(split.train.paths)
+    split = split_for_training(find_parts(tmp_path), val_fraction=0.2, seed=0)
+    val, train = set(split.val.index.paths), set(split.train.index.paths)
     twin = {f"cat/{i:02d}.png": f"cat/copy{i}.png" for i in range(10)}
     twin |= {value: key for key, value in twin.items()}
     expected = sorted(path for path in val if twin.get(path) in train)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_cls.data import listing, path_table
+from vit_cls.data import index as index_module
+from vit_cls.data import listing
 from vit_cls.data.decode import FORMATS
 from vit_cls.data.index import (
     EXTENSIONS,
@@ -420,10 +421,10 @@ def test_program_of_the_helpers_needs_nothing_installed():
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("chunk", [3, path_table.CHUNK])
+@pytest.mark.parametrize("chunk", [3, index_module.CHUNK])
 @pytest.mark.parametrize("count", [1, 7, 60])
 def test_taking_paths_is_indexing_a_list_of_them(monkeypatch, count, chunk):
-    monkeypatch.setattr(path_table, "CHUNK", chunk)
+    monkeypatch.setattr(index_module, "CHUNK", chunk)
     rng = np.random.default_rng(count)
     strings = [f"{'/'.join(_random_strings(rng, 2))}/{i}" for i in range(count)]
     table = PathTable(strings)

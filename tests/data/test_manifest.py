@@ -8,9 +8,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from vit_cls.data.folders import find_parts
 from vit_cls.data.index import ImageIndex, index_folder
-from vit_cls.data.manifest import PARTS, is_manifest, read_manifest, split_manifest
-from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS, Split
+from vit_cls.data.manifest import inspect_manifest, is_manifest, read_manifest
+from vit_cls.data.partition import Split, split_for_training
+from vit_cls.data.splits import PART_OF
 from vit_cls.errors import ConfigError, DataError
 
 ROWS = ["path,label", "x/1.png,cat", "x/2.png,dog", "y/3.png,cat", "4.png,dog"]
@@ -35,7 +37,11 @@ def _entries(index: ImageIndex | None) -> list[tuple[str, str]]:
 
 
 def _split(path: Path, **options) -> Split:
-    return split_manifest(path, **{"val_fraction": 0.5, "seed": 0} | options)
+    return split_for_training(find_parts(path), **{"val_fraction": 0.5, "seed": 0} | options)
+
+
+def _read(path: Path, part: str = "all", **options) -> ImageIndex:
+    return read_manifest(path, **options).index(part)
 
 
 EXPECTED = [("x/1.png", "cat"), ("y/3.png", "cat"), ("4.png", "dog"), ("x/2.png", "dog")]
@@ -43,11 +49,13 @@ EXPECTED = [("x/1.png", "cat"), ("y/3.png", "cat"), ("4.png", "dog"), ("x/2.png"
 
 def test_rows_become_an_index_sorted_by_class_and_path(tmp_path):
     manifest = read_manifest(_write(tmp_path, ROWS))
-    assert _entries(manifest.train) == EXPECTED
-    assert manifest.train.class_names == ["cat", "dog"]
-    assert manifest.train.labels.dtype == np.int64
-    assert manifest.train.path(0) == tmp_path / "x/1.png"
-    assert manifest.val is manifest.test is manifest.train.groups is manifest.train.weights is None
+    index = manifest.index("all")
+    assert manifest.parts == ["all"]
+    assert _entries(index) == EXPECTED
+    assert index.class_names == ["cat", "dog"]
+    assert index.labels.dtype == np.int64
+    assert index.path(0) == tmp_path / "x/1.png"
+    assert index.groups is index.weights is None
 
 
 @pytest.mark.parametrize("file", ["m.csv", "m.tsv", "m.txt"])
@@ -62,7 +70,7 @@ def test_every_dialect_gives_the_same_index(tmp_path, file, delimiter, encoding,
         lines.append(f'{label} {delimiter}"ü, ; \t ""x"" "{delimiter}{path}')
     text = newline.join([*lines[:3], "", *lines[3:], ""])  # an empty line is no row
     (folder / file).write_bytes(text.encode(encoding))
-    assert _entries(read_manifest(folder / file).train) == EXPECTED
+    assert _entries(_read(folder / file)) == EXPECTED
 
 
 def test_order_of_rows_has_no_effect(tmp_path):
@@ -73,7 +81,10 @@ def test_order_of_rows_has_no_effect(tmp_path):
         shuffled = [lines[0], *(lines[1 + i] for i in rng.permutation(40))]
         splits.append(_split(_write(tmp_path / str(k), shuffled)))
     for split in splits:
-        for part, first in ((split.train, splits[0].train), (split.val, splits[0].val)):
+        for part, first in (
+            (split.train.index, splits[0].train.index),
+            (split.val.index, splits[0].val.index),
+        ):
             assert _entries(part) == _entries(first)
             assert list(part.groups) == list(first.groups)
             assert part.weights.tolist() == first.weights.tolist()
@@ -90,22 +101,12 @@ def test_table_of_a_folder_gives_the_index_of_the_folder(tmp_path, write_folder)
         "path,label",
         *(f"{path},{folder.class_names[i]}" for path, i in zip(folder.paths, folder.labels, strict=True)),
     ]
-    table = read_manifest(_write(tmp_path, lines, files=False), root=tmp_path / "data").train
+    table = _read(_write(tmp_path / "data", lines, files=False))
     assert _entries(table) == _entries(folder)
     assert table.fingerprint() == folder.fingerprint()
 
 
-def test_paths_are_relative_to_the_table_or_to_the_root_that_is_given(tmp_path):
-    data = _write(tmp_path / "data", ROWS).parent
-    path = _write(tmp_path / "tables", ROWS, files=False)
-    assert read_manifest(path, root=data).train.path(0).is_file()
-    with pytest.raises(
-        DataError, match=r"4 of 4 rows have a path where there is no file.*start from .*tables\."
-    ):
-        read_manifest(path)
-
-
-def test_absolute_paths_below_the_root_and_odd_spellings_become_relative(tmp_path):
+def test_paths_below_the_table_become_relative_whatever_their_spelling(tmp_path):
     _write(tmp_path / "data", ROWS)
     (tmp_path / "link").symlink_to(tmp_path / "data")
     lines = [
@@ -115,16 +116,30 @@ def test_absolute_paths_below_the_root_and_odd_spellings_become_relative(tmp_pat
         "x/../y/./3.png,cat",
         f"{tmp_path}/link/4.png,dog",
     ]
-    path = _write(tmp_path / "data", lines, files=False)
-    assert _entries(read_manifest(path, root=tmp_path / "link").train) == EXPECTED
+    _write(tmp_path / "data", lines, files=False)
+    assert _entries(_read(tmp_path / "link" / "m.csv")) == EXPECTED
+    lines[4] = "../data/4.png,dog"
+    assert _entries(_read(_write(tmp_path / "data", lines, files=False))) == EXPECTED
 
 
-@pytest.mark.parametrize("outside", ["../x.png", "..", "x/../../x.png", "/etc/x.png", "{root}-2/x.png"])
-def test_paths_outside_the_root_are_refused(tmp_path, outside):
-    outside = outside.format(root=tmp_path)
-    path = _write(tmp_path, [*ROWS, f"{outside},cat"], files=False)
-    with pytest.raises(DataError, match=rf"1 of 5 rows have a path outside .*: row 6 \('{outside}'\)\."):
-        read_manifest(path, check_files=False)
+def test_images_may_be_anywhere_on_the_machine(tmp_path):
+    photos = _write(tmp_path / "photos", ROWS).parent
+    lines = ["path,label", f"{photos}/x/../x/1.png,cat", f"{photos}//4.png,dog", "../photos/./x/2.png,dog"]
+    index = _read(_write(tmp_path / "tables", lines, files=False))
+    assert list(index.paths) == [f"{photos}/x/1.png", "../photos/x/2.png", f"{photos}/4.png"]
+    assert [index.class_names[i] for i in index.labels] == ["cat", "dog", "dog"]
+    assert all(index.path(i).is_file() for i in range(3))
+    (photos / "4.png").unlink()
+    with pytest.raises(
+        DataError, match=rf"no file: row 3 \('{photos}//4\.png'\)\. Relative paths start from"
+    ):
+        _read(tmp_path / "tables" / "m.csv")
+
+
+def test_one_file_in_two_spellings_is_there_twice(tmp_path):
+    path = _write(tmp_path, [*ROWS, f"{tmp_path}/y/../x/1.png,cat"], files=False)
+    with pytest.raises(DataError, match=r"that is there already: x/1\.png \(rows 2 and 6\)"):
+        read_manifest(path)
 
 
 def test_file_names_with_dots_quotes_spaces_and_commas_are_read_as_they_are(tmp_path):
@@ -132,36 +147,30 @@ def test_file_names_with_dots_quotes_spaces_and_commas_are_read_as_they_are(tmp_
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     lines = ["path,label", "..a.png,k", ".b/c.png,k", '"q"".png",l', " s .png,l", '"c,d.png",l']
-    index = read_manifest(_write(tmp_path, lines, files=False)).train
+    index = _read(_write(tmp_path, lines, files=False))
     assert list(index.paths) == ["..a.png", ".b/c.png", " s .png", "c,d.png", 'q".png']
 
 
-def test_split_column_takes_the_names_of_split_folders_in_any_case():
-    assert set(PARTS) == {*TRAIN_FOLDERS, *VAL_FOLDERS}
-    assert {PARTS[name] for name in TRAIN_FOLDERS} == {"train"}
-    assert [PARTS[name] for name in VAL_FOLDERS] == ["val", "val", "val", "test"]
+@pytest.mark.parametrize("spelling", PART_OF)
+def test_split_column_takes_the_names_of_part_folders_in_any_case(tmp_path, spelling):
+    lines = ["path,label,split", f"1.png,a,{spelling.upper()}", f"2.png,b, {spelling.title()}"]
+    manifest = read_manifest(_write(tmp_path, lines))
+    assert manifest.parts == [PART_OF[spelling]]
+    assert len(manifest.index(PART_OF[spelling])) == 2
 
 
 def test_split_column_makes_the_parts(tmp_path):
     lines = ["path,label,split", "1.png,a,Train", "2.png,b,TRAINING", "3.png,b,valid", "4.png,a,test "]
     path = _write(tmp_path, lines)
     manifest = read_manifest(path)
-    assert _entries(manifest.train) == [("1.png", "a"), ("2.png", "b")]
-    assert _entries(manifest.val) == [("3.png", "b")]
-    assert _entries(manifest.test) == [("4.png", "a")]
-    assert manifest.val.class_names == manifest.test.class_names == ["a", "b"]
+    assert manifest.parts == ["train", "val", "test"]
+    assert _entries(manifest.index("train")) == [("1.png", "a"), ("2.png", "b")]
+    assert _entries(manifest.index("val")) == [("3.png", "b")]
+    assert _entries(manifest.index("test")) == [("4.png", "a")]
+    assert manifest.index("test", ["b", "a"]).labels.tolist() == [1]
     split = _split(path)
-    assert _entries(split.val) == [("3.png", "b")]
+    assert _entries(split.val.index) == [("3.png", "b")]
     assert split.origin == f"2 rows to train on and 1 to validate on of {path}"
-
-
-def test_test_rows_validate_where_nothing_else_does_and_the_origin_says_so(tmp_path):
-    path = _write(tmp_path, ["path,label,split", "1.png,a,train", "2.png,b,train", "3.png,b,test"])
-    split = _split(path)
-    assert _entries(split.val) == [("3.png", "b")]
-    assert (
-        "no rows to validate on: test rows select the best epoch, so its score is optimistic" in split.origin
-    )
 
 
 @pytest.mark.parametrize("column", ["", ",train"])
@@ -169,23 +178,23 @@ def test_rows_without_a_part_to_validate_on_are_split_by_class(tmp_path, column)
     header = f"path,label{column and ',split'}"
     lines = [header, *(f"{i}.png,{'ab'[i % 2]}{column}" for i in range(20))]
     split = _split(_write(tmp_path, lines), val_fraction=0.2, seed=3)
-    assert split.train.counts().tolist() == [8, 8]
-    assert split.val.counts().tolist() == [2, 2]
+    assert split.train.index.counts().tolist() == [8, 8]
+    assert split.val.index.counts().tolist() == [2, 2]
     assert split.origin == f"0.2 of each class of {tmp_path / 'm.csv'} held out for validation, seed 3"
 
 
 def test_group_column_keeps_groups_whole(tmp_path):
     lines = ["path,label,group", *(f"{i}.png,{'ab'[i % 2]},g{i // 4}" for i in range(40))]
     split = _split(_write(tmp_path, lines), val_fraction=0.3)
-    assert not set(split.train.groups) & set(split.val.groups)
-    assert len(set(split.val.groups)) == 3
+    assert not set(split.train.index.groups) & set(split.val.index.groups)
+    assert len(set(split.val.index.groups)) == 3
     assert "0.3 of the groups of each class (the manifest's; 12 of 40 images)" in split.origin
 
 
 def test_pattern_takes_the_place_of_a_group_column_but_not_both(tmp_path):
     lines = ["path,label", *(f"p{i // 4}_{i}.png,{'ab'[i % 2]}" for i in range(40))]
     split = _split(_write(tmp_path / "a", lines), val_fraction=0.3, group_by=r"(p\d+)_")
-    groups = [{path.split("_")[0] for path in part.paths} for part in (split.train, split.val)]
+    groups = [{path.split("_")[0] for path in part.paths} for part in (split.train.index, split.val.index)]
     assert not groups[0] & groups[1]
     assert len(groups[1]) == 3
     both = _write(
@@ -207,13 +216,13 @@ def test_group_in_two_parts_is_refused(tmp_path, part):
 def test_group_of_a_pattern_in_two_parts_is_refused(tmp_path):
     lines = ["path,label,split", "p1_1.png,a,train", "p2_2.png,b,train", "p3_3.png,b,val"]
     assert "no group of '(p" in _split(_write(tmp_path, lines), group_by=r"(p\d)").origin
-    with pytest.raises(DataError, match=r"1 group\(s\) are in train and in validation: p1\."):
+    with pytest.raises(DataError, match=r"1 group\(s\) are in train and in val: p1\."):
         _split(_write(tmp_path, [*lines, "p1_4.png,a,val"]), group_by=r"(p\d)")
 
 
 def test_weights_are_read_as_numbers_and_go_with_their_images(tmp_path):
     lines = ["path,label,weight", "3.png,b,0", "1.png,a, 2.5", "2.png,a,1e-3"]
-    train = read_manifest(_write(tmp_path, lines)).train
+    train = _read(_write(tmp_path, lines))
     assert list(train.paths) == ["1.png", "2.png", "3.png"]
     assert train.weights.dtype == np.float64
     assert train.weights.tolist() == [2.5, 0.001, 0.0]
@@ -267,8 +276,12 @@ def test_weights_are_read_as_numbers_and_go_with_their_images(tmp_path):
 def test_each_fault_is_one_clear_error_with_its_rows(tmp_path, lines, message):
     path = tmp_path / "m.csv"
     path.write_text("".join(f"{line}\n" for line in lines))
+    for line in lines[1:]:
+        image = tmp_path / line.replace(";", ",").split(",")[0]
+        image.parent.mkdir(exist_ok=True)
+        image.touch()
     with pytest.raises(DataError, match=message) as error:
-        read_manifest(path, name="data.root", check_files=False)
+        split_for_training(find_parts(path, name="data.root"), val_fraction=0.5, seed=0)
     assert str(error.value).startswith(f"data.root {path}")
     assert "\n" not in str(error.value)
 
@@ -287,24 +300,36 @@ def test_rows_are_counted_as_a_spreadsheet_counts_them(tmp_path):
         read_manifest(path)
 
 
-def test_absent_files_are_counted_and_named_unless_nobody_looks(tmp_path):
+def test_absent_files_are_counted_and_named_when_their_part_is_indexed(tmp_path):
     path = _write(tmp_path, ROWS)
     (tmp_path / "x/2.png").unlink()
     (tmp_path / "4.png").unlink()
     (tmp_path / "4.png").mkdir()
+    manifest = read_manifest(path)
     message = (
         r"2 of 4 rows have a path where there is no file: row 3 \('x/2\.png'\), row 5 \('4\.png'\)\. Rel"
     )
     with pytest.raises(DataError, match=message):
-        read_manifest(path)
-    assert len(read_manifest(path, check_files=False).train) == 4
+        manifest.index("all")
+
+
+def test_a_table_with_faults_is_read_whole_for_those_who_look_for_them(tmp_path):
+    lines = ["path,label,split,weight", "1.png,,train,x", ",b,dev,1"]
+    manifest, faults = inspect_manifest(_write(tmp_path, lines, files=False))
+    assert manifest.part_of == ["train", ""]
+    assert {fault.text: fault.positions for fault in faults if fault.positions} == {
+        "an empty path": [1],
+        "an empty label": [0],
+        "a weight that is not a number from 0 on": [0],
+        "a split that is not known": [1],
+    }
 
 
 @pytest.mark.skipif(os.sep != "/", reason="there it separates folders")
 def test_backslashes_of_another_system_are_pointed_out(tmp_path):
     path = _write(tmp_path, ["path,label", r"x\1.png,a", r"x\2.png,b"], files=False)
     with pytest.raises(DataError, match=r"2 of 2 .* Folders are separated by / here\."):
-        read_manifest(path)
+        _read(path)
 
 
 def test_table_that_is_not_utf8_is_refused(tmp_path):
@@ -320,10 +345,10 @@ def test_table_that_is_not_utf8_is_refused(tmp_path):
 
 
 def test_missing_table_and_folder_in_its_place_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"^data\.manifest .*none\.csv does not exist\.$"):
+    with pytest.raises(DataError, match=r"^--data .*none\.csv does not exist\.$"):
         read_manifest(tmp_path / "none.csv")
-    with pytest.raises(DataError, match=r"^--data .* is not a file\.$"):
-        read_manifest(tmp_path, name="--data")
+    with pytest.raises(DataError, match=r"^--images .* is not a file\.$"):
+        read_manifest(tmp_path, name="--images")
 
 
 def test_what_is_a_manifest_is_told_by_the_ending(tmp_path):
@@ -361,7 +386,7 @@ def test_parquet_cells_are_read_as_text_would_be(tmp_path, fake_parquet):
         (tmp_path / name).touch()
     (tmp_path / "m.parquet").touch()
     fake_parquet({"Weight": [1.5, 2, 0.0], "label": [7, 10.0, 7], "x": [None] * 3, "path": ["1", "2", "3"]})
-    train = read_manifest(tmp_path / "m.parquet").train
+    train = _read(tmp_path / "m.parquet")
     assert _entries(train) == [("2", "10"), ("1", "7"), ("3", "7")]
     assert train.weights.tolist() == [2.0, 1.5, 0.0]
 
@@ -408,8 +433,8 @@ def test_real_parquet_is_the_same_as_csv(tmp_path, rows):
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "m.parquet")
     lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
-    a = read_manifest(_write(tmp_path, lines)).train
-    b = read_manifest(tmp_path / "m.parquet").train
+    a = _read(_write(tmp_path, lines))
+    b = _read(tmp_path / "m.parquet")
     assert _entries(a) == _entries(b)
     assert list(a.groups) == list(b.groups)
     assert a.weights.tolist() == b.weights.tolist()

@@ -1,4 +1,4 @@
-"""Splits are found by name or made by class, the same on every machine."""
+"""Images are divided by class and by group, the same on every machine."""
 
 import hashlib
 from pathlib import Path
@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 
 from vit_cls.data.index import ImageIndex, PathTable, index_folder
-from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS, match_classes, split_root, stratified_split
+from vit_cls.data.splits import PART_OF, PARTS, match_classes, part_folders, stratified_split
 from vit_cls.errors import ConfigError, DataError
-
-
-def _touch(root: Path, *files: str) -> Path:
-    for file in files:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
 
 
 def _index(counts: dict[str, int], first: int = 0) -> ImageIndex:
@@ -25,54 +17,6 @@ def _index(counts: dict[str, int], first: int = 0) -> ImageIndex:
     paths = [f"{name}/{i:04d}.png" for name in names for i in range(first, first + counts[name])]
     labels = np.repeat(np.arange(len(names)), [counts[name] for name in names])
     return ImageIndex(Path("nowhere"), PathTable(paths), labels, names)
-
-
-def _split(root: Path, val_fraction: float = 0.1, seed: int = 0):
-    return split_root(root, val_fraction=val_fraction, seed=seed)
-
-
-TWO_CLASSES = ("a/1.png", "b/1.png")
-
-
-@pytest.mark.parametrize("train", ["train", "Train", "TRAINING", "training"])
-@pytest.mark.parametrize("val", ["val", "Validation", "VALID", "valid", "Test", "test"])
-def test_split_folders_are_found_in_every_usual_spelling(tmp_path, train, val):
-    _touch(tmp_path / train, *TWO_CLASSES, "a/2.png")
-    _touch(tmp_path / val, "a/9.png", "b/9.png")
-    split = _split(tmp_path)
-    assert list(split.train.paths) == ["a/1.png", "a/2.png", "b/1.png"]
-    assert list(split.val.paths) == ["a/9.png", "b/9.png"]
-    assert split.train.path(0) == tmp_path / train / "a/1.png"
-    assert split.val.path(0) == tmp_path / val / "a/9.png"
-    assert train in split.origin
-    assert val in split.origin
-    assert ("optimistic" in split.origin) == (val.lower() == "test")
-
-
-def test_validation_folder_is_preferred_to_a_test_folder(tmp_path):
-    assert VAL_FOLDERS == ("val", "validation", "valid", "test")
-    for name in ("train", "test", "valid", "extra"):
-        _touch(tmp_path / name, *TWO_CLASSES)
-    split = _split(tmp_path)
-    assert split.val.root == tmp_path / "valid"
-    assert "optimistic" not in split.origin
-
-
-def test_train_folder_alone_is_split_and_the_origin_says_what_was_looked_for(tmp_path):
-    _touch(tmp_path / "train", *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
-    split = _split(tmp_path, val_fraction=0.2, seed=3)
-    assert split.train.counts().tolist() == [8, 8]
-    assert split.val.counts().tolist() == [2, 2]
-    assert split.val.root == tmp_path / "train"
-    assert "looked for val/, validation/, valid/, test/" in split.origin
-    assert "0.2 of each class of train/ held out, seed 3" in split.origin
-
-
-def test_folder_of_class_folders_is_split_and_the_origin_says_how(tmp_path):
-    _touch(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
-    split = _split(tmp_path, val_fraction=0.3, seed=5)
-    assert split.val.counts().tolist() == [3, 3]
-    assert split.origin == f"0.3 of each class of {tmp_path} held out for validation, seed 5"
 
 
 @pytest.mark.parametrize(
@@ -109,16 +53,6 @@ def test_split_is_disjoint_complete_and_keeps_each_image_with_its_class(seed):
         assert [path.split("/")[0] for path in part.paths] == [part.class_names[i] for i in part.labels]
         assert list(part.paths) == sorted(part.paths)
     assert train.counts().min() >= 1
-
-
-def test_split_is_the_same_for_any_order_in_which_the_files_were_made(tmp_path):
-    files = [f"{c}/{i}.png" for c in "ab" for i in range(30)]
-    rng = np.random.default_rng(0)
-    held_out = [
-        list(_split(_touch(tmp_path / str(i), *(files[j] for j in rng.permutation(60)))).val.paths)
-        for i in range(3)
-    ]
-    assert held_out[0] == held_out[1] == held_out[2]
 
 
 def test_split_depends_on_names_and_seed_alone():
@@ -161,70 +95,12 @@ def test_classes_with_one_image_are_trained_on_and_do_not_stop_the_others_from_b
     assert val.class_names == ["many", "one"]
 
 
-def test_folder_with_one_image_a_class_cannot_be_split(tmp_path):
-    with pytest.raises(DataError, match=rf"{tmp_path} has one image a class.*Add images or a val/ folder"):
-        _split(_touch(tmp_path, *TWO_CLASSES))
-
-
 @pytest.mark.parametrize("val_fraction", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
 def test_val_fraction_out_of_range_is_refused_with_its_value(val_fraction):
     with pytest.raises(
         ConfigError, match=rf"data\.val_fraction must be between 0 and 1 .*got {val_fraction:g}\."
     ):
         stratified_split(_index({"a": 9, "b": 9}), val_fraction=val_fraction, seed=0)
-
-
-def test_validation_class_that_training_lacks_is_refused_with_both_lists(tmp_path):
-    _touch(tmp_path / "train", *TWO_CLASSES)
-    _touch(tmp_path / "val", "a/1.png", "c/1.png")
-    with pytest.raises(DataError, match=r"val has 1 class.*: c\. Its classes: a, c\. Known classes: a, b\."):
-        _split(tmp_path)
-
-
-def test_validation_may_lack_classes_and_its_labels_are_those_of_training(tmp_path):
-    _touch(tmp_path / "train", "a/1.png", "b/1.png", "c/1.png")
-    _touch(tmp_path / "val", "b/1.png", "c/1.png")
-    split = _split(tmp_path)
-    assert split.val.class_names == split.train.class_names == ["a", "b", "c"]
-    assert split.val.labels.tolist() == [1, 2]
-
-
-def test_validation_folder_with_a_single_class_is_labelled_by_training(tmp_path):
-    _touch(tmp_path / "train", *TWO_CLASSES)
-    _touch(tmp_path / "val", "b/1.png", "b/2.png")
-    assert _split(tmp_path).val.labels.tolist() == [1, 1]
-
-
-def test_training_folder_with_a_single_class_is_refused(tmp_path):
-    _touch(tmp_path / "train", "a/1.png")
-    _touch(tmp_path / "val", *TWO_CLASSES)
-    with pytest.raises(DataError, match=r"train has only one class folder \(a\)"):
-        _split(tmp_path)
-
-
-def test_validation_folder_without_classes_or_images_is_refused_by_name(tmp_path):
-    _touch(tmp_path / "train", *TWO_CLASSES)
-    _touch(tmp_path / "val", "readme.txt")
-    with pytest.raises(DataError, match=r"val/ of data\.root .* has no class folders"):
-        _split(tmp_path)
-    _touch(tmp_path / "val", "a/1.txt")
-    with pytest.raises(DataError, match=r"val/ of data\.root .* has a class folder without images: a\."):
-        _split(tmp_path)
-
-
-@pytest.mark.parametrize("folders", [["val"], ["Test"], ["val", "test"]])
-def test_root_without_a_folder_to_train_on_is_refused(tmp_path, folders):
-    for name in folders:
-        _touch(tmp_path / name, *TWO_CLASSES)
-    with pytest.raises(DataError, match=r"no folder to train on; looked for train/ or training/") as error:
-        _split(tmp_path)
-    assert TRAIN_FOLDERS == ("train", "training")
-    assert all(name in str(error.value) for name in folders)
-
-
-def test_missing_root_is_named_as_the_user_knows_it(tmp_path):
-    with pytest.raises(DataError, match=r"^data\.root .*nowhere does not exist"):
-        _split(tmp_path / "nowhere")
 
 
 def test_unknown_classes_are_all_counted_but_not_all_printed():
@@ -237,16 +113,6 @@ def test_split_of_an_indexed_folder_still_finds_its_files(tmp_path, write_folder
     index = index_folder(write_folder(tmp_path, {"a": 4, "b": ["deep/x.png", "y.png"]}))
     train, val = stratified_split(index, val_fraction=0.5, seed=0)
     assert all(part.path(i).is_file() for part in (train, val) for i in range(len(part)))
-
-
-def test_a_class_called_train_is_a_class(tmp_path):
-    for name in ("bus", "train"):
-        (tmp_path / name).mkdir()
-        for i in range(4):
-            (tmp_path / name / f"{i}.png").write_bytes(b"")
-    split = split_root(tmp_path, val_fraction=0.25, seed=0)
-    assert split.train.class_names == ["bus", "train"]
-    assert split.train.counts().tolist() == [3, 3]
 
 
 def _reference_held_out(index: ImageIndex, val_fraction: float, seed: int) -> list[str]:
@@ -463,42 +329,28 @@ def test_groups_of_the_index_are_kept_whole_without_a_pattern():
         stratified_split(grouped, val_fraction=0.3, seed=2, group_by=BY_PATIENT)
 
 
-@pytest.mark.parametrize("inside", ["", "train"])
-def test_root_is_split_by_groups_and_the_origin_says_how(tmp_path, inside):
-    _touch(tmp_path / inside, *(f"{c}/p{g}_{i}.png" for c in "ab" for g in range(5) for i in range(2)))
-    _touch(tmp_path / inside, "c/p9_1.png", "c/p9_2.png")
-    split = split_root(tmp_path, val_fraction=0.2, seed=1, group_by=BY_PATIENT)
-    assert not _groups(split.train) & _groups(split.val)
-    assert len(split.val) == 4
-    assert (
-        r"0.2 of the groups of each class (by '/(p\\d+)_'; 4 of 22 images; 1 class(es) could give none) of "
-        in split.origin
-    )
+@pytest.mark.parametrize(
+    ("folders", "class_names", "expected"),
+    [
+        (["Train/", "VALID/", "testing/"], [], {"train": "Train", "val": "VALID", "test": "testing"}),
+        (["train/", "extra"], [], {"train": "train"}),
+        (["train", "extra"], [], {}),  # a class called train
+        (["train", "test"], [], {"train": "train", "test": "test"}),  # so that training says what is missing
+        (["train", "test"], ["train"], {}),
+        (["train/", "test"], ["train"], {"train": "train", "test": "test"}),
+        (["val/", "validation/"], [], {"val": "val"}),
+        (["test/", "bus"], [], {}),
+        (["a", "b"], [], {}),
+        ([], [], {}),
+    ],
+)
+def test_folders_are_parts_or_classes_by_one_rule(folders, class_names, expected):
+    nested = {name[:-1] for name in folders if name.endswith("/")}
+    names = [name.removesuffix("/") for name in folders]
+    assert part_folders(names, has_folders=nested.__contains__, class_names=class_names) == expected
 
 
-def test_group_in_both_split_folders_is_refused_and_other_groups_are_not(tmp_path):
-    _touch(tmp_path / "train", "a/p1_1.png", "b/p2_1.png")
-    _touch(tmp_path / "val", "a/p3_1.png", "b/p4_1.png")
-    split = split_root(tmp_path, val_fraction=0.1, seed=0, group_by=BY_PATIENT)
-    assert "no group of '/(p" in split.origin
-    _touch(tmp_path / "val", "b/p1_7.png")
-    with pytest.raises(DataError, match=r"data\.group_by .*: 1 group\(s\) are in train and in val: p1\."):
-        split_root(tmp_path, val_fraction=0.1, seed=0, group_by=BY_PATIENT)
-    assert len(_split(tmp_path).val) == 3  # nobody asked for groups
-
-
-def test_validation_folder_that_is_a_link_to_the_training_folder_is_refused(tmp_path):
-    _touch(tmp_path / "train", *TWO_CLASSES)
-    (tmp_path / "val").symlink_to(tmp_path / "train")
-    with pytest.raises(
-        DataError, match=r"val is the same folder as .*train, so the model would be validated"
-    ):
-        _split(tmp_path)
-
-
-def test_validation_class_that_is_a_link_to_a_training_class_is_refused(tmp_path):
-    _touch(tmp_path / "train", *TWO_CLASSES)
-    _touch(tmp_path / "val", "a/1.png")
-    (tmp_path / "val" / "b").symlink_to(tmp_path / "train" / "a")
-    with pytest.raises(DataError, match=r"val/b is the same folder as .*train/a, so"):
-        _split(tmp_path)
+def test_every_part_has_spellings_of_its_own():
+    assert PARTS == ("train", "val", "test")
+    assert len(PART_OF) == 7
+    assert all(spelling == spelling.lower() for spelling in PART_OF)

@@ -18,7 +18,7 @@ from vit_cls.evaluation.output import write_tables
 from vit_cls.evaluation.predictions import (
     Scoring,
     canonical_classes,
-    index_for_model,
+    images_for_model,
     predict_index,
 )
 from vit_cls.inference import InferenceConfig
@@ -40,10 +40,12 @@ def _classifier(tiny, names=("blue", "red")) -> ImageClassifier:
 
 def test_predictions_are_the_classifiers_on_each_decoded_and_cropped_image(tiny, image_root):
     classifier = _classifier(tiny)
-    index = index_for_model(image_root / "val", classifier)
-    predictions = predict_index(classifier, index, _config(batch_size=3))
+    source = images_for_model(image_root / "val", classifier).source
+    predictions = predict_index(classifier, source, _config(batch_size=3))
     transform = eval_transform(16, crop_pct=0.8)
-    images = torch.stack([transform(decode_image(index.path(i).read_bytes())) for i in range(len(index))])
+    images = torch.stack(
+        [transform(decode_image(source.index.path(i).read_bytes())) for i in range(len(source.index))]
+    )
     with torch.inference_mode():
         expected = classifier(images).softmax(dim=1).numpy()
     np.testing.assert_allclose(predictions.probs, expected, atol=1e-6)
@@ -52,10 +54,10 @@ def test_predictions_are_the_classifiers_on_each_decoded_and_cropped_image(tiny,
 
 def test_batch_size_and_workers_change_nothing_but_rounding(tiny, image_root):
     classifier = _classifier(tiny)
-    index = index_for_model(image_root / "train", classifier)
-    reference = predict_index(classifier, index, _config(batch_size=24))
+    source = images_for_model(image_root / "train", classifier).source
+    reference = predict_index(classifier, source, _config(batch_size=24))
     for batch_size, workers in ((1, 0), (7, 2), (100, 1)):
-        other = predict_index(classifier, index, _config(batch_size=batch_size, num_workers=workers))
+        other = predict_index(classifier, source, _config(batch_size=batch_size, num_workers=workers))
         np.testing.assert_allclose(other.probs, reference.probs, atol=1e-6)
 
 
@@ -63,16 +65,18 @@ def test_an_unreadable_file_is_a_row_with_its_reason(tiny, image_root, tmp_path)
     shutil.copytree(image_root / "val", tmp_path / "test")
     (tmp_path / "test/blue/1.png").write_bytes(b"")
     classifier = _classifier(tiny)
-    index = index_for_model(tmp_path / "test", classifier)
-    predictions = predict_index(classifier, index, _config(batch_size=2))
-    clean = predict_index(classifier, index_for_model(image_root / "val", classifier), _config(batch_size=8))
+    source = images_for_model(tmp_path / "test", classifier).source
+    predictions = predict_index(classifier, source, _config(batch_size=2))
+    clean = predict_index(
+        classifier, images_for_model(image_root / "val", classifier).source, _config(batch_size=8)
+    )
     assert predictions.errors == {1: "the file is empty"}
     others = [i for i in range(8) if i != 1]
     np.testing.assert_allclose(predictions.probs[others], clean.probs[others], atol=1e-6)
     (tmp_path / "out").mkdir()
     write_tables(tmp_path / "out", predictions, evaluate_predictions(predictions))
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-    assert [row["path"] for row in rows] == list(index.paths)
+    assert [row["path"] for row in rows] == list(predictions.index.paths)
     assert rows[1] == {
         "path": "blue/1.png",
         "label": "blue",
@@ -94,43 +98,56 @@ def test_an_unreadable_file_is_a_row_with_its_reason(tiny, image_root, tmp_path)
 
 
 def test_classes_are_matched_by_name_not_by_position(tiny, image_root):
-    few = index_for_model(image_root / "val", _classifier(tiny, ("amber", "blue", "green", "red")))
+    few = images_for_model(
+        image_root / "val", _classifier(tiny, ("amber", "blue", "green", "red"))
+    ).source.index
     assert sorted(set(few.labels.tolist())) == [1, 3]
     assert few.class_names == ["amber", "blue", "green", "red"]
     with pytest.raises(
         DataError, match=r"1 class\(es\) that are not known: red.*blue, red.*Known classes: blue, green"
     ):
-        index_for_model(image_root / "val", _classifier(tiny, ("blue", "green")))
+        images_for_model(image_root / "val", _classifier(tiny, ("blue", "green")))
 
 
 def test_a_folder_with_one_of_the_models_classes_is_scored(tiny, image_root, tmp_path):
     shutil.copytree(image_root / "val/red", tmp_path / "red")
     classifier = _classifier(tiny)
-    predictions = predict_index(classifier, index_for_model(tmp_path, classifier), _config())
+    predictions = predict_index(classifier, images_for_model(tmp_path, classifier).source, _config())
     result = evaluate_predictions(predictions)
     assert (result.images, result.classes_present) == (4, 1)
 
 
-def test_a_folder_of_splits_is_not_taken_for_classes(tiny, image_root):
-    with pytest.raises(
-        DataError, match=r"holds splits \(train, val\), not classes. Choose one: --data .*train"
-    ):
-        index_for_model(image_root, _classifier(tiny))
+def test_of_a_folder_of_parts_one_is_taken_and_named(tiny, image_root):
+    chosen = images_for_model(image_root, _classifier(tiny))
+    assert (chosen.split, chosen.origin) == ("val", str(image_root / "val"))
+    chosen = images_for_model(image_root, _classifier(tiny), split="Training")
+    assert (chosen.split, chosen.source.index.root) == ("train", image_root / "train")
+
+
+def test_the_embedded_digits_are_scored_without_any_file(tiny):
+    config = ViTConfig.from_dict({**tiny, "num_classes": 10})
+    names = [str(i) for i in range(10)]
+    classifier = ImageClassifier(VisionTransformer(config), Preprocess((16, 16)), names)
+    chosen = images_for_model("digits", classifier)
+    predictions = predict_index(classifier, chosen.source, device="cpu")
+    assert (chosen.split, chosen.origin) == ("test", "the held-out third of the embedded digits")
+    assert np.isfinite(predictions.probs).all()
+    assert len(predictions.index) == 599
 
 
 def test_a_model_that_diverged_is_refused_and_not_miscounted(tiny, image_root):
     classifier = _classifier(tiny)
     torch.nn.init.constant_(classifier.model.head.bias, float("nan"))
-    index = index_for_model(image_root / "val", classifier)
+    source = images_for_model(image_root / "val", classifier).source
     with pytest.raises(ModelFileError, match=r"output is not finite for .*blue/0.png: weights that diverged"):
-        predict_index(classifier, index, _config())
+        predict_index(classifier, source, _config())
 
 
 def test_bf16_is_close_to_fp32(tiny, image_root):
     classifier = _classifier(tiny)
-    index = index_for_model(image_root / "val", classifier)
-    full = predict_index(classifier, index, _config(precision="32"))
-    low = predict_index(classifier, index, _config(precision="bf16"))
+    source = images_for_model(image_root / "val", classifier).source
+    full = predict_index(classifier, source, _config(precision="32"))
+    low = predict_index(classifier, source, _config(precision="bf16"))
     difference = np.abs(full.probs - low.probs).max()
     assert 0 < difference < 0.02
 
@@ -149,24 +166,24 @@ def test_the_models_own_colour_shows_through_transparent_pixels(tiny, tmp_path):
         path = save_classifier(ImageClassifier(model, pre, ["blue", "red"]), tmp_path / "model.safetensors")
         classifier = load_classifier(path)
         assert classifier.preprocess.background == background
-        index = index_for_model(tmp_path / "test", classifier)
-        results.append(predict_index(classifier, index, _config()).probs)
+        source = images_for_model(tmp_path / "test", classifier).source
+        results.append(predict_index(classifier, source, _config()).probs)
     assert np.abs(results[0] - results[1]).max() > 1e-4
 
 
 def test_exact_pixels_are_close_to_the_fast_ones_and_not_the_same(tiny, image_root):
     classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["blue", "red"])
-    index = index_for_model(image_root / "val", classifier)
-    fast, exact = (predict_index(classifier, index, _config(exact=exact)).probs for exact in (False, True))
+    source = images_for_model(image_root / "val", classifier).source
+    fast, exact = (predict_index(classifier, source, _config(exact=exact)).probs for exact in (False, True))
     assert 0 < np.abs(fast - exact).max() < 0.02
 
 
 def test_a_model_without_a_head_says_how_to_train_one(tiny, image_root):
     config = ViTConfig.from_dict({**tiny, "num_classes": 0})
     classifier = ImageClassifier(VisionTransformer(config), Preprocess((16, 16)), [])
-    index = index_for_model(image_root / "val", _classifier(tiny))
+    source = images_for_model(image_root / "val", _classifier(tiny)).source
     with pytest.raises(ModelFileError, match=r"no head.*configs/linear_probe.yaml"):
-        predict_index(classifier, index, _config())
+        predict_index(classifier, source, _config())
 
 
 def test_folders_of_imagenet_classes_are_known_by_id_and_by_name_in_any_spelling():
@@ -183,12 +200,12 @@ def test_folders_of_imagenet_classes_are_known_by_id_and_by_name_in_any_spelling
 
 def test_the_temperature_divides_the_logits_and_changes_no_prediction(tiny, image_root):
     classifier = _classifier(tiny)
-    index = index_for_model(image_root / "val", classifier)
+    source = images_for_model(image_root / "val", classifier).source
     for tta in ("none", "flip"):
         classifier.temperature = 1.0
-        plain = predict_index(classifier, index, _config(), tta=tta)
+        plain = predict_index(classifier, source, _config(), tta=tta)
         classifier.temperature = 0.5
-        sharp = predict_index(classifier, index, _config(), tta=tta)
+        sharp = predict_index(classifier, source, _config(), tta=tta)
         expected = plain.probs**2 / (plain.probs**2).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(sharp.probs, expected, atol=1e-6)
         assert (sharp.probs.argmax(axis=1) == plain.probs.argmax(axis=1)).all()
@@ -197,9 +214,9 @@ def test_the_temperature_divides_the_logits_and_changes_no_prediction(tiny, imag
 
 def test_restricting_shares_the_probability_among_the_classes_of_the_folder(tiny, image_root):
     classifier = _classifier(tiny, ("amber", "blue", "green", "red"))
-    index = index_for_model(image_root / "val", classifier)
-    free = predict_index(classifier, index, _config()).probs
-    bound = predict_index(classifier, index, _config(), restrict=True)
+    source = images_for_model(image_root / "val", classifier).source
+    free = predict_index(classifier, source, _config()).probs
+    bound = predict_index(classifier, source, _config(), restrict=True)
     assert (bound.probs[:, [0, 2]] == 0).all()
     expected = free[:, [1, 3]] / free[:, [1, 3]].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(bound.probs[:, [1, 3]], expected, atol=1e-6)

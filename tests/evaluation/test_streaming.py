@@ -24,7 +24,7 @@ from vit_cls.data.transforms import model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError, ModelFileError
 from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
 from vit_cls.evaluation.path_stream import iter_paths
-from vit_cls.evaluation.predictions import Row, index_for_model, predict_files, predict_index
+from vit_cls.evaluation.predictions import Row, images_for_model, predict_files, predict_index
 from vit_cls.evaluation.row_files import FORMATS, RowFile, as_record, columns_of
 from vit_cls.evaluation.saving import save_rows
 from vit_cls.inference import InferenceConfig, batches
@@ -60,10 +60,11 @@ def photos(image_root, tmp_path):
 def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
     classifier = _classifier(tiny)
     classifier.temperature = 1.7
-    index = index_for_model(photos, classifier)
+    source = images_for_model(photos, classifier).source
+    index = source.index
     paths = [str(index.path(i)) for i in range(len(index))]
     config = InferenceConfig(**ON_CPU, batch_size=4, exact=exact)
-    expected = predict_index(classifier, index, config)
+    expected = predict_index(classifier, source, config)
     rows = list(predict_files(classifier, paths, top_k=3, config=config))
     assert [row.path for row in rows] == paths
     assert (

@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.data import ImageDataset, create_loader, resolve_model_data_config
 
+from vit_cls.data.dataset import FolderSource
 from vit_cls.data.index import index_folder
 from vit_cls.evaluation.predictions import predict_index
 from vit_cls.inference import InferenceConfig
@@ -56,10 +57,10 @@ def test_exact_evaluation_gives_timms_predictions_on_every_photo(tag):
     expected = probs[[row[path] for path in index.paths]]
     classifier = ImageClassifier(ours, preprocess_of(pretrained_config(tag)), index.class_names)
     assert index.class_names == sorted(os.listdir(PHOTOS))
-    exact = predict_index(classifier, index, InferenceConfig("cpu", num_workers=0, exact=True))
+    exact = predict_index(classifier, FolderSource(index), InferenceConfig("cpu", num_workers=0, exact=True))
     assert len(index) == len(expected) >= 372
     assert np.array_equal(exact.probs.argmax(1), expected.argmax(1))
     np.testing.assert_allclose(exact.probs, expected, atol=2e-5)
-    fast = predict_index(classifier, index, InferenceConfig("cpu", num_workers=0))
+    fast = predict_index(classifier, FolderSource(index), InferenceConfig("cpu", num_workers=0))
     differ = int((fast.probs.argmax(1) != expected.argmax(1)).sum())
     assert differ <= 8  # seen: none of 372, for both tags

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from vit_cls.data.decode import read_file
 from vit_cls.data.diagnosis import KINDS, Diagnosis, Offender, Problem
 from vit_cls.data.thumbnails import SIDE, thumbnails
 from vit_cls.reports.doctor import MOST_SHOWN, pictures_wanted, write_doctor_report, write_problems_table
@@ -228,7 +229,7 @@ def test_thumbnails_are_small_upright_jpegs_and_leave_out_what_cannot_be_read(tm
     exif[0x0112] = 6
     Image.new("RGB", (600, 400), "red").save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "b.jpg").write_bytes(b"no image")
-    made = thumbnails(tmp_path, ["a.jpg", "b.jpg", "gone.jpg"])
+    made = thumbnails(lambda path: read_file(tmp_path / path), ["a.jpg", "b.jpg", "gone.jpg"])
     assert list(made) == ["a.jpg"]
     with Image.open(io.BytesIO(made["a.jpg"])) as image:
         assert (image.format, image.size) == ("JPEG", (SIDE * 2 // 3, SIDE))

@@ -11,17 +11,20 @@ from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
+    add_data_arguments,
     add_runtime_arguments,
     inference_config,
     make_parser,
     parse,
 )
-from vit_cls.data.thumbnails import thumbnails
+from vit_cls.data.dataset import ImageSource
+from vit_cls.data.folders import find_parts
+from vit_cls.data.thumbnails import reader_by_path, thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.answers import Answers, align, answers_of, read_answers
 from vit_cls.evaluation.comparison import MARGIN, Comparison, compare_answers, disagreements
-from vit_cls.evaluation.predictions import index_for_model, predict_index
+from vit_cls.evaluation.predictions import ScoredImages, images_for_model, predict_index
 from vit_cls.files import output_folder, writing
 from vit_cls.reports import compare as page
 from vit_cls.weights.factory import load
@@ -44,7 +47,7 @@ def run(words: list[str]) -> Outcome:
     parser = make_parser("compare", "Two or more models on the same images: is one better, and by how much?")
     parser.add_argument("--model", action="append", help=f"{MODEL_HELP}; give it once for each model")
     parser.add_argument("--predictions", action="append", help="instead: predictions.csv of `evaluate`, each")
-    parser.add_argument("--data", help="the image folder; with --predictions for the pictures alone")
+    add_data_arguments(parser, required=False)  # with --predictions for the pictures alone
     parser.add_argument("--margin", type=float, default=MARGIN, help="difference that does not matter: 0.01")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
     parser.add_argument(
@@ -55,12 +58,25 @@ def run(words: list[str]) -> Outcome:
     _check(args)
     output = output_folder(args.output)
     files, names = args.predictions or [], args.model or []
-    answers = align([*(read_answers(path) for path in files), *(_predict(name, args) for name in names)])
+    images: ScoredImages | None = None
+    source = _source(args) if files else None
+    answers = [read_answers(path) for path in files]
+    for name in names:
+        each, images = _predict(name, args)
+        answers.append(each)
+    answers = align(answers)
     result = compare_answers(answers, margin=args.margin, seed=args.seed)
     if output is not None:
-        _write(output, result, answers, args.data)
-    data = result.to_dict() | {"output": None if output is None else str(output)}
-    return Outcome(data, page.comparison_text(result) + ("" if output is None else f"\nfiles in {output}"))
+        _write(output, result, answers, source if images is None else images.source, args.data)
+    data = result.to_dict() | {
+        "split": None if images is None else images.split,
+        "origin": None if images is None else images.origin,
+        "output": None if output is None else str(output),
+    }
+    text = (
+        page.comparison_text(result) if images is None else f"{images.words}\n{page.comparison_text(result)}"
+    )
+    return Outcome(data, text + ("" if output is None else f"\nfiles in {output}"))
 
 
 def _check(args: Namespace) -> None:
@@ -75,25 +91,35 @@ def _check(args: Namespace) -> None:
         )
     if args.model and args.data is None:
         raise ConfigError("--model needs --data, the image folder that the models are compared on.")
-    if args.predictions and args.data is not None and not Path(args.data).is_dir():
-        raise ConfigError(f"--data {args.data} is no folder. Leave it out for a page without pictures.")
+    if args.split is not None and args.data is None:
+        raise ConfigError(f"--split {args.split} has no effect without --data. Leave it out.")
     check_range("--margin", args.margin, above=0, below=1, hint="0.01 is one point.")
     check_range("--seed", args.seed, at_least=0)
 
 
-def _predict(name: str, args: Namespace) -> Answers:
+def _predict(name: str, args: Namespace) -> tuple[Answers, ScoredImages]:
     classifier = load(name)
-    index = index_for_model(args.data, classifier)
+    images = images_for_model(args.data, classifier, split=args.split)
     config = inference_config(args, show_progress=sys.stderr.isatty())
-    predictions = predict_index(classifier, index, config)
+    predictions = predict_index(classifier, images.source, config)
     for position, reason in list(predictions.errors.items())[:5]:
-        print(f"could not be read: {index.path(position)}: {reason}", file=sys.stderr)
-    return answers_of(name, predictions)
+        print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)
+    return answers_of(name, predictions), images
 
 
-def _write(output: Path, result: Comparison, answers: list[Answers], data: str | None) -> None:
+def _source(args: Namespace) -> ImageSource | None:
+    """The pictures beside predictions that were read from files."""
+    if args.data is None:
+        return None
+    parts = find_parts(args.data)
+    return parts.read(parts.choose(args.split))
+
+
+def _write(
+    output: Path, result: Comparison, answers: list[Answers], source: ImageSource | None, data: str | None
+) -> None:
     found = disagreements(answers)
-    pictures = {} if data is None else thumbnails(data, page.pictures_wanted(found))
+    pictures = {} if source is None else thumbnails(reader_by_path(source), page.pictures_wanted(found))
     with writing(output):
         page.write_disagreements(output / "comparison.csv", found, len(answers))
         more = {"data": data, "thumbnails": pictures, "versions": environment()["versions"]}

@@ -46,11 +46,13 @@ def run(words: list[str]) -> Outcome:
 
 def _write(output: Path, diagnosis: Diagnosis) -> None:
     # Here: the libraries of charts take seconds to load, and only files need them.
+    from vit_cls.data.decode import read_file
     from vit_cls.data.thumbnails import thumbnails
     from vit_cls.environment import environment
     from vit_cls.reports.doctor import pictures_wanted, write_doctor_report, write_problems_table
 
-    pictures = thumbnails(diagnosis.root, pictures_wanted(diagnosis))
+    root = Path(diagnosis.root)
+    pictures = thumbnails(lambda path: read_file(root / path), pictures_wanted(diagnosis))
     versions = environment()["versions"]
     with writing(output):
         write_problems_table(output / "problems.csv", diagnosis)

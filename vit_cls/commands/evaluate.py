@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,28 @@ from jsonargparse import Namespace
 from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import (
+    DATA_HELP,
     MODEL_HELP,
+    add_data_arguments,
     add_runtime_arguments,
     inference_config,
     make_parser,
     parse,
 )
-from vit_cls.data.thumbnails import thumbnails
+from vit_cls.data.manifest import ALL
+from vit_cls.data.thumbnails import reader_by_path, thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.calibration import TemperatureFit, fit_temperature
 from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
 from vit_cls.evaluation.output import to_dict, to_text, uncertain_images, worst_images, write_tables
-from vit_cls.evaluation.predictions import Predictions, check_tta, index_for_model, predict_index
+from vit_cls.evaluation.predictions import (
+    Predictions,
+    ScoredImages,
+    check_tta,
+    images_for_model,
+    predict_index,
+)
 from vit_cls.evaluation.temperature_file import calibratable_file, store_temperature
 from vit_cls.files import output_folder, writing
 from vit_cls.inference import InferenceConfig
@@ -48,7 +56,7 @@ def run(words: list[str]) -> Outcome:
     """
     parser = make_parser("evaluate", "Score a model on a folder with one sub-folder a class.")
     parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
-    parser.add_argument("--data", type=str, required=True, help="the image folder")
+    add_data_arguments(parser)
     flag: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
     parser.add_argument("--exact", **flag, help="Pillow's resize, timm's pixels")
     parser.add_argument("--restrict", **flag, help="predict only classes that the folder has")
@@ -57,7 +65,8 @@ def run(words: list[str]) -> Outcome:
         "--calibrate",
         type=str | None,
         default=None,
-        help="validation folder to fit a temperature on; it is stored in the model file",
+        help="validation images to fit a temperature on, which is stored in the model file: the val part of "
+        f"{DATA_HELP}",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals")
     add_runtime_arguments(parser)
@@ -68,35 +77,40 @@ def run(words: list[str]) -> Outcome:
     file = None if args.calibrate is None else calibratable_file(args.model)
     config = inference_config(args, show_progress=sys.stderr.isatty())
     classifier = load(args.model)
-    index = index_for_model(args.data, classifier)
-    fit = None if file is None else _calibrate(classifier, file, args, config)
-    predictions = predict_index(classifier, index, config, restrict=args.restrict, tta=args.tta)
+    images = images_for_model(args.data, classifier, split=args.split)
+    fit = None if file is None else _calibrate(classifier, file, images, args, config)
+    predictions = predict_index(classifier, images.source, config, restrict=args.restrict, tta=args.tta)
     result = evaluate_predictions(predictions, seed=args.seed)
     if output is not None:
-        _write(output, predictions, result, classifier, args)
+        _write(output, predictions, result, classifier, images, args)
     for position, reason in list(predictions.errors.items())[:5]:
-        print(f"could not be read: {index.path(position)}: {reason}", file=sys.stderr)
+        print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)
     told = {
+        "split": images.split,
+        "origin": images.origin,
         "weights_licence": classifier.weights_licence,
         "calibration": None if fit is None else {"data": args.calibrate, **dataclasses.asdict(fit)},
         "output": None if output is None else str(output),
     }
-    text = ("" if fit is None else _fit_text(fit, file, args.calibrate)) + to_text(result)
+    text = (
+        "" if fit is None else _fit_text(fit, file, args.calibrate)
+    ) + f"{images.words}\n{to_text(result)}"
     return Outcome(to_dict(result) | told, text if output is None else f"{text}\nfiles in {output}")
 
 
 def _calibrate(
-    classifier: ImageClassifier, file: Path, args: Namespace, config: InferenceConfig
+    classifier: ImageClassifier, file: Path, scored: ScoredImages, args: Namespace, config: InferenceConfig
 ) -> TemperatureFit:
     """Fit on one view of every validation image, all classes allowed, and store what was found."""
-    index = index_for_model(args.calibrate, classifier, name="--calibrate")
-    if os.path.samefile(args.calibrate, args.data):
+    images = images_for_model(args.calibrate, classifier, order=("val", ALL), name="--calibrate")
+    fitted, index = images.source.index, scored.source.index
+    if fitted.root.resolve() == index.root.resolve() and fitted.fingerprint() == index.fingerprint():
         raise ConfigError(
-            f"--calibrate {args.calibrate} is the folder of --data, on which a temperature fitted to it "
+            f"--calibrate {args.calibrate} are the images of --data, on which a temperature fitted to them "
             "would look better than it is. Give other images: those that validated the training."
         )
     classifier.temperature = 1.0
-    fit = fit_temperature(predict_index(classifier, index, config))
+    fit = fit_temperature(predict_index(classifier, images.source, config))
     store_temperature(file, fit, args.calibrate)
     classifier.temperature = fit.temperature
     return fit
@@ -112,7 +126,12 @@ def _fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
 
 
 def _write(
-    output: Path, predictions: Predictions, result: Evaluation, classifier: ImageClassifier, args: Namespace
+    output: Path,
+    predictions: Predictions,
+    result: Evaluation,
+    classifier: ImageClassifier,
+    images: ScoredImages,
+    args: Namespace,
 ) -> None:
     index = predictions.index
     worst = worst_images(predictions, MOST_PICTURES)
@@ -124,10 +143,10 @@ def _write(
             output / "report.html",
             result,
             model=args.model,
-            data=args.data,
+            data=images.origin,
             failures=[(index.paths[position], reason) for position, reason in predictions.errors.items()],
             versions=environment()["versions"],
-            cases=ImageCases(worst, uncertain, thumbnails(index.root, paths)),
+            cases=ImageCases(worst, uncertain, thumbnails(reader_by_path(images.source), paths)),
             licence=classifier.weights_licence,
             source=classifier.weights_source,
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
+DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
 _LISTS = "counts depths fractions heads layers modes neighbours temperatures tokens variants ways"
 LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
 """Options that hold several values, which people write with commas."""
@@ -37,6 +38,22 @@ def make_parser(verb: str, description: str) -> ArgumentParser:
         epilog=EPILOG,
         exit_on_error=False,
         allow_abbrev=False,
+    )
+
+
+def add_data_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
+    """The images of a verb, and the part of them that it scores.
+
+    Args:
+        parser: Gets the options.
+        required: Whether the verb cannot do without.
+    """
+    parser.add_argument("--data", type=str if required else str | None, required=required, help=DATA_HELP)
+    parser.add_argument(
+        "--split",
+        type=str | None,
+        default=None,
+        help="the part to score: train, val or test (default: test if there is one, else val, else all)",
     )
 
 

@@ -13,6 +13,7 @@ from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
+    add_data_arguments,
     add_runtime_arguments,
     comma_lists,
     inference_config,
@@ -52,7 +53,7 @@ def run(words: list[str]) -> Outcome:
     probe = PROBES[name]
     parser = make_parser(f"probe {name}", probe.question)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--data", required=True, help="an image folder, or the word digits")
+    add_data_arguments(parser)
     parser.add_argument(
         "--val_fraction", type=float | None, default=None, help="share to choose by, if split here; 0.2"
     )
@@ -76,7 +77,7 @@ def run(words: list[str]) -> Outcome:
     output, cache = output_folder(args.output), cache_folder(args.cache)
     classifier = load(args.model)
     fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
-    parts = partition_data(args.data, seed=args.seed, **fractions)
+    parts = partition_data(args.data, seed=args.seed, split=args.split, **fractions)
     parts.refuse_unused(fractions)
     options = args.as_dict()
     result = probe.run(classifier, parts, config, cache, {key: options[key] for key in own})
@@ -85,12 +86,13 @@ def run(words: list[str]) -> Outcome:
     notes = [*result.notes, *seen_note(find_record(args.model), parts, args.data)]
     seconds = time.perf_counter() - started
     result = replace(result, settings=settings, notes=notes, seconds=seconds)
-    text = lab_text(result)
+    text = f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}"
     if output is not None:
         with writing(output):
             write_lab_report(output, result, versions=environment()["versions"])
         text += f"\nfiles in {output}"
-    return Outcome(result.to_dict() | {"output": None if output is None else str(output)}, text)
+    told = {"split": parts.split, "output": None if output is None else str(output)}
+    return Outcome(result.to_dict() | told, text)
 
 
 def cache_folder(cache: str | None) -> Path | None:

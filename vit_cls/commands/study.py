@@ -14,8 +14,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import comma_lists, make_parser, parse
-from vit_cls.data.partition import PARTS
+from vit_cls.commands.parsing import DATA_HELP, comma_lists, make_parser, parse
+from vit_cls.data.splits import PARTS
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError, VitClsError, did_you_mean
 from vit_cls.files import write_text, writing
@@ -50,7 +50,7 @@ def run(words: list[str]) -> Outcome:
     name, rest = _name(words)
     kind = STUDIES[name]
     parser = make_parser(f"study {name}", kind.question)
-    parser.add_argument("--data", required=True, help="an image folder, or the word digits")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--output", type=str | None, default=None, help="the study's folder; studies/NAME")
     parser.add_class_arguments(Setup, None, skip={"data", "folder", "recipe"})
     parser.add_class_arguments(Recipe, "recipe")
@@ -73,7 +73,11 @@ def run(words: list[str]) -> Outcome:
         return Outcome({"kind": f"study {name}", "left": left, "trainings": len(trials)}, text)
     result = replace(study.analyse(Answers(folder)), seconds=time.perf_counter() - started)
     write_lab_report(folder, result, versions=environment()["versions"])
-    return Outcome(result.to_dict() | {"output": str(folder)}, f"{lab_text(result)}\nfiles in {folder}")
+    told = {"split": parts.split, "output": str(folder)}
+    return Outcome(
+        result.to_dict() | told,
+        f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}\nfiles in {folder}",
+    )
 
 
 def _name(words: list[str]) -> tuple[str, list[str]]:

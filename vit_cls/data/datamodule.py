@@ -13,20 +13,19 @@ from torch.utils.data import DataLoader
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
 from vit_cls.data.diagnosis import Problem
-from vit_cls.data.digits import load_digits
 from vit_cls.data.doctor import quick_check
+from vit_cls.data.folders import DIGITS, find_parts
 from vit_cls.data.index import balanced_weights
 from vit_cls.data.loader import default_num_workers, make_loader
-from vit_cls.data.manifest import is_manifest, split_manifest
 from vit_cls.data.mixing import UNMIXED, MixOptions
+from vit_cls.data.partition import Split, split_for_training
 from vit_cls.data.sampler import EpochSampler
-from vit_cls.data.splits import Split, split_root, stratified_split
 from vit_cls.data.transforms import AUGMENTS, Preprocessing, model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError, did_you_mean
 
 log = logging.getLogger("vit_cls")
 
-NAMES = ("folder", "digits")
+NAMES = ("folder", DIGITS)
 BALANCED = "balanced"
 ALLOWED = ("leakage",)
 """Problems that stop a run unless they are allowed by name."""
@@ -36,8 +35,8 @@ class ImageDataModule(LightningDataModule):
     """Training and validation images, as uint8 batches.
 
     Args:
-        root: The image folder: ``train/`` and ``val/`` (or validation/, valid/, test/) with one folder a
-            class, or one folder of class folders, which is split; or a manifest, a CSV or Parquet file.
+        root: The image folder: ``train/`` and ``val/`` (or other usual spellings) with one folder a class, or
+            one folder of class folders, which is split; or a manifest, a CSV or Parquet file.
         name: ``folder``, or the embedded ``digits`` (their held-out third is left for ``evaluate``).
         val_fraction: Share of each class to validate on, where there is no validation folder.
         group_by: Pattern with one group, such as ``(patient_\\d+)``: files for whose path it finds the same
@@ -131,7 +130,7 @@ class ImageDataModule(LightningDataModule):
         self.train_source: ImageSource
         self.val_source: ImageSource
         self.origin = ""
-        self.given: tuple[ImageSource, ImageSource, str] | None = None
+        self.given: Split | None = None
 
     @classmethod
     def of_sources(
@@ -146,7 +145,7 @@ class ImageDataModule(LightningDataModule):
             settings: Further arguments of the constructor; those that find or split images have no effect.
         """
         data = cls(root=str(train.index.root), **settings)
-        data.given = (train, val, origin)
+        data.given = Split(train, val, origin)
         return data
 
     def configure(self, *, seed: int, preprocess: Preprocessing) -> None:
@@ -179,34 +178,17 @@ class ImageDataModule(LightningDataModule):
             DataError: If the images cannot be used.
         """
         self.seed = seed
-        if self.given is not None:
-            self.train_source, self.val_source, self.origin = self.given
-        elif self.name == "digits":
-            everything = load_digits("train")
-            train, val = stratified_split(everything.index, val_fraction=self.val_fraction, seed=seed)
-            rows = {path: i for i, path in enumerate(everything.index.paths)}
-            self.train_source, self.val_source = (
-                ArraySource(part, everything.images[[rows[path] for path in part.paths]])
-                for part in (train, val)
+        split = self.given
+        if split is None:
+            root, embedded = (DIGITS, True) if self.root is None else (self.root, False)
+            split = split_for_training(
+                find_parts(root, name="data.root", embedded=embedded),
+                val_fraction=self.val_fraction,
+                seed=seed,
+                group_by=self.group_by,
             )
-            self.origin = f"embedded digits, {self.val_fraction:g} of the training two thirds for validation"
-        else:
-            assert self.root is not None
-            split = self._split(seed)
             self._check(split)
-            self.train_source, self.val_source = FolderSource(split.train), FolderSource(split.val)
-            self.origin = split.origin
-
-    def _split(self, seed: int) -> Split:
-        assert self.root is not None
-        settings: dict[str, Any] = {
-            "val_fraction": self.val_fraction,
-            "seed": seed,
-            "group_by": self.group_by,
-        }
-        if is_manifest(self.root):
-            return split_manifest(self.root, **settings, name="data.root")
-        return split_root(self.root, **settings)
+        self.train_source, self.val_source, self.origin = split.train, split.val, split.origin
 
     def _check(self, split: Split) -> None:
         """Refuse images that are in training and in validation, unless that was allowed by name.
@@ -215,7 +197,9 @@ class ImageDataModule(LightningDataModule):
             DataError: If there are any. Where the split was made here, they are only warned of: which copies
                 there are is then the folder's matter, not its division's.
         """
-        self.problems = quick_check(split.train, split.val)
+        if isinstance(split.train, ArraySource):
+            return
+        self.problems = quick_check(split.train.index, split.val.index)
         for problem in self.problems:
             text = f"{problem.title}: {problem.count}. {problem.advice}"
             shown = [f"{offender.path} ({offender.detail})" for offender in problem.offenders[:3]]

@@ -2,59 +2,159 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import itertools
 import math
 import os
 import posixpath
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vit_cls.data.grouping import name_groups, refuse_shared_groups
-from vit_cls.data.index import ImageIndex
-from vit_cls.data.path_table import PathTable
-from vit_cls.data.splits import (
-    OPTIMISTIC,
-    TRAIN_FOLDERS,
-    VAL_FOLDERS,
-    Split,
-    held_out_share,
-    stratified_split,
-)
-from vit_cls.data.table import ENDINGS, Table, listed, read_table
+from vit_cls.data.index import ImageIndex, PathTable
+from vit_cls.data.splits import PART_OF, PARTS, refuse_shared_groups
 from vit_cls.errors import DataError
 
 COLUMNS = ("path", "label")
 MORE_COLUMNS = ("split", "group", "weight")
-PARTS = {
-    **dict.fromkeys(TRAIN_FOLDERS, "train"),
-    **dict.fromkeys(VAL_FOLDERS, "val"),
-    "test": "test",
-}
-"""What the split column may say: the names of split folders."""
+ALL = "all"
+"""The part of every row where there is no split column, and of every image where folders are classes."""
+DELIMITERS = (",", ";", "\t")
+PARQUET = (".parquet", ".pq")
+ENDINGS = (".csv", ".tsv", ".tab", ".txt", *PARQUET)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with some rows.
+
+    Args:
+        text: The fault, as the end of "3 of 10 rows have ...".
+        positions: The rows that have it, counted from 0; there may be none.
+        column: The column whose cells are shown.
+        hint: What to do about it.
+    """
+
+    text: str
+    positions: list[int]
+    column: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some columns of a file.
+
+    Args:
+        where: What the user called the file, and its path.
+        columns: The text of each cell, by the name of its column.
+        rows: Number of each row as a spreadsheet shows it: the header of a text file is row 1.
+    """
+
+    where: str
+    columns: dict[str, list[str]]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def refuse(self, fault: Fault) -> None:
+        """Raise DataError, with the first rows, if there are rows with the fault."""
+        if fault.positions:
+            examples = [
+                f"row {self.rows[i]}" + (f" ({self.columns[fault.column][i]!r})" if fault.column else "")
+                for i in fault.positions[:5]
+            ]
+            raise DataError(
+                f"{self.where}: {len(fault.positions)} of {len(self)} rows have {fault.text}: "
+                f"{', '.join(examples)}{' and more' if len(fault.positions) > 5 else ''}."
+                f"{fault.hint and ' ' + fault.hint}"
+            )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The images of a table, by what they are for.
+    """The rows of a table, by what they are for.
 
     Args:
-        train: Rows to train on; all rows where there is no split column.
-        val: Rows to validate on, labelled by the training classes, if there are any.
-        test: Rows for a test, labelled by the training classes, if there are any.
+        table: The columns as text.
+        folder: Where relative paths start.
+        paths: Of each row, spelled in one way: below ``folder`` relative to it, elsewhere absolute or
+            beginning with ``../``; empty where the row has none.
+        part_of: Part of each row: of `PARTS`, ``all`` where there is no split column, empty where unknown.
+        weights: How often each image is drawn in training, relative to the others, where that is given.
     """
 
-    train: ImageIndex
-    val: ImageIndex | None
-    test: ImageIndex | None
+    table: Table
+    folder: Path
+    paths: list[str]
+    part_of: list[str]
+    weights: np.ndarray | None
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that have rows, in the order of `PARTS`; ``["all"]`` where there is no split column."""
+        there = set(self.part_of)
+        return [part for part in (*PARTS, ALL) if part in there]
+
+    def index(
+        self, part: str, class_names: Sequence[str] | None = None, *, training: bool = False
+    ) -> ImageIndex:
+        """The images of one part, sorted by class and path: the order of the rows has no effect.
+
+        Args:
+            part: One of `parts`.
+            class_names: The classes that the labels point into; None takes the labels of the part, sorted.
+            training: Whether something is fitted on them: it takes two classes, and weights that draw any.
+
+        Raises:
+            DataError: If a row points nowhere, a label is not in ``class_names``, or it cannot be trained on.
+        """
+        rows = [i for i, name in enumerate(self.part_of) if name == part]
+        self.table.refuse(self.absent_files(rows))
+        names = self.table.columns["label"]
+        if class_names is None:
+            class_names = sorted({names[i] for i in rows})
+        if training and len(class_names) < 2:
+            raise DataError(
+                f"{self.table.where} has only one label to train on ({class_names[0]}); "
+                "a classifier needs at least two."
+            )
+        if training and self.weights is not None and not self.weights[rows].any():
+            raise DataError(
+                f"{self.table.where}: all rows to train on have weight 0, so nothing would be drawn."
+            )
+        number = {name: i for i, name in enumerate(class_names)}
+        unknown = [i for i in rows if names[i] not in number]
+        self.table.refuse(Fault("a label that no training row has", unknown, column="label"))
+        rows.sort(key=lambda i: (number[names[i]], self.paths[i]))
+        groups = self.table.columns.get("group")
+        return ImageIndex(
+            self.folder,
+            PathTable(self.paths[i] for i in rows),
+            np.array([number[names[i]] for i in rows], dtype=np.int64),
+            list(class_names),
+            None if groups is None else PathTable(groups[i] for i in rows),
+            None if self.weights is None else self.weights[rows],
+        )
+
+    def absent_files(self, rows: Iterable[int]) -> Fault:
+        """Those of some rows whose path leads to no file."""
+        start = os.path.join(self.folder, "")
+        absent = [i for i in rows if not os.path.isfile(os.path.join(start, self.paths[i]))]
+        hint = f"Relative paths start from {self.folder}."
+        if absent and "\\" in self.paths[absent[0]] and os.sep == "/":
+            hint += " Folders are separated by / here."
+        return Fault("a path where there is no file", absent, column="path", hint=hint)
 
 
 def is_manifest(path: str | Path) -> bool:
     """Whether a path has the ending of a table and is no folder.
-
-    Args:
-        path: What the user gave as data.
 
     Example:
         >>> is_manifest("images.csv"), is_manifest("images")
@@ -63,137 +163,102 @@ def is_manifest(path: str | Path) -> bool:
     return Path(path).suffix.lower() in ENDINGS and not os.path.isdir(path)
 
 
-def split_manifest(
-    path: str | Path,
-    *,
-    val_fraction: float,
-    seed: int,
-    group_by: str | None = None,
-    root: str | Path | None = None,
-    name: str = "data.manifest",
-    check_files: bool = True,
-) -> Split:
-    """Training and validation images of a table: as its split column says, or split here.
-
-    Args:
-        path: The table, see `read_manifest`.
-        val_fraction: See `vit_cls.data.splits.stratified_split`; has no effect where the table has rows to
-            validate on.
-        seed: Which split is made.
-        group_by: Pattern that names the group of a path, where the table has no group column.
-        root: The folder that relative paths start from; None means the table's.
-        name: What the user called the table, for error messages.
-        check_files: Whether every file is looked for.
-
-    Raises:
-        DataError: If the table cannot be used, or no split can be made.
-        ConfigError: If ``val_fraction`` or ``group_by`` cannot be used.
-    """
-    manifest = read_manifest(path, root=root, name=name, check_files=check_files)
-    train = manifest.train
-    val = manifest.test if manifest.val is None else manifest.val
-    if val is None:
-        train, val = stratified_split(train, val_fraction=val_fraction, seed=seed, group_by=group_by)
-        share = held_out_share(train, val, val_fraction, group_by)
-        origin = f"{share} of {path} held out for validation, seed {seed}"
-        return Split(train, val, origin, made_here=True)
-    origin = f"{len(train)} rows to train on and {len(val)} to validate on of {path}"
-    if manifest.val is None:
-        origin += (
-            f" (no rows to validate on: {OPTIMISTIC.replace('the test folder selects', 'test rows select')})"
-        )
-    if group_by is not None:
-        groups, val_groups = name_groups(train, group_by), name_groups(val, group_by)
-        assert groups is not None
-        assert val_groups is not None
-        where = f"data.group_by {group_by!r}"
-        refuse_shared_groups(groups, val_groups, where=where, parts=("train", "validation"))
-        origin += f", no group of {group_by!r} in both"
-    return Split(train, val, origin)
-
-
-def read_manifest(
-    path: str | Path,
-    *,
-    root: str | Path | None = None,
-    name: str = "data.manifest",
-    check_files: bool = True,
-) -> Manifest:
+def read_manifest(path: str | Path, *, name: str = "--data") -> Manifest:
     """Read a table with the columns ``path`` and ``label``, and maybe ``split``, ``group`` and ``weight``.
 
-    Column names may be in any case and order; other columns are passed over. ``split`` has the names of split
+    Column names may be in any case and order; other columns are passed over. ``split`` has the names of part
     folders (train, val, validation, test, ...), ``group`` says which images belong together, and ``weight``
-    how often an image is drawn in training, relative to the others. Images are sorted by class and path: the
-    order of the rows has no effect.
+    how often an image is drawn in training, relative to the others. Files are looked for when a part is
+    indexed, see `Manifest.index`.
 
     Args:
-        path: Parquet (``.parquet``, needs pyarrow), or text with commas, semicolons or tabs, in UTF-8.
-        root: The folder that relative paths start from, and that all images are in; None means the table's.
+        path: Parquet (``.parquet``, needs pyarrow), or text with commas, semicolons or tabs, in UTF-8. Paths
+            in it are relative to its folder, or absolute; they are only ever opened.
         name: What the user called it, for error messages.
-        check_files: Whether every file is looked for; that takes some seconds a million.
-
-    Returns:
-        An index for each part, with groups and weights where the table has them.
 
     Raises:
         DataError: Says what is wrong, in how many rows, and in which.
     """
+    manifest, faults = inspect_manifest(path, name=name)
+    for fault in faults:
+        manifest.table.refuse(fault)
+    _refuse_twice(manifest)
+    groups, where = manifest.table.columns.get("group"), manifest.table.where
+    if groups is not None:
+        members = {
+            part: [
+                group for group, its_part in zip(groups, manifest.part_of, strict=True) if its_part == part
+            ]
+            for part in PARTS
+        }
+        for part in ("val", "test"):
+            refuse_shared_groups(members["train"], members[part], where=where, parts=("train", part))
+    return manifest
+
+
+def inspect_manifest(path: str | Path, *, name: str = "--data") -> tuple[Manifest, list[Fault]]:
+    """Read a table whatever its rows hold.
+
+    Args:
+        path: See `read_manifest`.
+        name: What the user called it, for error messages.
+
+    Returns:
+        The rows, and what is wrong with cells of them: without a place for a cell, ``weights`` are NaN.
+
+    Raises:
+        DataError: If the table itself cannot be read.
+    """
     path = Path(path)
-    folder = path.parent if root is None else Path(root)
     table = read_table(path, name=name, required=COLUMNS, optional=MORE_COLUMNS)
+    faults = []
     for column, cells in table.columns.items():
         if column != "path":
             cells[:] = [cell.strip() for cell in cells]
-        table.refuse(f"an empty {column}", [i for i, cell in enumerate(cells) if not cell])
-    paths = _relative_paths(table, folder)
-    weights = _weights(table)
-    parts = _parts(table)
-    if check_files:
-        _refuse_absent(table, paths, folder)
-    return _manifest(table, paths, weights, parts, folder)
+        faults.append(Fault(f"an empty {column}", [i for i, cell in enumerate(cells) if not cell]))
+    weights = None
+    if "weight" in table.columns:
+        weights = np.array([_number(cell) for cell in table.columns["weight"]])
+        wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0))).tolist()
+        faults.append(Fault("a weight that is not a number from 0 on", wrong, column="weight"))
+    part_of = [ALL] * len(table)
+    if "split" in table.columns:
+        part_of = [PART_OF.get(cell.lower(), "") for cell in table.columns["split"]]
+        unknown = [i for i, part in enumerate(part_of) if not part]
+        hint = f"Known: {', '.join(PART_OF)}."
+        faults.append(Fault("a split that is not known", unknown, column="split", hint=hint))
+    paths = list(_one_spelling(table.columns["path"], path.parent))
+    return Manifest(table, path.parent, paths, part_of, weights), faults
 
 
-def _relative_paths(table: Table, folder: Path) -> list[str]:
-    """The paths below ``folder``, each spelled in one way."""
+def _one_spelling(paths: Iterable[str], folder: Path) -> Iterator[str]:
+    """Relative to the folder where a path leads below it, and otherwise as short as it can be."""
     above = [f"{absolute(folder).rstrip(os.sep)}{os.sep}" for absolute in (os.path.abspath, os.path.realpath)]
-    paths: list[str] = []
-    outside: list[int] = []
-    for i, path in enumerate(table.columns["path"]):
+    for path in paths:
         if os.path.isabs(path):
-            path = next((path[len(start) :] for start in above if path.startswith(start)), "..")
+            path = os.path.normpath(path)
+            path = next((path[len(start) :] for start in above if path.startswith(start)), path)
         if os.sep != "/":
             path = path.replace(os.sep, "/")
-        if path[0] == "." or "//" in path or "/." in path:
+        if path and (path[0] == "." or "//" in path or "/." in path):
             path = posixpath.normpath(path)
-            if path == ".." or path.startswith("../"):
-                outside.append(i)
-        paths.append(path)
-    table.refuse(
-        f"a path outside {folder}", outside, column="path", hint="All images must be below one folder."
-    )
-    if len(set(paths)) < len(paths):
-        _refuse_twice(table, paths)
-    return paths
+        if path.startswith("../"):  # it may lead back
+            absolute_path = posixpath.normpath(posixpath.join(os.path.abspath(folder), path))
+            path = next((absolute_path[len(s) :] for s in above if absolute_path.startswith(s)), path)
+        yield path
 
 
-def _refuse_twice(table: Table, paths: list[str]) -> None:
+def _refuse_twice(manifest: Manifest) -> None:
+    paths, table = manifest.paths, manifest.table
+    if len(set(paths)) == len(paths):
+        return
     first: dict[str, int] = {}
     again = [i for i, path in enumerate(paths) if first.setdefault(path, i) != i]
     examples = [f"{paths[i]} (rows {table.rows[first[paths[i]]]} and {table.rows[i]})" for i in again[:5]]
     raise DataError(
         f"{table.where}: {len(again)} of {len(table)} rows have a path that is there already: "
-        f"{listed(examples)}{' and more' if len(again) > 5 else ''}. Each image may have one row."
+        f"{', '.join(examples)}{' and more' if len(again) > 5 else ''}. Each image may have one row."
     )
-
-
-def _weights(table: Table) -> np.ndarray | None:
-    cells = table.columns.get("weight")
-    if cells is None:
-        return None
-    weights = np.array([_number(cell) for cell in cells])
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0))).tolist()
-    table.refuse("a weight that is not a number from 0 on", wrong, column="weight")
-    return weights
 
 
 def _number(text: str) -> float:
@@ -203,62 +268,125 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _parts(table: Table) -> np.ndarray:
-    """What each row is for."""
-    cells = table.columns.get("split")
-    if cells is None:
-        return np.full(len(table), "train")
-    parts = [PARTS.get(cell.lower(), "") for cell in cells]
-    unknown = [i for i, part in enumerate(parts) if not part]
-    known = f"Known: {listed(list(PARTS))}."
-    table.refuse("a split that is not known", unknown, column="split", hint=known)
-    return np.array(parts)
+def read_table(path: Path, *, name: str, required: Sequence[str], optional: Sequence[str]) -> Table:
+    """Read some columns of a table.
+
+    Args:
+        path: Parquet by its ending, otherwise text with commas, semicolons or tabs, in UTF-8.
+        name: What the user called it, for error messages.
+        required: Columns that must be there, in any case and order.
+        optional: Columns that are read if they are there; all others are passed over.
+
+    Raises:
+        DataError: If the file cannot be read, has no rows, lacks a column, or has uneven rows.
+    """
+    where = f"{name} {path}"
+    if not path.is_file():
+        raise DataError(f"{where} {'is not a file' if path.exists() else 'does not exist'}.")
+    read = _read_parquet if path.suffix.lower() in PARQUET else _read_text
+    try:
+        table = read(path, where, required, optional)
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror or _in_one_line(error)}") from error
+    if not len(table):
+        raise DataError(f"{where} has no rows.")
+    return table
 
 
-def _refuse_absent(table: Table, paths: list[str], folder: Path) -> None:
-    start = os.path.join(folder, "")
-    absent = [i for i, path in enumerate(paths) if not os.path.isfile(start + path)]
-    hint = f"Relative paths start from {folder}."
-    if absent and "\\" in paths[absent[0]] and os.sep == "/":
-        hint += " Folders are separated by / here."
-    table.refuse("a path where there is no file", absent, column="path", hint=hint)
-
-
-def _manifest(
-    table: Table, paths: Sequence[str], weights: np.ndarray | None, parts: np.ndarray, folder: Path
-) -> Manifest:
-    names = table.columns["label"]
-    train = parts == "train"
-    if not train.any():
-        raise DataError(f"{table.where} has no row to train on: none has train in its split column.")
-    class_names = sorted({names[i] for i in np.flatnonzero(train).tolist()})
-    if len(class_names) < 2:
+def _read_text(path: Path, where: str, required: Sequence[str], optional: Sequence[str]) -> Table:
+    rows: list[int] = []
+    ragged: list[tuple[int, int]] = []
+    row = 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            lines = csv.reader(
+                itertools.chain([first], file), delimiter=_delimiter(first, required), strict=True
+            )
+            header = next(lines, [])
+            positions = _positions(header, where, required, optional)
+            columns: dict[str, list[str]] = {column: [] for column in positions}
+            cells = [(position, columns[column].append) for column, position in positions.items()]
+            for row, line in enumerate(lines, start=2):
+                if len(line) == len(header):
+                    rows.append(row)
+                    for position, append in cells:
+                        append(line[position])
+                elif line:  # not an empty line
+                    ragged.append((row, len(line)))
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is not UTF-8, from about row {row} on. Save it as CSV UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(f"{where} cannot be read after row {row}: {error}.") from None
+    if ragged:
+        examples = ", ".join(f"row {row} has {cells}" for row, cells in ragged[:5])
         raise DataError(
-            f"{table.where} has only one label to train on ({class_names[0]}); "
-            "a classifier needs at least two."
+            f"{where} has {len(header)} columns, but {len(ragged)} row(s) have not: {examples}. "
+            "A cell with a delimiter in it must be in quotes."
         )
-    number = {name: i for i, name in enumerate(class_names)}
-    unknown = [i for i, name in enumerate(names) if name not in number]
-    table.refuse("a label that no training row has", unknown, column="label")
-    if weights is not None and not weights[train].any():
-        raise DataError(f"{table.where}: all rows to train on have weight 0, so nothing would be drawn.")
-    labels = np.array([number[name] for name in names], dtype=np.int64)
-    order = np.array(sorted(range(len(paths)), key=lambda i: (labels[i], paths[i])))
-    groups = table.columns.get("group")
-    everything = ImageIndex(
-        folder,
-        PathTable(paths[i] for i in order.tolist()),
-        labels[order],
-        class_names,
-        None if groups is None else PathTable(groups[i] for i in order.tolist()),
-        None if weights is None else weights[order],
-    )
-    parts = parts[order]
-    train_index, *others = (
-        everything.subset(np.flatnonzero(parts == part)) for part in ("train", "val", "test")
-    )
-    for part, other in zip(("val", "test"), others, strict=True):
-        if train_index.groups is not None and other.groups is not None:
-            refuse_shared_groups(train_index.groups, other.groups, where=table.where, parts=("train", part))
-    val, test = (other if len(other) else None for other in others)
-    return Manifest(train_index, val, test)
+    return Table(where, columns, rows)
+
+
+def _delimiter(header: str, required: Collection[str]) -> str:
+    """The delimiter with which the header has the required columns, or the most frequent one."""
+    for delimiter in DELIMITERS:
+        if set(required) <= {cell.strip(' "\r\n').lower() for cell in header.split(delimiter)}:
+            return delimiter
+    return max(DELIMITERS, key=header.count)
+
+
+def _read_parquet(path: Path, where: str, required: Sequence[str], optional: Sequence[str]) -> Table:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(
+            f"{where} cannot be read without pyarrow. Install it (pip install pyarrow), "
+            "or save the table as CSV."
+        ) from None
+    try:
+        header = list(parquet.read_schema(path).names)
+    except ValueError as error:  # ArrowInvalid
+        raise DataError(f"{where} is not a Parquet file: {_in_one_line(error)}") from None
+    positions = _positions(header, where, required, optional)
+    try:
+        content = parquet.read_table(path, columns=[header[position] for position in positions.values()])
+        columns = {
+            column: [_text(value) for value in content.column(header[position]).to_pylist()]
+            for column, position in positions.items()
+        }
+    except ValueError as error:  # damaged, or text that is not UTF-8
+        raise DataError(f"{where} cannot be read: {_in_one_line(error)}") from None
+    return Table(where, columns, range(1, len(columns[required[0]]) + 1))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _text(value: Any) -> str:
+    """A cell as a text file would have it."""
+    if value is None or value != value:  # NaN is how pandas writes an empty cell
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _positions(
+    header: Iterable[Any], where: str, required: Sequence[str], optional: Sequence[str]
+) -> dict[str, int]:
+    """Where the known columns are."""
+    names = [str(cell).strip().lower() for cell in header]
+    known = (*required, *optional)
+    its = f"Its columns: {', '.join(names) or 'none'}."
+    may = f"{' and '.join(required)}, and may have {', '.join(optional)}"
+    missing = [column for column in required if column not in names]
+    if missing:
+        raise DataError(f"{where} has no column {' and no column '.join(missing)}. {its} It must have {may}.")
+    twice = [column for column, count in Counter(names).items() if count > 1 and column in known]
+    if twice:
+        raise DataError(f"{where} has the column {', '.join(twice)} more than once. {its}")
+    for column in optional:
+        if column not in names and f"{column}s" in names:
+            raise DataError(
+                f"{where} has a column {column}s, which has no effect. Call it {column}, or leave it out."
+            )
+    return {column: names.index(column) for column in known if column in names}

@@ -1,26 +1,94 @@
-"""Three parts of one data set: to fit on, to choose by, and to report on once."""
+"""The images of a finder divided for a use: two parts for a training run, three for a probe or a study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
-from vit_cls.data.digits import load_digits
-from vit_cls.data.index import ImageIndex, class_folders, index_folder
-from vit_cls.data.splits import TRAIN_FOLDERS, held_out_share, match_classes, stratified_split
+from vit_cls.data.folders import FoundParts, find_parts
+from vit_cls.data.manifest import ALL
+from vit_cls.data.splits import (
+    PARTS,
+    SPELLINGS,
+    held_out_images,
+    held_out_share,
+    name_groups,
+    refuse_shared_groups,
+)
 from vit_cls.errors import ConfigError, DataError
 
-DIGITS = "digits"
-VAL_NAMES = ("val", "validation", "valid")
-TEST_NAMES = ("test", "testing")
-PARTS = ("train", "val", "test")
 TEST_SEED = 0
 """The test images are the same whatever the seed, so that results of several seeds can be paired."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is trained on and what is validated on, and how that came about.
+
+    Args:
+        train: Training images.
+        val: Validation images, labelled by the training classes.
+        origin: One sentence for the log and the run record.
+        made_here: Whether the images were divided here, not by the user.
+    """
+
+    train: ImageSource
+    val: ImageSource
+    origin: str
+    made_here: bool = False
+
+
+def split_for_training(
+    found: FoundParts, *, val_fraction: float, seed: int, group_by: str | None = None
+) -> Split:
+    """The images that ``fit`` trains on and validates on; the test part is not touched.
+
+    Args:
+        found: From `find_parts`.
+        val_fraction: Share of each class to validate on, in (0, 1), where there is no validation part.
+        seed: Which split is made, where one is made.
+        group_by: See `held_out_images`. Where there is a validation part, no group may be in both.
+
+    Raises:
+        DataError: If the images are not usable, validation has a class that training lacks, or images would
+            be trained on and validated on.
+        ConfigError: If ``val_fraction`` is out of range, or ``group_by`` is no usable pattern.
+    """
+    part = found.training_part()
+    train = found.read(part, training=True)
+    if "val" in found.places:
+        val = found.read("val", train.index.class_names)
+        _refuse_shared_folders(found, (train, val))
+        if found.manifest is None:
+            origin = f"{found.where(part)} and {found.where('val')}"
+        else:
+            origin = (
+                f"{len(train.index)} rows to train on and {len(val.index)} to validate on of {found.data}"
+            )
+        if group_by is not None:
+            _refuse_shared_pattern(train, val, group_by)
+            origin += f", no group of {group_by!r} in both"
+        return Split(train, val, origin)
+    train, val = _hold_out(train, val_fraction, seed, group_by)
+    share = held_out_share(train.index, val.index, val_fraction, group_by)
+    if found.kind == "digits":
+        origin = f"embedded digits, {val_fraction:g} of the training two thirds for validation"
+    elif found.kind == "folder" and part == "train":
+        looked_for = ", ".join(f"{name}/" for name in SPELLINGS["val"])
+        folder = found.places["train"]
+        origin = (
+            f"no validation folder beside {found.where('train')} (looked for {looked_for}): "
+            f"{share} of {folder}/ held out, seed {seed}"
+        )
+    else:
+        origin = f"{share} of {found.data} held out for validation, seed {seed}"
+    if "test" in found.places and found.kind != "digits":
+        origin += f"; {found.where('test')}: not touched"
+    return Split(train, val, origin, made_here=True)
 
 
 @dataclass(frozen=True)
@@ -33,6 +101,7 @@ class Partition:
         test: Touched once, with what was chosen.
         origin: One sentence: where each part came from.
         made_here: Which of ``val`` and ``test`` were split off here; the others were there already.
+        split: The part of the data that ``test`` is of.
     """
 
     train: ImageSource
@@ -40,6 +109,7 @@ class Partition:
     test: ImageSource
     origin: str
     made_here: tuple[str, ...] = ()
+    split: str = ALL
 
     @property
     def class_names(self) -> list[str]:
@@ -77,24 +147,25 @@ def partition_data(
     seed: int = 0,
     val_fraction: float = 0.2,
     test_fraction: float = 0.25,
+    split: str | None = None,
     name: str = "--data",
 ) -> Partition:
-    """Find or make the three parts of some data.
+    """Find or make three parts of some data: to fit on, to choose by, and to report on once.
 
     Args:
-        data: ``digits``, the embedded ones, unless there is a folder of that name; or a folder with
-            ``train/`` and ``val/`` and ``test/``, or with ``train/`` and one of the two, which is then the
-            test part; or a folder of class folders.
+        data: See `find_parts`. Where it has no test part, the validation part is reported on, and where it
+            has neither, both are split off from what there is.
         seed: Which validation images are held out, where there are none.
         val_fraction: Share of each class to validate on, in (0, 1), where that is split here.
         test_fraction: Share of each class to test on, in (0, 1), where that is split here; the same images
             whatever ``seed``.
+        split: The part that is reported on instead; ``train`` splits all three off from it.
         name: What the user called the data, for error messages.
 
     Raises:
         DataError: If there is no such folder, a part has a class that training lacks, two parts share a
             folder, or there are too few images for three parts.
-        ConfigError: If a fraction is out of range.
+        ConfigError: If a fraction is out of range, or the data has no such part.
 
     Example:
         >>> partition_data("digits").counts()
@@ -103,114 +174,94 @@ def partition_data(
     for label, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0.0 < fraction < 1.0:
             raise ConfigError(f"{label} must be between 0 and 1 (both excluded); got {fraction:g}.")
-    root = Path(data)
-    if str(data) == DIGITS and not root.is_dir():
-        return _partition_digits(seed, val_fraction)
-    folders = class_folders(root, name=name)
-    train_name = _first(TRAIN_FOLDERS, folders)
-    val_name, test_name = _first(VAL_NAMES, folders), _first(TEST_NAMES, folders)
-    if train_name is not None and _is_a_class(root / train_name, name):
-        train_name = None
-    if train_name is not None and (val_name or test_name):
-        return _partition_split(root, (train_name, val_name, test_name), seed, val_fraction, name)
-    if train_name is not None:
-        raise DataError(
-            f"{name} {root} has {train_name}/ but no val/ or test/ folder. Add one, or give "
-            f"{root / train_name} itself, which is then split into three."
+    found = find_parts(data, name=name)
+    part, scored = found.training_part(), found.choose(split)
+    train = found.read(part, training=True)
+    if scored == part:
+        rest, test = _hold_out_part(found, train, test_fraction, TEST_SEED, "test")
+        train, val = _hold_out_part(found, rest, val_fraction, seed, "val")
+        reported = held_out_share(rest.index, test.index, test_fraction, None)
+        chosen_by = held_out_share(train.index, val.index, val_fraction, None)
+        origin = (
+            f"{reported} of {found.where(part)} is the test part (the same for every seed); {chosen_by} of "
+            f"the rest is for validation, seed {seed}"
         )
-    looks_split = [one for one in (val_name, test_name) if one]
-    if looks_split and len(looks_split) == len(folders):
-        raise DataError(
-            f"{name} {root} has {' and '.join(one + '/' for one in looks_split)} but no train/ folder. Add "
-            f"one, or give {root / looks_split[0]} itself, which is then split into three."
+        return Partition(train, val, test, origin, made_here=("val", "test"), split=scored)
+    test = found.read(scored, train.index.class_names)
+    if scored == "test" and "val" in found.places:
+        val = found.read("val", train.index.class_names)
+        _refuse_shared_folders(found, (train, val, test))
+        names = [f"{found.places[each]}/" if found.kind == "folder" else each for each in PARTS]
+        kind = "folders" if found.kind == "folder" else "parts"
+        origin = f"the {kind} {names[0]}, {names[1]} and {names[2]} of {found.data}"
+        return Partition(train, val, test, origin, split=scored)
+    _refuse_shared_folders(found, (train, test))
+    kept, val = _hold_out_part(found, train, val_fraction, seed, "val")
+    share = held_out_share(kept.index, val.index, val_fraction, None)
+    if found.kind == "digits":
+        origin = (
+            f"embedded digits: their held-out third is the test part; {share} of the other two thirds is for "
+            f"validation, seed {seed}"
         )
-    index = index_folder(root, name=name)
-    rest, test = _hold_out(index, test_fraction, TEST_SEED, f"{name} {root}", "test")
-    train, val = _hold_out(rest, val_fraction, seed, f"{name} {root}", "val")
-    origin = (
-        f"{held_out_share(rest, test, test_fraction, None)} of {root} is the test part (the same for every "
-        f"seed); {held_out_share(train, val, val_fraction, None)} of the rest is for validation, seed {seed}"
-    )
-    made = FolderSource(train), FolderSource(val), FolderSource(test)
-    return Partition(*made, origin, made_here=("val", "test"))
-
-
-def _partition_digits(seed: int, val_fraction: float) -> Partition:
-    everything = load_digits("train")
-    parts = stratified_split(everything.index, val_fraction=val_fraction, seed=seed)
-    rows = {path: i for i, path in enumerate(everything.index.paths)}
-    train, val = (ArraySource(part, everything.images[[rows[path] for path in part.paths]]) for part in parts)
-    origin = (
-        f"embedded digits: their held-out third is the test part; {val_fraction:g} of each class of the "
-        f"other two thirds is for validation, seed {seed}"
-    )
-    return Partition(train, val, load_digits("test"), origin, made_here=("val",))
-
-
-def _partition_split(
-    root: Path, names: tuple[str, str | None, str | None], seed: int, val_fraction: float, name: str
-) -> Partition:
-    """The parts of a folder that is split already, at least into two."""
-    train_name, val_name, test_name = names
-    train = index_folder(root / train_name, name=f"{name}: {train_name}/")
-    others = {
-        other: index_folder(root / other, name=f"{name}: {other}/", min_classes=1)
-        for other in (val_name, test_name)
-        if other is not None
-    }
-    _refuse_shared_folders({train_name: train, **others}, name)
-    others = {other: match_classes(index, train.class_names) for other, index in others.items()}
-    if val_name is not None and test_name is not None:
-        val, test = others[val_name], others[test_name]
-        origin = f"the folders {train_name}/, {val_name}/ and {test_name}/ of {root}"
-        return Partition(FolderSource(train), FolderSource(val), FolderSource(test), origin)
-    (only,) = others
-    kept, val = _hold_out(train, val_fraction, seed, f"{name} {root / train_name}", "val")
-    origin = (
-        f"{only}/ of {root} is the test part; {held_out_share(kept, val, val_fraction, None)} of "
-        f"{train_name}/ is for validation, seed {seed}"
-    )
-    made = FolderSource(kept), FolderSource(val), FolderSource(others[only])
-    return Partition(*made, origin, made_here=("val",))
+    elif found.kind == "folder":
+        origin = (
+            f"{found.places[scored]}/ of {found.data} is the test part; {share} of {found.places[part]}/ is "
+            f"for validation, seed {seed}"
+        )
+    else:
+        origin = f"{found.where(scored)} are the test part; {share} of {part} is for validation, seed {seed}"
+    return Partition(kept, val, test, origin, made_here=("val",), split=scored)
 
 
 def _hold_out(
-    index: ImageIndex, fraction: float, seed: int, where: str, part: str
-) -> tuple[ImageIndex, ImageIndex]:
+    source: ImageSource, fraction: float, seed: int, group_by: str | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """What is kept, and a share of each class that is held out."""
+    held_out = held_out_images(source.index, val_fraction=fraction, seed=seed, group_by=group_by)
+    return _subset(source, np.flatnonzero(~held_out)), _subset(source, np.flatnonzero(held_out))
+
+
+def _subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
+    index = source.index.subset(positions)
+    return (
+        ArraySource(index, source.images[positions])
+        if isinstance(source, ArraySource)
+        else FolderSource(index)
+    )
+
+
+def _hold_out_part(
+    found: FoundParts, source: ImageSource, fraction: float, seed: int, part: str
+) -> tuple[ImageSource, ImageSource]:
+    index = source.index
     if int(np.max(index.counts())) < 2:
         raise DataError(
-            f"{where}: too few images for three parts (train, val, test): {len(index)} images of "
-            f"{len(index.class_names)} classes are left, at most one a class, so none can be held out as the "
-            f"{part} part. Give at least three images a class, or folders train/, val/ and test/."
+            f"{found.name} {found.data}: too few images for three parts (train, val, test): {len(index)} "
+            f"images of {len(index.class_names)} classes are left, at most one a class, so none can be held "
+            f"out as the {part} part. Give at least three images a class, or folders train/, val/ and test/."
         )
-    return stratified_split(index, val_fraction=fraction, seed=seed)
+    return _hold_out(source, fraction, seed)
 
 
-def _is_a_class(folder: Path, name: str) -> bool:
-    """A class may be called train, as CIFAR-100 has one: its folder holds images, not folders."""
-    return not class_folders(folder, name=name)
+def _refuse_shared_folders(found: FoundParts, sources: Sequence[ImageSource]) -> None:
+    """Links can make one folder a part of two."""
+    if found.kind != "folder":
+        return
+    owners: dict[tuple[int, int], tuple[int, Path]] = {}
+    for number, index in enumerate(source.index for source in sources):
+        classes = [index.class_names[label] for label in np.flatnonzero(index.counts()).tolist()]
+        for folder in (index.root, *(index.root / name for name in classes)):
+            status = folder.stat()
+            owner, other = owners.setdefault((status.st_dev, status.st_ino), (number, folder))
+            if owner != number:
+                raise DataError(
+                    f"{found.name}: {folder} is the same folder as {other}, so images would be in two parts, "
+                    "and the model scored on what it was trained on. Put other images there, or remove it."
+                )
 
 
-def _refuse_shared_folders(parts: dict[str, ImageIndex], name: str) -> None:
-    """Links can make one folder a part of two, which would then be fitted on and tested on."""
-    folders = {
-        part: {_identity(path): path for path in (index.root, *(index.root / c for c in index.class_names))}
-        for part, index in parts.items()
-    }
-    for one, other in combinations(parts, 2):
-        for identity in sorted(folders[one].keys() & folders[other].keys()):
-            raise DataError(
-                f"{name}: {folders[other][identity]} is the same folder as {folders[one][identity]}, so "
-                "images would be in two parts. Put other images there, or remove it."
-            )
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _first(candidates: tuple[str, ...], folders: list[str]) -> str | None:
-    """The folder, as spelled on disk, that matches the earliest candidate whatever its case."""
-    by_lower = {name.lower(): name for name in reversed(folders)}
-    return next((by_lower[name] for name in candidates if name in by_lower), None)
+def _refuse_shared_pattern(train: ImageSource, val: ImageSource, group_by: str) -> None:
+    groups, val_groups = name_groups(train.index, group_by), name_groups(val.index, group_by)
+    assert groups is not None
+    assert val_groups is not None
+    refuse_shared_groups(groups, val_groups, where=f"data.group_by {group_by!r}", parts=("train", "val"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vit_cls.data.diagnosis import Offender
 from vit_cls.data.index import EXTENSIONS, class_folders
-from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS
+from vit_cls.data.splits import part_folders
 
 JUNK_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 JUNK_FOLDERS = frozenset(("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin"))
@@ -97,7 +97,9 @@ def scan_folder(root: str | Path) -> Scan:
     scan = Scan(str(root), [""], "")
     top = _list(scan, "")
     folders = [e.name for e in top if e.is_folder and not e.name.startswith(".")]
-    scan.splits, scan.training = _splits(scan.root, folders)
+    parts = part_folders(folders, has_folders=lambda name: _has_folders(os.path.join(scan.root, name)))
+    if parts:
+        scan.splits, scan.training = list(parts.values()), parts.get("train")
     if scan.splits != [""]:
         _note_loose_files(scan, top)
         for name in folders:
@@ -109,23 +111,6 @@ def scan_folder(root: str | Path) -> Scan:
     for split in scan.splits:
         _scan_split(scan, split, _list(scan, split) if split else top)
     return scan
-
-
-def _splits(root: str, folders: list[str]) -> tuple[list[str], str | None]:
-    """Split folders and the training split, by the rules of `vit_cls.data.splits.split_root`."""
-    first: dict[str, str] = {}
-    for name in folders:
-        first.setdefault(name.lower(), name)
-    training = next((first[name] for name in TRAIN_FOLDERS if name in first), None)
-    others = [name for name in folders if name.lower() not in TRAIN_FOLDERS + VAL_FOLDERS]
-    if training is not None and others and not _has_folders(os.path.join(root, training)):
-        training = None  # a class that is called train
-    held_out = [first[name] for name in VAL_FOLDERS if name in first]
-    if training is not None:
-        return [training, *held_out], training
-    if folders and all(name.lower() in VAL_FOLDERS for name in folders):
-        return held_out, None
-    return [""], ""
 
 
 def _has_folders(folder: str) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 from PIL import Image
+from torch import Tensor
 
+from vit_cls.data.dataset import ImageSource
 from vit_cls.data.decode import decode_image
 from vit_cls.errors import ImageError
 
@@ -15,22 +16,33 @@ SIDE = 192
 """Pixels of the longer side: sharp on a dense screen, some 5 kB."""
 
 
-def thumbnails(root: str | Path, paths: Iterable[str]) -> dict[str, bytes]:
-    """The pixels that training would see, made small; files that cannot be read are left out.
+def reader_by_path(source: ImageSource) -> Callable[[str], bytes | Tensor]:
+    """The images of a source by their path in its index; KeyError for another path."""
+    positions = {path: i for i, path in enumerate(source.index.paths)}
+    return lambda path: source.read(positions[path])
+
+
+def thumbnails(read: Callable[[str], bytes | Tensor], paths: Iterable[str]) -> dict[str, bytes]:
+    """The pixels that training would see, made small; images that cannot be read are left out.
 
     Args:
-        root: The folder that the paths are relative to.
-        paths: Image files.
+        read: From a path to a file's bytes or to pixels, uint8 ``(3, height, width)``; ImageError, OSError or
+            KeyError where there are none.
+        paths: Of the images.
+
+    Returns:
+        JPEG by path.
     """
     made = {}
     for path in paths:
         try:
-            pixels = decode_image((Path(root) / path).read_bytes())
-        except (ImageError, OSError):
+            image = read(path)
+            pixels = image if isinstance(image, Tensor) else decode_image(image)
+        except (ImageError, OSError, KeyError):
             continue
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=75, optimize=True)
+        picture.save(buffer, "JPEG", quality=75, optimize=True)
         made[path] = buffer.getvalue()
     return made

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_cls.data.dataset import FolderSource
-from vit_cls.data.index import ImageIndex, class_folders, index_folder
-from vit_cls.data.splits import TRAIN_FOLDERS, VAL_FOLDERS, match_classes
+from vit_cls.data.dataset import ImageSource
+from vit_cls.data.folders import SCORED, find_parts
+from vit_cls.data.index import ImageIndex
+from vit_cls.data.manifest import ALL
+from vit_cls.data.splits import match_classes
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.inference import InferenceConfig, Outputs, batches, require_head
 from vit_cls.model.classifier import ImageClassifier
@@ -73,30 +75,57 @@ class Predictions:
         return np.array([i for i in range(len(self.index)) if i not in self.errors], dtype=np.int64)
 
 
-def index_for_model(root: str | Path, classifier: ImageClassifier, *, name: str = "--data") -> ImageIndex:
-    """Index a test folder with the labels of a model's classes.
+@dataclass(frozen=True)
+class ScoredImages:
+    """The images that a model is scored on.
 
     Args:
-        root: One sub-folder a class; classes of the model may be missing, others may not be there. Where the
-            model's classes are WordNet ids, folders may have the ImageNet names instead.
+        source: The images, labelled by the model's classes.
+        split: The part of the data that they are: ``train``, ``val``, ``test``, or ``all``.
+        origin: Where they are, in words.
+    """
+
+    source: ImageSource
+    split: str
+    origin: str
+
+    @property
+    def words(self) -> str:
+        """What they are, for people."""
+        return f"scored on {self.origin}" if self.split == ALL else f"scored on {self.split}: {self.origin}"
+
+
+def images_for_model(
+    data: str | Path,
+    classifier: ImageClassifier,
+    *,
+    split: str | None = None,
+    order: Sequence[str] = SCORED,
+    name: str = "--data",
+) -> ScoredImages:
+    """Find the images to score a model on, with the labels of its classes.
+
+    Args:
+        data: See `vit_cls.data.folders.find_parts`. Classes of the model may be missing, others may not be
+            there. Where the model's classes are WordNet ids, labels may be the ImageNet names instead.
         classifier: Knows the classes.
-        name: What the user called the folder, for error messages.
+        split: The part to take.
+        order: Without it, the first of these that the data has: test if there is one, else val, else
+            everything.
+        name: What the user called the data, for error messages.
 
     Raises:
-        DataError: If the folder cannot be used, or has classes that the model lacks.
+        DataError: If the images cannot be used, or have classes that the model lacks.
+        ConfigError: If the data has no such part.
         ModelFileError: If the model has no head.
     """
     require_head(classifier)
-    folders = class_folders(Path(root), name=name)
-    splits = [name for name in folders if name.lower() in TRAIN_FOLDERS + VAL_FOLDERS]
-    if splits and len(splits) == len(folders) and not set(splits) & set(classifier.class_names):
-        raise DataError(
-            f"{name} {root} holds splits ({', '.join(splits)}), not classes. "
-            f"Choose one: {name} {Path(root) / splits[0]}."
-        )
-    index = index_folder(root, name=name, min_classes=1)
-    known = canonical_classes(index.class_names, classifier.class_names, name=f"{name} {root}")
-    return match_classes(replace(index, class_names=known), classifier.class_names)
+    found = find_parts(data, name=name, class_names=classifier.class_names)
+    part = found.choose(split, order)
+    source = found.read(part)
+    known = canonical_classes(source.index.class_names, classifier.class_names, name=f"{name} {data}")
+    source.index = match_classes(replace(source.index, class_names=known), classifier.class_names)
+    return ScoredImages(source, part, found.where(part))
 
 
 def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, name: str) -> list[str]:
@@ -150,17 +179,17 @@ def _folded(name: str) -> str:
 
 def predict_index(
     classifier: ImageClassifier,
-    index: ImageIndex,
+    source: ImageSource,
     config: InferenceConfig | None = None,
     *,
     restrict: bool = False,
     tta: str = "none",
 ) -> Predictions:
-    """Classify every image of an index.
+    """Classify every image, once each.
 
     Args:
         classifier: Is moved to the device and put in evaluation mode.
-        index: The images.
+        source: The images.
         config: How the model is run; None takes the defaults.
         restrict: Whether only classes that the index has images of can be predicted.
         tta: ``none``, or ``flip``: the mean of the probabilities of an image and of its mirror image. The
@@ -181,10 +210,11 @@ def predict_index(
         return _log_mean_probs(classifier(images).float(), classifier(images.flip(-1)).float())
 
     started = time.perf_counter()
+    index = source.index
     logits = torch.full((len(index), len(classifier.class_names)), torch.nan)
     errors: dict[int, str] = {}
     compute = flip_averaged if tta == "flip" else classifier
-    for outputs in batches(classifier, FolderSource(index), compute, config):
+    for outputs in batches(classifier, source, compute, config):
         errors |= outputs.failures
         if outputs.values is not None:
             logits[outputs.done] = outputs.values

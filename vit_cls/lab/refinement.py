@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vit_cls.data.dataset import ImageSource
-from vit_cls.data.partition import PARTS, Partition
-from vit_cls.data.splits import match_classes
+from vit_cls.data.partition import Partition
+from vit_cls.data.splits import PARTS, match_classes
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.features import Rows

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_cls.data.partition import PARTS, Partition
+from vit_cls.data.partition import Partition
+from vit_cls.data.splits import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, choose_device
 from vit_cls.lab.features import FrozenTokens, freeze

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
-from vit_cls.data.partition import PARTS, Partition
+from vit_cls.data.partition import Partition
+from vit_cls.data.splits import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens, freeze

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_cls.data.partition import DIGITS, PARTS, Partition
+from vit_cls.data.folders import DIGITS
+from vit_cls.data.partition import Partition
+from vit_cls.data.splits import PARTS
 
 RECORD_FILE = "run.json"
 UNKNOWN = (
@@ -54,7 +56,7 @@ def seen_note(record: Mapping[str, Any] | None, parts: Partition, data: str) -> 
         return [UNKNOWN]
     if not _same_data(record, parts, data):
         return []
-    if _test_was_apart(parts, data):
+    if _test_was_apart(record, parts):
         return [
             "The model was trained on this data: it has seen images of the train and validation parts, with "
             "their labels, so choices made on validation lean towards what it memorised. It has not seen the "
@@ -78,7 +80,7 @@ def _same_data(record: Mapping[str, Any], parts: Partition, data: str) -> bool:
     return mine == its or its in mine.parents or mine in its.parents
 
 
-def _test_was_apart(parts: Partition, data: str) -> bool:
-    """Training never reads a test folder that stands beside a validation folder, nor the digits' third."""
-    roots = {getattr(parts, part).index.root for part in PARTS}
-    return len(roots) == 3 or (data == DIGITS and not Path(data).is_dir())
+def _test_was_apart(record: Mapping[str, Any], parts: Partition) -> bool:
+    """Training never reads a test part; before version 1.1 it did where there was no validation part."""
+    validated_on = (record.get("identity") or {}).get("val_fingerprint")
+    return parts.split == "test" and parts.test.index.fingerprint() != validated_on

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_cls.data.partition import PARTS
+from vit_cls.data.splits import PARTS
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
 from vit_cls.lab.probes.tokens import SINGLE

@@ -15,7 +15,8 @@ from torch import Tensor
 from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.loader import load_once
-from vit_cls.data.partition import PARTS, Partition
+from vit_cls.data.partition import Partition
+from vit_cls.data.splits import PARTS
 from vit_cls.data.transforms import eval_reader
 from vit_cls.errors import ConfigError, DataError, did_you_mean
 from vit_cls.lab.results import Pictures
@@ -105,7 +106,7 @@ def mosaic_parts(
         f"{parts.origin}; put on mosaics of {side}x{side} tiles of {pixels} pixels ({canvases / 1e6:.1f} MB "
         f"in memory), of which {relevant} show the image and the others {rest}, seed {seed}{left_out}"
     )
-    return Partition(made["train"], made["val"], made["test"], origin)
+    return Partition(made["train"], made["val"], made["test"], origin, split=parts.split)
 
 
 def relevant_tiles(path: str, *, side: int, relevant: int, seed: int = 0) -> np.ndarray:
