@@ -129,7 +129,7 @@ def test_the_embedded_digits_are_scored_without_any_file(tiny):
     names = [str(i) for i in range(10)]
     classifier = ImageClassifier(VisionTransformer(config), Preprocess((16, 16)), names)
     chosen = images_for_model("digits", classifier)
-    predictions = predict_index(classifier, chosen.source, device="cpu")
+    predictions = predict_index(classifier, chosen.source, _config())
     assert (chosen.split, chosen.origin) == ("test", "the held-out third of the embedded digits")
     assert np.isfinite(predictions.probs).all()
     assert len(predictions.index) == 599

@@ -81,6 +81,6 @@ def _same_data(record: Mapping[str, Any], parts: Partition, data: str) -> bool:
 
 
 def _test_was_apart(record: Mapping[str, Any], parts: Partition) -> bool:
-    """Training never reads a test part; before version 1.1 it did where there was no validation part."""
+    """Training never reads a test part; earlier it did where there was no validation part."""
     validated_on = (record.get("identity") or {}).get("val_fingerprint")
     return parts.split == "test" and parts.test.index.fingerprint() != validated_on
