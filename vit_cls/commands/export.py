@@ -7,10 +7,10 @@ from pathlib import Path
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
 from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.export.timm import check_new_folder, export_timm, making
 from vit_cls.files import output_folder
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.weights.bundle import MODEL_FILE, load_classifier, save_classifier
-from vit_cls.weights.export import check_new_folder, export_timm, making
 from vit_cls.weights.factory import load
 
 FORMATS = ("timm", "safetensors")

@@ -34,18 +34,6 @@ from vit_cls.model.pooling_tokens import (
     TokenPerClassPool,
 )
 
-__all__ = [
-    "POOLINGS",
-    "AttentionPool",
-    "Pooling",
-    "PoolingContext",
-    "make_pooling",
-    "needs_class_token",
-    "num_class_tokens",
-    "pool_names",
-    "pool_parts",
-]
-
 POOLINGS: dict[str, type[Pooling]] = {
     "cls": ClassTokenPool,
     "gap": MeanPool,
@@ -96,6 +84,11 @@ def make_pooling(spec: str, context: PoolingContext) -> Pooling:
         slice(10, 11, None)
     """
     name, index = _split(spec)
+    if POOLINGS[name].needs_class_token and not context.layout.class_token:
+        raise ConfigError(
+            f"model.pool {name} reads the class token, but model.class_token is false. "
+            "Use model.pool gap, or set model.class_token to true."
+        )
     pooling = POOLINGS[name](context, index)
     for module in pooling.modules():
         if isinstance(module, nn.Linear):  # as all linear layers of the models here, native or adapted

@@ -23,7 +23,23 @@ CAIT_LAYER_SCALE = 0.1
 several epochs."""
 
 
-class SequencePool(Pooling):
+class ScoredPool(Pooling):
+    """Base of poolings that weigh the patches by a softmax over their scores: ``sum a_n x_n``."""
+
+    def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One score a token and query before the softmax, shape ``(batch, read tokens, queries)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define scores")
+
+    def attention(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As `AttentionPool.attention`; a head is a query."""
+        return attend(self.scores(tokens, mask), mask).transpose(1, 2)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Pooling.forward`."""
+        return weighted_sum(self.scores(tokens, mask), tokens, mask)[:, 0]
+
+
+class SequencePool(ScoredPool):
     """``seqpool``: ``sum a_n x_n``, ``a = softmax(w . x)``. The weights start at zero: the mean of the
     patches.
 
@@ -34,30 +50,20 @@ class SequencePool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        self.read = context.patches
         self.query = nn.Parameter(torch.empty(1, context.embed_dim))
-        self.macs = 2 * context.embed_dim * _count(context)
+        self.macs = 2 * context.embed_dim * context.num_read
         self.reset_parameters()
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `Pooling.forward`."""
-        return weighted_sum(F.linear(tokens, self.query), tokens, mask)[:, 0]
-
-    def attention(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As `AttentionPool.attention`.
-
-        Args:
-            tokens: As for `Pooling.forward`.
-            mask: As for `Pooling.forward`.
-        """
-        return attend(F.linear(tokens, self.query), mask).transpose(1, 2)
+    def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `ScoredPool.scores`."""
+        return F.linear(tokens, self.query)
 
     def reset_parameters(self) -> None:
         """See `Pooling.reset_parameters`."""
         nn.init.zeros_(self.query)
 
 
-class GatedAttentionPool(Pooling):
+class GatedAttentionPool(ScoredPool):
     """``abmil``: ``a = softmax(w . (tanh(V x) * sigmoid(U x)))``, hidden width ``dim / 4``; starts as the
     mean.
 
@@ -70,27 +76,14 @@ class GatedAttentionPool(Pooling):
         super().__init__(context)
         dim = context.embed_dim
         hidden = max(1, dim // 4)
-        self.read = context.patches
         self.value = nn.Linear(dim, hidden)
         self.gate = nn.Linear(dim, hidden)
         self.query = nn.Parameter(torch.empty(1, hidden))
-        self.macs = _count(context) * (2 * dim * hidden + hidden + dim)
+        self.macs = context.num_read * (2 * dim * hidden + hidden + dim)
         self.reset_parameters()
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `Pooling.forward`."""
-        return weighted_sum(self._scores(tokens), tokens, mask)[:, 0]
-
-    def attention(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As `AttentionPool.attention`.
-
-        Args:
-            tokens: As for `Pooling.forward`.
-            mask: As for `Pooling.forward`.
-        """
-        return attend(self._scores(tokens), mask).transpose(1, 2)
-
-    def _scores(self, tokens: Tensor) -> Tensor:
+    def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `ScoredPool.scores`."""
         return F.linear(self.value(tokens).tanh() * self.gate(tokens).sigmoid(), self.query)
 
     def reset_parameters(self) -> None:
@@ -98,7 +91,7 @@ class GatedAttentionPool(Pooling):
         nn.init.zeros_(self.query)
 
 
-class SimPool(Pooling):
+class SimPool(ScoredPool):
     """``simpool``: the mean of the patches asks which patches matter; ``y = sum a_n LN(x_n)``.
 
     ``q = W_q mean(x)`` and ``a = softmax(q . W_k LN(x) / sqrt(dim))``. ``W_q`` starts at zero: the mean of
@@ -111,26 +104,20 @@ class SimPool(Pooling):
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
         dim = context.embed_dim
-        self.read = context.patches
         self.norm = nn.LayerNorm(dim, eps=context.norm_eps)
         self.q = nn.Parameter(torch.empty(dim, dim))
         self.k = nn.Linear(dim, dim, bias=False)
-        self.macs = 2 * dim * dim + 2 * dim * _count(context)
+        self.macs = 2 * dim * dim + 2 * dim * context.num_read
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `Pooling.forward`."""
+        """See `Pooling.forward`; the sum is of normalised tokens."""
         normed = self.norm(tokens)
         return weighted_sum(self._scores(tokens, normed, mask), normed, mask)[:, 0]
 
-    def attention(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As `AttentionPool.attention`.
-
-        Args:
-            tokens: As for `Pooling.forward`.
-            mask: As for `Pooling.forward`.
-        """
-        return attend(self._scores(tokens, self.norm(tokens), mask), mask).transpose(1, 2)
+    def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `ScoredPool.scores`."""
+        return self._scores(tokens, self.norm(tokens), mask)
 
     def _scores(self, tokens: Tensor, normed: Tensor, mask: Tensor | None) -> Tensor:
         query = F.linear(masked_mean(tokens, mask), self.q) @ self.k.weight  # W_k^T q, (B, D)
@@ -141,7 +128,7 @@ class SimPool(Pooling):
         nn.init.zeros_(self.q)
 
 
-class EfficientProbePool(Pooling):
+class EfficientProbePool(ScoredPool):
     """``ep:Q``: Q learned queries, each with its own slice of the values: ``y_j = W_vj sum a_jn x_n``,
     joined.
 
@@ -162,28 +149,19 @@ class EfficientProbePool(Pooling):
             raise ConfigError(
                 f"model.pool ep:Q needs a Q that divides model.embed_dim; got {count} and {dim}."
             )
-        self.read = context.patches
         self.query = nn.Parameter(torch.empty(count, dim))
         self.value = nn.Parameter(torch.empty(dim, dim))
-        self.macs = 2 * count * dim * _count(context) + dim * dim
+        self.macs = 2 * count * dim * context.num_read + dim * dim
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Pooling.forward`."""
-        mixed = weighted_sum(self._scores(tokens), tokens, mask)
+        mixed = weighted_sum(self.scores(tokens), tokens, mask)
         value = rearrange(self.value, "(q e) d -> q e d", q=len(self.query))
         return rearrange(torch.einsum("bqd,qed->bqe", mixed, value), "b q e -> b (q e)")
 
-    def attention(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As `AttentionPool.attention`; a head is a query.
-
-        Args:
-            tokens: As for `Pooling.forward`.
-            mask: As for `Pooling.forward`.
-        """
-        return attend(self._scores(tokens), mask).transpose(1, 2)
-
-    def _scores(self, tokens: Tensor) -> Tensor:
+    def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `ScoredPool.scores`."""
         return F.linear(tokens, self.query * tokens.shape[-1] ** -0.5)
 
     def reset_parameters(self) -> None:
@@ -204,7 +182,6 @@ class AttentionPool(Pooling):
         super().__init__(context)
         dim = context.embed_dim
         self.num_heads = context.num_heads
-        self.read = context.patches
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -213,7 +190,7 @@ class AttentionPool(Pooling):
         self.mlp = Mlp(dim, context.mlp_dim, act=context.act)
         # query, keys, values and projection are matrices on one vector; the tokens are read once a head,
         # twice
-        self.macs = 4 * dim * dim + 2 * dim * context.mlp_dim + 2 * self.num_heads * dim * _count(context)
+        self.macs = 4 * dim * dim + 2 * dim * context.mlp_dim + 2 * self.num_heads * dim * context.num_read
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -264,7 +241,6 @@ class ClassAttentionPool(Pooling):
         super().__init__(context)
         dim, mlp_dim = context.embed_dim, context.mlp_dim
         count = need_count("cait", index)
-        self.read = context.patches
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
         self.layers = nn.ModuleList(
             Block(
@@ -276,7 +252,7 @@ class ClassAttentionPool(Pooling):
             )
             for _ in range(count)
         )
-        one = 4 * dim * dim + 2 * dim * mlp_dim + 2 * context.num_heads * dim * (_count(context) + 1)
+        one = 4 * dim * dim + 2 * dim * mlp_dim + 2 * context.num_heads * dim * (context.num_read + 1)
         self.macs = count * one
         self.reset_parameters()
 
@@ -293,8 +269,3 @@ class ClassAttentionPool(Pooling):
     def reset_parameters(self) -> None:
         """See `Pooling.reset_parameters`."""
         nn.init.trunc_normal_(self.latent, std=0.02)
-
-
-def _count(context: PoolingContext) -> int:
-    """Patches, or all tokens, that are read."""
-    return context.patches.stop - context.patches.start

@@ -44,9 +44,15 @@ class PoolingContext:
         first = 0 if self.include_prefix else self.layout.num_prefix_tokens
         return slice(first, self.layout.num_tokens)
 
+    @property
+    def num_read(self) -> int:
+        """How many tokens those are."""
+        return self.patches.stop - self.patches.start
+
 
 class Pooling(nn.Module):
-    """Base of all poolings: which tokens are read, and how they become one vector.
+    """Base of all poolings: which tokens are read (the patches, if a subclass says nothing), and how they
+    become one vector.
 
     Args:
         context: The tokens, and the model around them.
@@ -74,15 +80,12 @@ class Pooling(nn.Module):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__()
+        self.read = context.patches
         self.out_dim = context.embed_dim * max(1, len(self.parts(index)))
 
     @classmethod
     def parts(cls, index: int | None = None) -> tuple[str, ...]:
-        """What this pooling concatenates, in order; empty where it is not a concatenation.
-
-        Args:
-            index: The K of ``name:K``, or None.
-        """
+        """What this pooling concatenates, in order; empty where it is not a concatenation."""
         return ()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -103,31 +106,8 @@ class Pooling(nn.Module):
         """Draw the pooling's own weights anew, from torch's global generator, linear layers excepted."""
 
 
-def need_class_token(layout: TokenLayout, name: str) -> None:
-    """Refuse a pooling that reads what is not there.
-
-    Args:
-        layout: Of the model.
-        name: Of the pooling.
-
-    Raises:
-        ConfigError: If the model has no class token.
-    """
-    if not layout.class_token:
-        raise ConfigError(
-            f"model.pool {name} reads the class token, but model.class_token is false. "
-            "Use model.pool gap, or set model.class_token to true."
-        )
-
-
 def need_count(name: str, index: int | None, *, at_most: int | None = None, of: str = "") -> int:
-    """The K of a pooling that cannot do without.
-
-    Args:
-        name: Of the pooling.
-        index: The K of ``name:K``, or None.
-        at_most: The largest that makes sense; None sets no limit.
-        of: What that limit is.
+    """The K of ``name:K`` where there must be one; ``of`` says what the limit is.
 
     Raises:
         ConfigError: If there is none, or it is out of range.
@@ -142,29 +122,12 @@ def need_count(name: str, index: int | None, *, at_most: int | None = None, of: 
 
 
 def weighted_sum(scores: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of the scores over the tokens, and the sums of tokens that they weigh.
-
-    Args:
-        scores: Shape ``(batch, tokens, queries)``.
-        tokens: Shape ``(batch, tokens, dim)``.
-        mask: True where a token is valid, shape ``(batch, tokens)``, or None.
-
-    Returns:
-        Shape ``(batch, queries, dim)``.
-    """
+    """The sums of tokens, (B, N, D), that `attend` weighs, shape ``(batch, queries, dim)``."""
     return attend(scores, mask).transpose(1, 2) @ tokens
 
 
 def attend(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of the scores over the valid tokens.
-
-    Args:
-        scores: Shape ``(batch, tokens, queries)``.
-        mask: True where a token is valid, shape ``(batch, tokens)``, or None.
-
-    Returns:
-        Weights that sum to 1 over the tokens, shape ``(batch, tokens, queries)``.
-    """
+    """Softmax of the scores, shape ``(batch, tokens, queries)``, over the valid tokens."""
     if mask is not None:
         scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
     return scores.softmax(dim=1)

@@ -96,10 +96,6 @@ class MeanPool(Pooling):
 
     norm_after = True
 
-    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
-        super().__init__(context)
-        self.read = context.patches
-
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Pooling.forward`."""
         return masked_mean(tokens, mask)
@@ -110,10 +106,6 @@ class MaxPool(Pooling):
 
     norm_after = True
 
-    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
-        super().__init__(context)
-        self.read = context.patches
-
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Pooling.forward`."""
         return masked_max(tokens, mask)
@@ -123,10 +115,6 @@ class MeanMaxPool(Pooling):
     """``avgmax``: half the mean and half the maximum over the patches. Source: timm's ``avgmax``."""
 
     norm_after = True
-
-    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
-        super().__init__(context)
-        self.read = context.patches
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Pooling.forward`."""
@@ -145,7 +133,6 @@ class GeneralisedMeanPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        self.read = context.patches
         self.p = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
@@ -169,7 +156,6 @@ class LogMeanExpPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        self.read = context.patches
         self.r = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 

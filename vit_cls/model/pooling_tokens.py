@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError
-from vit_cls.model.pooling_base import Pooling, PoolingContext, need_class_token, need_count
+from vit_cls.model.pooling_base import Pooling, PoolingContext, need_count
 from vit_cls.model.pooling_mean import masked_mean
 
 
@@ -17,7 +17,6 @@ class ClassTokenPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        need_class_token(context.layout, "cls")
         self.read = slice(0, 1)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -56,7 +55,6 @@ class ClassTokenMeanPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        need_class_token(context.layout, "cls+gap")
         self.read = slice(0, context.layout.num_tokens)
         self.patches = context.patches
 
@@ -85,7 +83,6 @@ class LastBlocksPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context, index)
-        need_class_token(context.layout, "last")
         self.num_layers = need_count("last", index, at_most=context.depth, of="the blocks of the encoder")
         self.read = slice(0, 1)
 
@@ -116,7 +113,6 @@ class MultiClassTokenPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context, index)
-        need_class_token(context.layout, "multicls")
         self.count = need_count("multicls", index)
         self.read = slice(0, self.count)
 
@@ -184,7 +180,6 @@ class TokenPerClassPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        need_class_token(context.layout, "classtok")
         if not context.num_classes:
             raise ConfigError(
                 "model.pool classtok has a token for each class, but the model has none (num_classes is 0)."

@@ -1,4 +1,4 @@
-"""Models for others: a folder that timm opens, checked for equal logits before it is left behind."""
+"""A folder that timm opens, checked for equal logits before it is left behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vit_cls.weights.timm_models import (
     timm_arguments,
 )
 
-HOMES = ("vit_base_patch16_224", "vit_base_patch16_clip_224", "vit_giant_patch14_dinov2")
+GENERAL_ARCHITECTURES = ("vit_base_patch16_224", "vit_base_patch16_clip_224", "vit_giant_patch14_dinov2")
 """Architectures of timm whose norm epsilon and kind of MLP cover the native ones; all else is an argument."""
 
 TOLERANCE = 1e-4
@@ -70,7 +70,7 @@ def export_timm(classifier: ImageClassifier, folder: Path) -> TimmExport:
     """
     check_new_folder(folder)
     config = classifier.model.config
-    architecture, arguments = _home(config, classifier.weights_source)
+    architecture, arguments = _timm_architecture(config, classifier.weights_source)
     theirs = _made(architecture, arguments, config)
     _take_weights(theirs, classifier.model.state_dict(), f"{architecture} with model.pool {config.pool}")
     with making(folder.parent):
@@ -136,7 +136,7 @@ def _made(architecture: str, arguments: Mapping[str, Any], config: Any) -> Any:
         raise ConfigError(f"timm's {architecture} cannot have model.pool {config.pool}: {reason}.") from error
 
 
-def _take_weights(theirs: Any, state: Mapping[str, Tensor], what: str) -> None:
+def _take_weights(theirs: Any, state: Mapping[str, Tensor], description: str) -> None:
     """Into timm's model, with ones for a LayerScale that it has and ours lacks: the same function."""
     wanted = theirs.state_dict()
     missing = wanted.keys() - state.keys()
@@ -147,13 +147,13 @@ def _take_weights(theirs: Any, state: Mapping[str, Tensor], what: str) -> None:
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise ConfigError(
-            f"timm's {what} has other weights than this model: {', '.join(differ[:3])}{more}. Export it with "
-            "--format safetensors instead."
+            f"timm's {description} has other weights than this model: {', '.join(differ[:3])}{more}. Export "
+            "it with --format safetensors instead."
         )
     theirs.load_state_dict(given)
 
 
-def _home(config: Any, source: str | None) -> tuple[str, dict[str, Any]]:
+def _timm_architecture(config: Any, source: str | None) -> tuple[str, dict[str, Any]]:
     """timm's architecture for a model and the arguments that make it this one; its own name if it has one."""
     if isinstance(config, AdapterConfig):
         return config.timm_architecture, _adapter_arguments(config)
@@ -168,8 +168,8 @@ def _home(config: Any, source: str | None) -> tuple[str, dict[str, Any]]:
     scaled = [config] if config.init_values is not None else [config, replace(config, init_values=1.0)]
     for wanted in scaled:
         arguments = timm_arguments(wanted)
-        for name in [*([own] if is_timm_name(own) else []), *HOMES]:
-            if _as_built(name, arguments) == _as_timm_sees(wanted):
+        for name in [*([own] if is_timm_name(own) else []), *GENERAL_ARCHITECTURES]:
+            if _as_built(name, arguments) == _canonical(wanted):
                 return name, arguments
     raise ConfigError(
         f"timm has no architecture with model.mlp {config.mlp}, model.act {config.act} and model.norm_eps "
@@ -183,10 +183,10 @@ def _as_built(name: str, arguments: Mapping[str, Any]) -> ViTConfig | None:
         built = native_config(skeleton(name, **arguments))
     except ConfigError:
         return None
-    return None if built is None else _as_timm_sees(built)
+    return None if built is None else _canonical(built)
 
 
-def _as_timm_sees(config: ViTConfig) -> ViTConfig:
+def _canonical(config: ViTConfig) -> ViTConfig:
     """Without what is no part of the function at inference, and the rest written in one way."""
     rates: dict[str, Any] = {f.name: 0.0 for f in fields(config) if f.name.endswith("_rate")}
     implied = config.pool in NORM_AFTER

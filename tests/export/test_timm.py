@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from vit_cls import create_model, load
 from vit_cls.cli import main
 from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.export.timm import export_timm
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
-from vit_cls.weights import export as export_module
 from vit_cls.weights.bundle import load_classifier, save_classifier
-from vit_cls.weights.export import export_timm
 
 NAMES = ["wasp", "bee", "ant", "fly", "moth"]  # out of alphabetical order on purpose
 NARROW = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -287,7 +286,7 @@ def test_after_a_full_disk_nothing_is_left(error, tiny, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(export_module, "save_for_hf", full)
+    monkeypatch.setattr("vit_cls.export.timm.save_for_hf", full)
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "new", "made/for/out"):
         with pytest.raises(OSError, match="no space left"):
@@ -434,7 +433,7 @@ def test_the_command_says_that_a_disk_is_full_and_leaves_nothing(format, place, 
     def full(*args, **kwargs):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(export_module, "save_for_hf", full)
+    monkeypatch.setattr("vit_cls.export.timm.save_for_hf", full)
     monkeypatch.setattr("vit_cls.weights.bundle.save_file", full)
     before = sorted(place.rglob("*"))
     assert _export("--model", "model.safetensors", "--format", format, "--output", "a/out") == 2

@@ -10,11 +10,11 @@ import torch
 
 from vit_cls import create_model, load
 from vit_cls.errors import ConfigError
+from vit_cls.export.timm import export_timm
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.model.vit import VisionTransformer
-from vit_cls.weights.export import export_timm
 from vit_cls.weights.timm_models import NORM_AFTER, POOLS, native_config, skeleton
 
 SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
