@@ -364,7 +364,7 @@ def _scaled_scores(self, tokens):
 
 
 def _transposed_values(self, tokens, mask=None):
-    weights = self._scores(tokens).softmax(dim=1)
+    weights = self.scores(tokens).softmax(dim=1)
     mixed = weights.transpose(1, 2) @ tokens
     value = self.value.T.reshape(len(self.query), -1, tokens.shape[-1])
     return torch.einsum("bqd,qed->bqe", mixed, value).flatten(1)
@@ -383,7 +383,7 @@ TOOLS = [
     ("vit_cls.model.encoder.causal_mask", _itself, {"causal-append-has-gradient"}),
     ("vit_cls.lab.verify.readout.rollout", _leaky_rollout, {"rollout-rows", "one-layer-rollout"}),
     (
-        "vit_cls.lab.verify.heads.EfficientProbePool._scores",
+        "vit_cls.lab.verify.heads.EfficientProbePool.scores",
         _scaled_scores,
         {"one-query-attention-equals-ep"},
     ),

@@ -61,7 +61,11 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gel
 
 
 def make_timm(name: str, **arguments: Any) -> Any:
-    """timm's model of that name (``architecture``, with a tag or not), with fresh weights.
+    """timm's model of that name, with a tag or without, with fresh weights.
+
+    Args:
+        name: ``architecture`` or ``architecture.tag``.
+        arguments: Of timm's constructor.
 
     Raises:
         ConfigError: If timm's constructor refuses the arguments.
@@ -78,6 +82,10 @@ def make_timm(name: str, **arguments: Any) -> Any:
 
 def skeleton(name: str, **arguments: Any) -> Any:
     """timm's model of that name without memory for its weights: shapes and settings alone.
+
+    Args:
+        name: ``architecture`` or ``architecture.tag``.
+        arguments: Of timm's constructor.
 
     Raises:
         ConfigError: If timm's constructor refuses the arguments.
@@ -315,7 +323,12 @@ def activation_name(module: nn.Module) -> str:
 
 
 def ratio_of(hidden: int, dim: int) -> float:
-    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it."""
+    """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it.
+
+    Args:
+        hidden: Hidden width of an MLP.
+        dim: Width of a token.
+    """
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
 
