@@ -10,8 +10,16 @@ import pytest
 
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
-from vit_cls.evaluation.answers import Answers, align, answers_of, read_answers
-from vit_cls.evaluation.comparison import CANNOT_TELL, EQUIVALENT, compare_answers, disagreements
+from vit_cls.evaluation.comparison import (
+    CANNOT_TELL,
+    EQUIVALENT,
+    Answers,
+    align,
+    answers_of,
+    compare_answers,
+    disagreements,
+    read_answers,
+)
 from vit_cls.evaluation.predictions import Predictions
 
 HEAD = "path,label,prediction,probability,correct,error\n"

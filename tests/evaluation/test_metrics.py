@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from scipy.stats import binomtest
 
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
-from vit_cls.evaluation.metrics import evaluate_predictions
 from vit_cls.evaluation.predictions import Predictions, Scoring
+from vit_cls.evaluation.results import evaluate_predictions, to_dict, to_text
+from vit_cls.reports.html import write_evaluation_report
 from vit_cls.stats.intervals import wilson_interval
+from vit_cls.stats.metrics import METRICS, Estimate, Metric
 
 
 def _predictions(images=400, classes=7, failed=(), present=None, seed=0) -> Predictions:
@@ -35,10 +38,14 @@ def test_metrics_are_scikit_learns():
     labels, probs = predictions.index.labels, predictions.probs
     preds = probs.argmax(axis=1)
     assert result.correct == (preds == labels).sum()
-    assert result.top1 == pytest.approx(sklearn.metrics.accuracy_score(labels, preds))
-    assert result.top5 == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, probs, k=5))
-    assert result.balanced_accuracy == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, preds))
-    assert result.nll == pytest.approx(sklearn.metrics.log_loss(labels, probs))
+    assert result.top1.value == pytest.approx(sklearn.metrics.accuracy_score(labels, preds))
+    assert result.metrics["top5"].value == pytest.approx(
+        sklearn.metrics.top_k_accuracy_score(labels, probs, k=5)
+    )
+    assert result.metrics["balanced_accuracy"].value == pytest.approx(
+        sklearn.metrics.balanced_accuracy_score(labels, preds)
+    )
+    assert result.metrics["nll"].value == pytest.approx(sklearn.metrics.log_loss(labels, probs))
     assert (result.confusion == sklearn.metrics.confusion_matrix(labels, preds)).all()
     precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(labels, preds)
     assert [row.precision for row in result.per_class] == pytest.approx(precision.tolist())
@@ -57,7 +64,7 @@ def _reference_ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> flo
 def test_calibration_error_is_the_binned_gap():
     predictions = _predictions(images=2000)
     expected = _reference_ece(predictions.probs, predictions.index.labels)
-    assert evaluate_predictions(predictions).ece == pytest.approx(expected, abs=1e-6)
+    assert evaluate_predictions(predictions).metrics["ece"].value == pytest.approx(expected, abs=1e-6)
 
 
 def test_failed_images_are_counted_beside_and_change_nothing_else():
@@ -67,7 +74,7 @@ def test_failed_images_are_counted_beside_and_change_nothing_else():
     result = evaluate_predictions(broken)
     assert (result.images, result.failed, result.scored) == (400, 2, 398)
     assert result.correct == (whole.probs[kept].argmax(axis=1) == whole.index.labels[kept]).sum()
-    assert result.top1 == result.correct / 398
+    assert result.top1.value == result.correct / 398
 
 
 def test_absent_classes_are_stated_and_not_averaged():
@@ -76,19 +83,23 @@ def test_absent_classes_are_stated_and_not_averaged():
     assert result.classes_present == 2
     recalls = [row.recall for row in result.per_class]
     assert [r is None for r in recalls] == [True, False, True, True, False, True, True]
-    assert result.balanced_accuracy == pytest.approx((recalls[1] + recalls[4]) / 2)
+    assert result.metrics["balanced_accuracy"].value == pytest.approx((recalls[1] + recalls[4]) / 2)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 6])
 def test_top5_works_for_any_number_of_classes(classes):
     result = evaluate_predictions(_predictions(images=50, classes=classes))
-    assert result.top5 == 1.0 if classes <= 5 else result.top1 < result.top5 < 1.0
+    assert (
+        result.metrics["top5"].value == 1.0
+        if classes <= 5
+        else result.top1.value < result.metrics["top5"].value < 1.0
+    )
 
 
 def test_a_certain_and_wrong_prediction_has_a_finite_loss():
     predictions = _predictions(images=2, classes=2)
     predictions.probs[:] = [[1.0, 0.0], [1.0, 0.0]]
-    assert np.isfinite(evaluate_predictions(predictions).nll)
+    assert np.isfinite(evaluate_predictions(predictions).metrics["nll"].value)
 
 
 def test_nothing_scored_is_an_error_that_names_a_file():
@@ -151,6 +162,31 @@ def test_classes_that_were_ruled_out_do_no_harm():
     predictions.probs[:, [1, 3, 4]] = 0.0
     predictions.probs[:] /= predictions.probs.sum(axis=1, keepdims=True)
     result = evaluate_predictions(predictions)
-    assert result.top5 == 1.0
-    assert np.isfinite([result.nll, result.ece, result.calibration.brier]).all()
+    assert result.metrics["top5"].value == 1.0
+    assert np.isfinite([one.value for one in result.metrics.values()]).all()
     assert result.confusion[:, [1, 3, 4]].sum() == 0
+
+
+def test_a_metric_is_a_function_and_a_row(monkeypatch, tmp_path):
+    mistakes = Metric(
+        "mistakes", "wrong over scored", lambda scored: Estimate(1 - scored.right.mean(), (0.0, 0.75))
+    )
+    monkeypatch.setitem(METRICS, "mistakes", mistakes)
+    result = evaluate_predictions(_predictions())
+    assert to_dict(result)["mistakes"] == 1 - result.top1.value
+    assert to_dict(result)["mistakes_ci95"] == [0.0, 0.75]
+    assert re.search(
+        r"^mistakes +0\.\d{4}   95 % interval 0\.0000 to 0\.7500$", to_text(result), re.MULTILINE
+    )
+    page = tmp_path / "report.html"
+    write_evaluation_report(page, result, model="m", data="d", failures=[], versions={})
+    assert "wrong over scored" in page.read_text(encoding="utf-8")
+
+
+def test_json_keeps_the_keys_that_scripts_read_in_their_order():
+    keys = to_dict(evaluate_predictions(_predictions(images=40)))
+    assert " ".join(keys) == (
+        "images failed scored correct top1 top1_ci95 top5 balanced_accuracy nll nll_ci95 brier brier_ci95 "
+        "ece ece_ci95 ece_equal_mass ece_equal_mass_ci95 accuracy_at_coverage aurc most_confused calibrated "
+        "temperature restricted tta exact seed seconds images_per_second classes classes_present"
+    )

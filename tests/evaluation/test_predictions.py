@@ -13,14 +13,13 @@ from PIL import Image
 from vit_cls.data.decode import decode_image
 from vit_cls.data.transforms import eval_transform
 from vit_cls.errors import DataError, ModelFileError
-from vit_cls.evaluation.metrics import evaluate_predictions
-from vit_cls.evaluation.output import write_tables
 from vit_cls.evaluation.predictions import (
     Scoring,
     canonical_classes,
     images_for_model,
     predict_index,
 )
+from vit_cls.evaluation.results import evaluate_predictions, write_tables
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vit_cls.evaluation.metrics import ClassMetrics, Evaluation
+from vit_cls.evaluation.results import ClassMetrics, Evaluation
 from vit_cls.reports.html import write_evaluation_report, write_fit_report
 from vit_cls.stats.intervals import wilson_interval
+from vit_cls.stats.metrics import Estimate
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -46,12 +47,13 @@ def _evaluation(num_classes: int, *, failed: int = 0, names: list[str] | None = 
         images=images + failed,
         failed=failed,
         correct=correct,
-        top1=correct / images,
-        top1_ci95=wilson_interval(correct, images),
-        top5=0.9876,
-        balanced_accuracy=0.8765,
-        nll=0.4321,
-        ece=0.0567,
+        metrics={
+            "top1": Estimate(correct / images, wilson_interval(correct, images)),
+            "top5": Estimate(0.9876),
+            "balanced_accuracy": Estimate(0.8765),
+            "nll": Estimate(0.4321),
+            "ece": Estimate(0.0567),
+        },
         per_class=per_class,
         confusion=confusion,
         seconds=75.4,

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from vit_cls.data.index import ImageIndex
-from vit_cls.evaluation.metrics import evaluate_predictions
-from vit_cls.evaluation.output import uncertain_images, worst_images
 from vit_cls.evaluation.predictions import Predictions, Scoring
+from vit_cls.evaluation.results import evaluate_predictions, uncertain_images, worst_images
 from vit_cls.reports.figures import coverage_chart, reliability_diagram
 from vit_cls.reports.html import DASH, MOST_PICTURES, ImageCases, write_evaluation_report
+from vit_cls.stats.metrics import METRICS
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -135,14 +135,10 @@ def test_the_page_has_every_score_with_its_interval(page_of):
     predictions = _predictions(["cat", "dog", "owl"])
     result = evaluate_predictions(predictions)
     words, found = Outline(page_of(predictions)).words, result.calibration
-    for label, value, (low, high) in (
-        ("NLL", result.nll, found.nll_ci95),
-        ("Brier", found.brier, found.brier_ci95),
-        ("ECE", result.ece, found.ece_ci95),
-        ("ECE, equal mass", found.ece_equal_mass, found.ece_equal_mass_ci95),
-    ):
-        assert f"{label} {value:.4f} {low:.4f} to {high:.4f}" in words
-    assert f"AURC {found.aurc:.4f} {DASH}" in words
+    for key in ("nll", "brier", "ece", "ece_equal_mass"):
+        one = result.metrics[key]
+        assert f"{METRICS[key].title} {one.value:.4f} {one.ci95[0]:.4f} to {one.ci95[1]:.4f}" in words
+    assert f"AURC {result.metrics['aurc'].value:.4f} {DASH}" in words
     for point in found.coverage:
         assert f"{100 * point.coverage:g}\u00a0% {point.images}" in words.replace(" %", "\u00a0%")
     for b in found.bins:

@@ -182,9 +182,9 @@ def test_fit_report_refuses_a_run_without_result(fit_page, record, history):
 def test_evaluation_page_has_the_numbers_of_the_result(evaluation, evaluation_page):
     result = evaluation(3)
     page = evaluation_page(result)
-    low, high = result.top1_ci95
+    low, high = result.top1.ci95
     assert (
-        f"{result.top1:.2%}".replace("%", " %")
+        f"{result.top1.value:.2%}".replace("%", " %")
         + f" top-1 accuracy {result.correct} of {result.scored} images "
         f"right; 95 % interval {100 * low:.2f} % to {100 * high:.2f} %."
     ) in _words(page)

@@ -22,8 +22,16 @@ from vit_cls.data.folders import find_parts
 from vit_cls.data.thumbnails import reader_by_path, thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.answers import Answers, align, answers_of, read_answers
-from vit_cls.evaluation.comparison import MARGIN, Comparison, compare_answers, disagreements
+from vit_cls.evaluation.comparison import (
+    MARGIN,
+    Answers,
+    Comparison,
+    align,
+    answers_of,
+    compare_answers,
+    disagreements,
+    read_answers,
+)
 from vit_cls.evaluation.predictions import ScoredImages, images_for_model, predict_index
 from vit_cls.files import output_folder, writing
 from vit_cls.reports import compare as page

@@ -24,9 +24,12 @@ from vit_cls.data.manifest import ALL
 from vit_cls.data.thumbnails import reader_by_path, thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.calibration import TemperatureFit, fit_temperature
-from vit_cls.evaluation.metrics import Evaluation, evaluate_predictions
-from vit_cls.evaluation.output import to_dict, to_text, uncertain_images, worst_images, write_tables
+from vit_cls.evaluation.calibration import (
+    TemperatureFit,
+    calibratable_file,
+    fit_temperature,
+    store_temperature,
+)
 from vit_cls.evaluation.predictions import (
     Predictions,
     ScoredImages,
@@ -34,7 +37,15 @@ from vit_cls.evaluation.predictions import (
     images_for_model,
     predict_index,
 )
-from vit_cls.evaluation.temperature_file import calibratable_file, store_temperature
+from vit_cls.evaluation.results import (
+    Evaluation,
+    evaluate_predictions,
+    to_dict,
+    to_text,
+    uncertain_images,
+    worst_images,
+    write_tables,
+)
 from vit_cls.files import output_folder, writing
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vit_cls.errors import ConfigError, DataError, RunError
-from vit_cls.evaluation.output import PREDICTION_COLUMNS
 from vit_cls.evaluation.predictions import Row
+from vit_cls.evaluation.results import PREDICTION_COLUMNS
 from vit_cls.files import replacing, write_text
 
 Value = str | float | None

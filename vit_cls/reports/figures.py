@@ -21,7 +21,7 @@ from vit_cls.files import write_text
 from vit_cls.stats.intervals import wilson_interval
 
 if TYPE_CHECKING:
-    from vit_cls.evaluation.calibration import Bin  # imports torch, which drawing does not need
+    from vit_cls.stats.metrics import Bin
 
 # Drawn in colours that nothing else uses, then replaced: only the page knows whether it is light or dark.
 PAGE_COLOURS = {
@@ -128,7 +128,7 @@ def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
         images, bars for the share of the images in it, and the line where a believable model's points lie.
 
     Example:
-        >>> from vit_cls.evaluation.calibration import Bin
+        >>> from vit_cls.stats.metrics import Bin
         >>> svg = reliability_diagram("r", [Bin(0.5, 1.0, 10, 0.8, 6)])
         >>> svg[svg.index("aria-label") : svg.index(">")]
         'aria-label="Reliability: at 80 % confidence 60 % of 10 are right"'

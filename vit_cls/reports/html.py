@@ -14,9 +14,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
 from vit_cls.errors import RunError
-from vit_cls.evaluation.calibration import ECE_BINS
-from vit_cls.evaluation.metrics import Evaluation
-from vit_cls.evaluation.output import ImageCase
+from vit_cls.evaluation.results import Evaluation, ImageCase
 from vit_cls.files import write_text
 from vit_cls.reports.figures import Series, coverage_chart, line_chart, reliability_diagram, write_figures
 
@@ -158,10 +156,12 @@ def write_evaluation_report(
     Example:
         >>> import tempfile
         >>> import numpy as np
-        >>> from vit_cls.evaluation.metrics import ClassMetrics
+        >>> from vit_cls.evaluation.results import ClassMetrics
+        >>> from vit_cls.stats.metrics import Estimate
         >>> rows = [ClassMetrics("cat", 3, 3, 4), ClassMetrics("dog", 2, 1, 1)]
         >>> counts = np.array([[3, 0], [1, 1]])
-        >>> result = Evaluation(5, 0, 4, 0.8, (0.376, 0.964), 1.0, 0.75, 0.4, 0.1, rows, counts, 0.2)
+        >>> top1 = Estimate(0.8, (0.376, 0.964))
+        >>> result = Evaluation(5, 0, 4, {"top1": top1}, rows, counts, 0.2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = Path(folder) / "report.html"
         ...     write_evaluation_report(
@@ -182,8 +182,6 @@ def write_evaluation_report(
         "result": result,
         "model": model,
         "data": data,
-        "k": min(5, len(result.per_class)),
-        "ece_bins": ECE_BINS,
         "scoring": result.scoring,
         "calibration": calibration,
         "charts": charts,

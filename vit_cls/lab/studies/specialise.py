@@ -10,7 +10,6 @@ import numpy as np
 
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.evaluation.calibration import measure_calibration
 from vit_cls.lab.results import Figure, ForestChart, LabResult, Table
 from vit_cls.lab.studies.class_token_views import (
     COLLAPSED,
@@ -25,6 +24,7 @@ from vit_cls.lab.studies.class_token_views import (
 from vit_cls.lab.studies.class_tokens import token_answers, watch_class_tokens
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
+from vit_cls.stats.metrics import METRICS, Scored
 from vit_cls.stats.random_effects import paired_difference
 from vit_cls.stats.verdicts import GREATER, LESS, REFUTED, SUPPORTED, Claim, Finding, judge_all
 
@@ -287,7 +287,7 @@ def look(answers: Answers, trials: Sequence[Trial], parts: dict[int, Partition])
 
 def _ece(answers: Answers, trial: Trial) -> float:
     probs, targets = answers.probs(trial)
-    return measure_calibration(probs.astype(np.float64), targets, seed=trial.seed).ece
+    return METRICS["ece"].estimate(Scored(probs.astype(np.float64), targets, trial.seed)).value
 
 
 def _spoken(finding: Finding, count: int, seen: Seen, seed: int) -> Finding:

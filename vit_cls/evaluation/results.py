@@ -1,0 +1,343 @@
+"""What ``evaluate`` finds: counts and metrics, as a dataclass, as JSON, as lines to read, as tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_cls.errors import DataError
+from vit_cls.evaluation.predictions import AS_IS, Predictions, Scoring
+from vit_cls.files import write_text
+from vit_cls.stats.intervals import wilson_interval
+from vit_cls.stats.metrics import (
+    METRICS,
+    TOP_K,
+    Calibration,
+    Estimate,
+    Metric,
+    Scored,
+    calibration_of,
+    measure,
+)
+
+PREDICTION_COLUMNS = ("path", "label", "prediction", "probability", "correct", "error")
+CLASS_COLUMNS = (
+    *("class", "support", "correct", "predicted", "precision", "recall", "f1"),
+    *("recall_ci95_low", "recall_ci95_high"),
+)
+MOST_CONFUSED = 20
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """How one class fared.
+
+    Args:
+        name: The class.
+        support: Scored images of that class.
+        correct: How many of them were given that class.
+        predicted: How many images of any class were.
+    """
+
+    name: str
+    support: int
+    correct: int
+    predicted: int
+
+    @property
+    def recall(self) -> float | None:
+        """Correct over support; None where the folder has no image of the class."""
+        return self.correct / self.support if self.support else None
+
+    @property
+    def recall_ci95(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of the recall; None where the folder has no image of the class."""
+        return wilson_interval(self.correct, self.support) if self.support else None
+
+    @property
+    def precision(self) -> float | None:
+        """Correct over predicted; None where the class was never predicted."""
+        return self.correct / self.predicted if self.predicted else None
+
+    @property
+    def f1(self) -> float | None:
+        """Harmonic mean of precision and recall; None where the class is absent on both sides."""
+        total = self.support + self.predicted
+        return 2 * self.correct / total if total else None
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """One class taken for another.
+
+    Args:
+        label: The true class.
+        prediction: What it was taken for.
+        images: How often.
+        support: Scored images of the true class.
+    """
+
+    label: str
+    prediction: str
+    images: int
+    support: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts and metrics of a classifier on a folder.
+
+    Args:
+        images: Images of the folder: scored and failed.
+        failed: Images that could not be read.
+        correct: Scored images whose class was the first prediction.
+        metrics: By key, in the order of `vit_cls.stats.metrics.METRICS`; ``top1`` at least.
+        per_class: One row for each class of the model.
+        confusion: Images by true class (rows) and predicted class (columns).
+        seconds: Wall time of loading and predicting.
+        scoring: How the images became probabilities.
+        calibration: How far those can be believed; None where it was not measured.
+    """
+
+    images: int
+    failed: int
+    correct: int
+    metrics: dict[str, Estimate]
+    per_class: list[ClassMetrics]
+    confusion: np.ndarray
+    seconds: float
+    scoring: Scoring = AS_IS
+    calibration: Calibration | None = None
+
+    @property
+    def top1(self) -> Estimate:
+        """Correct over scored, with Wilson's interval."""
+        return self.metrics["top1"]
+
+    @property
+    def scored(self) -> int:
+        """Images that have a prediction."""
+        return self.images - self.failed
+
+    @property
+    def classes_present(self) -> int:
+        """Classes of the model that the folder has images of."""
+        return sum(row.support > 0 for row in self.per_class)
+
+    def named_metrics(self) -> list[tuple[Metric, str, str, Estimate]]:
+        """Row of the table, title, meaning and estimate of each metric, for people."""
+        k = min(TOP_K, len(self.per_class))
+        rows = [(METRICS[key], estimate) for key, estimate in self.metrics.items()]
+        return [(row, row.title.format(k=k), row.meaning.format(k=k), one) for row, one in rows]
+
+    def confused_pairs(self) -> list[ConfusedPair]:
+        """Pairs that were confused, the most frequent first, then in class order."""
+        wrong = self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        rows, columns = np.nonzero(wrong)
+        order = np.argsort(-wrong[rows, columns], kind="stable")
+        classes = self.per_class
+        return [
+            ConfusedPair(classes[i].name, classes[j].name, int(wrong[i, j]), classes[i].support)
+            for i, j in zip(rows[order], columns[order], strict=True)
+        ]
+
+
+def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluation:
+    """Compute every metric.
+
+    Args:
+        predictions: Of one classifier on one folder.
+        seed: Of the resampling that the bootstrap intervals come from.
+
+    Raises:
+        DataError: If no image could be scored.
+    """
+    scored = predictions.scored
+    if not len(scored):
+        path, reason = next(iter(predictions.errors.items()))
+        raise DataError(
+            f"none of the {len(predictions.index)} images in {predictions.index.root} could be read; "
+            f"the first: {predictions.index.paths[path]}: {reason}."
+        )
+    answers = Scored(predictions.probs[scored], predictions.index.labels[scored], seed)
+    confusion = answers.confusion
+    per_class = [
+        ClassMetrics(name, int(confusion[i].sum()), int(confusion[i, i]), int(confusion[:, i].sum()))
+        for i, name in enumerate(predictions.index.class_names)
+    ]
+    return Evaluation(
+        images=len(predictions.index),
+        failed=len(predictions.errors),
+        correct=int(answers.right.sum()),
+        metrics=measure(answers),
+        per_class=per_class,
+        confusion=confusion,
+        seconds=predictions.seconds,
+        scoring=predictions.scoring,
+        calibration=calibration_of(answers),
+    )
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """One image that is worth a look.
+
+    Args:
+        path: Relative to the folder.
+        label: Its class.
+        prediction: The class that it was given.
+        confidence: The probability of that class.
+        label_probability: The probability of its own class.
+    """
+
+    path: str
+    label: str
+    prediction: str
+    confidence: float
+    label_probability: float
+
+
+def worst_images(predictions: Predictions, most: int) -> list[ImageCase]:
+    """Images that were given a wrong class, the surest first.
+
+    Args:
+        predictions: Of every image.
+        most: How many at most.
+    """
+    scored = predictions.scored
+    probs = predictions.probs[scored]
+    wrong = probs.argmax(axis=1) != predictions.index.labels[scored]
+    order = np.argsort(-probs.max(axis=1)[wrong], kind="stable")[:most]
+    return _cases(predictions, scored[wrong][order])
+
+
+def uncertain_images(predictions: Predictions, most: int) -> list[ImageCase]:
+    """Images whose prediction is the least sure, whether right or wrong.
+
+    Args:
+        predictions: Of every image.
+        most: How many at most.
+    """
+    scored = predictions.scored
+    return _cases(
+        predictions, scored[np.argsort(predictions.probs[scored].max(axis=1), kind="stable")[:most]]
+    )
+
+
+def _cases(predictions: Predictions, positions: np.ndarray) -> list[ImageCase]:
+    index, names = predictions.index, predictions.index.class_names
+    cases = []
+    for i in positions.tolist():
+        best, label = int(predictions.probs[i].argmax()), int(index.labels[i])
+        confidence, own = (float(predictions.probs[i, k]) for k in (best, label))
+        cases.append(ImageCase(index.paths[i], names[label], names[best], confidence, own))
+    return cases
+
+
+def to_dict(result: Evaluation) -> dict[str, Any]:
+    """The result as plain data that JSON can hold; the calibration was measured."""
+    scoring, calibration = result.scoring, result.calibration
+    assert calibration is not None
+    told: dict[str, Any] = {
+        "images": result.images,
+        "failed": result.failed,
+        "scored": result.scored,
+        "correct": result.correct,
+    }
+    for key, estimate in result.metrics.items():
+        if key == "aurc":  # points of the curve stand before its area
+            told["accuracy_at_coverage"] = [vars(point) for point in calibration.coverage]
+        told[key] = estimate.value
+        if estimate.ci95 is not None:
+            told[f"{key}_ci95"] = list(estimate.ci95)
+    return told | {
+        "most_confused": [vars(pair) for pair in result.confused_pairs()[:MOST_CONFUSED]],
+        "calibrated": scoring.calibrated,
+        "temperature": scoring.temperature,
+        "restricted": scoring.restricted,
+        "tta": scoring.tta,
+        "exact": scoring.exact,
+        "seed": calibration.seed,
+        "seconds": round(result.seconds, 3),
+        "images_per_second": round(result.images / result.seconds, 1),
+        "classes": len(result.per_class),
+        "classes_present": result.classes_present,
+    }
+
+
+def to_text(result: Evaluation) -> str:
+    """The result as lines for people; counts first; the calibration was measured."""
+    scoring, calibration = result.scoring, result.calibration
+    assert calibration is not None
+    missing = [row.name for row in result.per_class if not row.support]
+    coverage = f"; {result.classes_present} of the model's {len(result.per_class)} classes" if missing else ""
+
+    def line(name: str, value: float, bounds: tuple[float, float] | None) -> str:
+        interval = f"   95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
+        return f"{name:<19}{value:.4f}{interval}"
+
+    lines = [
+        f"{result.correct} of {result.scored} images right ({result.failed} could not be read{coverage})",
+        *(line(title, estimate.value, estimate.ci95) for _, title, _, estimate in result.named_metrics()),
+        "accuracy of the most confident: "
+        + ", ".join(f"{100 * p.coverage:g} %: {p.accuracy:.4f}" for p in calibration.coverage),
+    ]
+    if pairs := result.confused_pairs()[:3]:
+        told = (f"{pair.label} taken for {pair.prediction} {pair.images}x" for pair in pairs)
+        lines.append(f"most confused: {', '.join(told)}")
+    lines.append(
+        f"probabilities are {'' if scoring.calibrated else 'not '}calibrated"
+        + (f", temperature {scoring.temperature:.4f}" if scoring.calibrated else "")
+        + ("; predictions restricted to the folder's classes" if scoring.restricted else "")
+        + ("" if scoring.tta == "none" else f"; test-time augmentation: {scoring.tta}")
+        + ("; resized by Pillow" if scoring.exact else "")
+    )
+    lines.append(f"{result.images / result.seconds:.0f} images/s")
+    if missing:
+        lines.append(f"no images of: {', '.join(missing[:20])}{' ...' if len(missing) > 20 else ''}")
+    return "\n".join(lines)
+
+
+def write_tables(folder: Path, predictions: Predictions, result: Evaluation) -> None:
+    """Write ``predictions.csv`` and ``per_class.csv``; files of those names are replaced.
+
+    Args:
+        folder: Exists.
+
+    Raises:
+        OSError: If a file cannot be written; complete files stay.
+    """
+    rows = (
+        [r.name, r.support, r.correct, r.predicted, r.precision, r.recall, r.f1, *(r.recall_ci95 or ("", ""))]
+        for r in result.per_class
+    )
+    write_text(folder / "predictions.csv", _csv(PREDICTION_COLUMNS, _prediction_rows(predictions)))
+    write_text(folder / "per_class.csv", _csv(CLASS_COLUMNS, rows))
+
+
+def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
+    index, names = predictions.index, predictions.index.class_names
+    for i in range(len(index)):
+        label = int(index.labels[i])
+        if i in predictions.errors:
+            yield index.paths[i], names[label], "", "", "", predictions.errors[i]
+            continue
+        best = int(predictions.probs[i].argmax())
+        probability = f"{predictions.probs[i, best]:.6f}"
+        yield index.paths[i], names[label], names[best], probability, int(best == label), ""
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(["" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in row])
+    return buffer.getvalue()
