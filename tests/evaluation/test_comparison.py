@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -158,7 +159,12 @@ def test_answers_from_files_are_matched_by_path(tmp_path):
     (tmp_path / "a.csv").write_text(f"{HEAD}x/1,x,x,0.9,1,\nx/2,x,,,,truncated\ny/1,y,x,0.6,0,\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/predictions.csv").write_text(f"{HEAD}y/1,y,y,0.7,1,\nx/1,x,x,0.8,1,\nx/2,x,x,0.5,1,\n")
-    a, b = align([read_answers(str(tmp_path / "a.csv"), name="a"), read_answers(str(tmp_path / "run"))])
+    a, b = align(
+        [
+            dataclasses.replace(read_answers(str(tmp_path / "a.csv")), name="a"),
+            read_answers(str(tmp_path / "run")),
+        ]
+    )
     assert b.name == str(tmp_path / "run")
     assert list(b.paths) == list(a.paths) == ["x/1", "x/2", "y/1"]
     assert b.predictions.tolist() == ["x", "x", "y"]

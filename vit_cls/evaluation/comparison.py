@@ -113,9 +113,8 @@ def read_answers(path: str) -> Answers:
         raise DataError(f"{wrong}: {error}.") from error
     if not rows:
         raise DataError(f"{wrong}: it has no rows.")
-    labels, predictions, probabilities = zip(*rows.values(), strict=True)
-    labels, predictions = (np.array(names, dtype=object) for names in (labels, predictions))
-    return Answers(path, list(rows), labels, predictions, np.array(probabilities))
+    labels, predictions = (np.array([row[i] for row in rows.values()], dtype=object) for i in (0, 1))
+    return Answers(path, list(rows), labels, predictions, np.array([row[2] for row in rows.values()]))
 
 
 def align(answers: Sequence[Answers]) -> list[Answers]:
