@@ -153,9 +153,8 @@ def batches(
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
     )
-    ahead = (
-        1 if device.type == "cuda" else 0
-    )  # a GPU is given a batch before the results of the last are awaited
+    # A GPU is given the next batch before the results of the last are waited for.
+    ahead = 1 if device.type == "cuda" else 0
     running: deque[_Running[Values]] = deque()
     with _progress(images, config) as advance:
         for items, batch in loaded:

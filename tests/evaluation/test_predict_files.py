@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-import vit_cls
 from vit_cls.data.dataset import FolderSource, ImageDataset
 from vit_cls.data.transforms import model_reader
-from vit_cls.errors import ConfigError, DataError, ImageError, ModelFileError
+from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
 from vit_cls.evaluation.path_stream import iter_paths
 from vit_cls.evaluation.predictions import Row, images_for_model, predict_files, predict_index
@@ -32,7 +31,6 @@ from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.signals import Stopped
-from vit_cls.weights.bundle import save_classifier
 
 ON_CPU = {"device": "cpu", "num_workers": 0}
 
@@ -420,23 +418,6 @@ def test_settings_are_checked(tiny, image_root):
         predict_files(_classifier(tiny), _paths(image_root), top_k=4)
     with pytest.raises(ModelFileError, match=r"no head.*linear_probe"):
         predict_files(_classifier(tiny, ()), _paths(image_root))
-
-
-def test_a_loaded_classifier_labels_files(tiny, image_root, tmp_path):
-    plain = _classifier(tiny)
-    plain.temperature = 2.0
-    classifier = vit_cls.load(save_classifier(plain, tmp_path / "model.safetensors"))
-    paths = _paths(image_root)
-    labels, probs = classifier.predict(paths, batch_size=5)
-    rows = list(predict_files(plain, paths, config=InferenceConfig(**ON_CPU, batch_size=5)))
-    assert labels == [row.best[0][0] for row in rows]
-    np.testing.assert_allclose(probs.max(dim=1).values, [row.best[0][1] for row in rows], atol=1e-6)
-    assert classifier.predict([]).labels == []
-    (tmp_path / "empty.png").touch()
-    with pytest.raises(ImageError, match=r"empty.png cannot be read: the file is empty."):
-        classifier.predict([*paths[:1], tmp_path / "empty.png"])
-    with pytest.raises(ConfigError, match="must be a list"):
-        classifier.predict(paths[0])
 
 
 def test_every_format_reads_back_what_it_wrote():
