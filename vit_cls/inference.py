@@ -61,7 +61,8 @@ class InferenceConfig:
         check_range("--batch_size", self.batch_size, at_least=1)
         check_range("--num_workers", self.num_workers, at_least=0)
         check_choice("--precision", self.precision, PRECISIONS)
-        choose_device(self.device)
+        if self.device != "auto":  # there always is one, and looking for a GPU takes time
+            choose_device(self.device)
 
     @property
     def bf16(self) -> bool:
