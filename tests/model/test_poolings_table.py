@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import POOLINGS, PoolingContext, make_pooling, num_class_tokens, pool_parts
+from vit_cls.model.pooling import (
+    POOLINGS,
+    PoolingContext,
+    make_pooling,
+    needs_class_token,
+    num_class_tokens,
+    pool_parts,
+)
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
 
@@ -89,6 +97,14 @@ def test_class_token_and_registers_have_no_influence_but_where_that_is_asked_for
     assert torch.equal(pooling(huge[:, pooling.read]), pooling(tokens[:, pooling.read]))
     pooling = _pooling(spec, generator, include_prefix=True)
     assert not torch.allclose(pooling(huge[:, pooling.read]), pooling(tokens[:, pooling.read]))
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if needs_class_token(spec)])
+def test_without_a_class_token_a_pooling_that_reads_it_is_refused_by_its_own_name(spec):
+    context = PoolingContext(TokenLayout(False, 0, (3, 3)), embed_dim=24, depth=2, num_classes=4)
+    name = re.escape(spec.partition(":")[0])
+    with pytest.raises(ConfigError, match=rf"^model\.pool {name} reads the class token.*Use model\.pool gap"):
+        make_pooling(spec, context)
 
 
 def test_the_mean_beside_the_class_token_is_of_the_patches_alone(generator):

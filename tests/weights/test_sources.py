@@ -760,7 +760,7 @@ def test_load_takes_a_name_with_a_file():
     ("model", "message"),
     [
         ("nowhere", r"no file or folder 'nowhere', and no architecture of that name.*name=path/to/weights"),
-        (f"{NAME}=nowhere.pth", r"nowhere\.pth: there is no such file or folder"),
+        (f"{NAME}=nowhere.pth", rf"--model {NAME}=nowhere\.pth: there is no such file or folder"),
         ("vit_tny=weights.pth", r"'vit_tny' is not a known architecture"),
         (f"{NAME}=weights.pth", r"weights\.pth does not fit the model: cls_token is \(1, 1, 48\)"),
         ("nothing", r"--model nothing is a folder without a model\.safetensors"),

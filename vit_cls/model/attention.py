@@ -15,7 +15,6 @@ class Attention(nn.Module):
 
     Args:
         dim: Width of a token; divisible by ``num_heads``.
-        num_heads: Heads.
         qkv_bias: Whether query, key and value have a bias.
         qk_norm: Whether queries and keys are normalised for each head.
         attn_drop: Dropout of the attention weights.

@@ -22,10 +22,7 @@ class QuickGELU(nn.Module):
 
 
 def make_activation(name: str) -> nn.Module:
-    """The activation module of that name.
-
-    Args:
-        name: A row of `vit_cls.model.config.ACTIVATIONS`.
+    """The activation module of that name, one of `vit_cls.model.config.ACTIVATIONS`.
 
     Example:
         >>> make_activation("gelu_tanh")
@@ -68,11 +65,7 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a branch.
-
-    Args:
-        dim: Width of a token.
-        init_values: Value that every factor starts from.
+    """A learned factor for each channel of a branch; each starts from ``init_values``.
 
     Source:
         CaiT, https://arxiv.org/abs/2103.17239.
@@ -96,9 +89,7 @@ class Mlp(nn.Module):
     """Two linear layers with an activation between, for each token on its own.
 
     Args:
-        dim: Width of a token.
         hidden_dim: Width between the layers.
-        act: Name of the activation.
         drop: Dropout after each layer.
     """
 
@@ -119,10 +110,7 @@ class SwiGLUPacked(nn.Module):
     """Gated MLP whose gate and value share one matrix: ``fc2(act(gate) * value)``.
 
     Args:
-        dim: Width of a token.
         hidden_dim: Width of gate and value together; even.
-        act: Name of the gate's activation.
-        drop: Dropout after each layer.
 
     Source:
         GLU variants, https://arxiv.org/abs/2002.05202; packed as in DINOv2's ``w12`` and timm's ``GluMlp``
@@ -147,9 +135,6 @@ class Block(nn.Module):
     """Pre-norm encoder block, which computes only the tokens that are read after it.
 
     Args:
-        dim: Width of a token.
-        attn: The attention of this block.
-        mlp: The MLP of this block.
         init_values: First value of LayerScale; None means none.
         drop_path: Stochastic depth of both branches, in [0, 1).
         norm_eps: Epsilon of both norms.

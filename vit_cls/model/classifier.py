@@ -68,20 +68,17 @@ class Preprocess:
 
     @classmethod
     def for_size(cls, img_size: tuple[int, int]) -> Preprocess:
-        """The usual preprocessing of a model trained from scratch at that size.
+        """The usual preprocessing of a model trained from scratch at that height and width, in pixels.
 
-        Args:
-            img_size: Height and width, in pixels. Up to 64 pixels, and from 384, the crop is the whole image.
+        Up to 64 pixels, and from 384, the crop is the whole image.
         """
         whole = max(img_size) <= 64 or max(img_size) >= 384
         return cls(img_size, crop_pct=1.0 if whole else 0.9)
 
     def resized(self, img_size: tuple[int, int], in_chans: int) -> Preprocess:
-        """The same preprocessing for another input.
+        """The same preprocessing for another height and width, in pixels, and number of channels.
 
-        Args:
-            img_size: Height and width, in pixels.
-            in_chans: Channels. For one channel mean and std are averaged, for others repeated in turn.
+        For one channel mean and std are averaged, for others repeated in turn.
         """
         mean, std = self.mean, self.std
         if in_chans == 1:

@@ -29,16 +29,7 @@ class Encoder(nn.ModuleList):
         self.causal_order = config.class_position if config.causal else None
 
     def forward(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
-        """Run every block.
-
-        Args:
-            tokens: Embedded tokens, shape ``(batch, tokens, dim)``.
-            read: The tokens wanted from the last blocks; None means all.
-            num_layers: How many of the last blocks' tokens are wanted.
-
-        Returns:
-            Shape ``(batch, num_layers * read tokens, dim)``, the last block's tokens last.
-        """
+        """See `vit_cls.model.token_model.TokenModel.run_blocks`."""
         mask = None
         if self.causal_order is not None:
             mask = causal_mask(self.layout, self.causal_order, tokens.device)

@@ -12,9 +12,6 @@ class PatchEmbed(nn.Module):
     Args:
         img_size: Image height and width in pixels.
         patch_size: Side of a patch in pixels; divides both.
-        in_chans: Channels of the image.
-        embed_dim: Width of a token.
-        bias: Whether the projection has a bias.
 
     Example:
         >>> import torch
@@ -36,13 +33,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Project every patch.
-
-        Args:
-            images: Normalised floats, shape ``(batch, channels, height, width)``.
-
-        Returns:
-            Patch tokens in raster order, shape ``(batch, patches, dim)``.
+        """Normalised images, (B, C, H, W), to patch tokens in raster order, (B, P, D).
 
         Raises:
             ValueError: If the shape is not the one the model was built for.

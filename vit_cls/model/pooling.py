@@ -99,10 +99,7 @@ def make_pooling(spec: str, context: PoolingContext) -> Pooling:
 
 
 def needs_class_token(spec: str) -> bool:
-    """Whether a pooling reads the model's class token.
-
-    Args:
-        spec: As for `make_pooling`.
+    """Whether a pooling, written as for `make_pooling`, reads the model's class token.
 
     Raises:
         ConfigError: If the name is unknown, or the index is missing or needless.
@@ -119,7 +116,7 @@ def num_class_tokens(spec: str, num_classes: int) -> int:
 
     Args:
         spec: As for `make_pooling`.
-        num_classes: Classes of the head.
+        num_classes: Of the head.
 
     Raises:
         ConfigError: If the name is unknown, or the index is missing or needless.
@@ -136,10 +133,7 @@ def num_class_tokens(spec: str, num_classes: int) -> int:
 
 
 def pool_parts(spec: str) -> tuple[str, ...]:
-    """The poolings whose vectors the head reads, in order.
-
-    Args:
-        spec: As for `make_pooling`, or the name of a pooling that is not in the table.
+    """The poolings whose vectors the head reads, in order; a name that is not in the table is its own part.
 
     Example:
         >>> pool_parts("cls+gap"), pool_parts("token:5"), pool_parts("last2")

@@ -252,8 +252,8 @@ class ClassAttentionPool(Pooling):
             )
             for _ in range(count)
         )
-        one = 4 * dim * dim + 2 * dim * mlp_dim + 2 * context.num_heads * dim * (context.num_read + 1)
-        self.macs = count * one
+        attention_macs = 4 * dim * dim + 2 * context.num_heads * dim * (context.num_read + 1)
+        self.macs = count * (attention_macs + 2 * dim * mlp_dim)
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

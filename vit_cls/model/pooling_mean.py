@@ -13,30 +13,14 @@ GEM_EPS = 1e-6
 
 
 def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the valid tokens.
-
-    Args:
-        tokens: Shape ``(batch, tokens, dim)``.
-        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
-
-    Returns:
-        Shape ``(batch, dim)``.
-    """
+    """Mean over the valid tokens: (B, N, D) and a mask, (B, N), to (B, D)."""
     if mask is None:
         return tokens.mean(dim=1)
     return tokens.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 def masked_max(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Largest value of each channel over the valid tokens.
-
-    Args:
-        tokens: Shape ``(batch, tokens, dim)``.
-        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
-
-    Returns:
-        Shape ``(batch, dim)``.
-    """
+    """Largest value of each channel over the valid tokens: (B, N, D) and a mask, (B, N), to (B, D)."""
     if mask is not None:
         tokens = tokens.masked_fill(~mask[:, :, None], -torch.inf)
     return tokens.amax(dim=1)

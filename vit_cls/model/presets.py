@@ -37,10 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_config(name: str, **overrides: Any) -> ViTConfig:
-    """The architecture of that name, with some settings changed.
+    """The architecture of that row of `PRESETS`, with some settings changed.
 
     Args:
-        name: A row of `PRESETS`, such as ``vit_tiny_patch16_224``.
+        name: Such as ``vit_tiny_patch16_224``.
         overrides: Fields of `ViTConfig`.
 
     Raises:

@@ -80,17 +80,12 @@ def causal_mask(layout: TokenLayout, class_position: str, device: torch.device |
 def add_prefix_and_positions(
     patches: Tensor, prefix: Sequence[Tensor], pos_embed: Tensor | None, *, no_embed_class: bool
 ) -> Tensor:
-    """Prepend the prefix tokens and add the positions.
+    """Prepend the prefix tokens to the patches, (B, P, D), and add the positions: (B, N, D).
 
     Args:
-        patches: Patch tokens, shape ``(batch, patches, dim)``.
         prefix: Learned tokens in order, each of shape ``(1, tokens, dim)``; may be empty.
         pos_embed: Positions, shape ``(1, tokens, dim)``, or ``(1, patches, dim)`` with
             ``no_embed_class``; None adds none.
-        no_embed_class: Whether prefix tokens go without a position.
-
-    Returns:
-        The encoder's input, shape ``(batch, tokens, dim)``: prefix first, then patches.
 
     Example:
         >>> import torch

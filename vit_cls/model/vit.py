@@ -166,11 +166,7 @@ class VisionTransformer(TokenModel):
 
 
 class ClassTokensHead(nn.Linear):
-    """The same weights for the token of each class.
-
-    Args:
-        dim: Width of a token.
-    """
+    """The same weights for the token of each class."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 1)

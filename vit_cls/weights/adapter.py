@@ -298,7 +298,7 @@ class TimmAdapter(TokenModel):
         finally:
             for hook in hooks:
                 hook.remove()
-        kept = [one if read is None else one[:, read] for one in (*earlier, tokens)]
+        kept = [layer if read is None else layer[:, read] for layer in (*earlier, tokens)]
         return torch.cat(kept, dim=1) if earlier else kept[0]
 
     def forward(self, images: Tensor) -> Tensor:

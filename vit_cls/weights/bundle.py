@@ -90,20 +90,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def model_file(path: Path) -> Path:
-    """The model file that a run folder stands for; any other path stands for itself.
-
-    Args:
-        path: Of a folder or a file.
-    """
+    """The model file that a run folder stands for; any other path stands for itself."""
     return path / MODEL_FILE if path.is_dir() else path
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is one that `save_classifier` wrote, or a training checkpoint of ours.
-
-    Args:
-        path: The file; a damaged one is not.
-    """
+    """Whether a file is one that `save_classifier` wrote, or a checkpoint of ours; a damaged one is not."""
     if path.suffix == ".ckpt":
         try:
             _read_checkpoint(path)

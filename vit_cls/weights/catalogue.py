@@ -43,14 +43,14 @@ def find(pattern: str) -> list[str]:
         ConfigError: If there is none; near names are given.
     """
     own = [name for name in fnmatch.filter(PRESETS, pattern) if name not in architectures()]
-    found = own + matching(pattern)
-    if not found:
+    names = own + matching(pattern)
+    if not names:
         known = [*PRESETS, *architectures(), *tags()]
         raise ConfigError(
             f"no architecture matches {pattern!r}.{did_you_mean(pattern, known)} "
             "`vit-cls models` lists them all."
         )
-    return found
+    return names
 
 
 def describe(name: str) -> dict[str, Any]:

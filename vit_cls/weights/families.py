@@ -15,10 +15,7 @@ _RESTRICTED = ("cc-by-nc", "noncommercial", "non-commercial", "apple-amlr", "res
 
 
 def is_non_commercial(licence: str | None) -> bool:
-    """Whether a licence forbids commercial use, going by its name.
-
-    Args:
-        licence: As timm or a model card names it.
+    """Whether a licence forbids commercial use, going by its name in timm or on a model card.
 
     Example:
         >>> is_non_commercial("cc-by-nc-4.0"), is_non_commercial("apache-2.0")
@@ -70,10 +67,7 @@ RECIPES: list[tuple[str, Recipe]] = [
 
 
 def recipe_of(source: str | None) -> Recipe:
-    """The recipe of the family that weights belong to.
-
-    Args:
-        source: ``architecture.tag``, or whatever else names the weights; None for fresh ones.
+    """The recipe of the family that weights belong to, going by their name; None are fresh ones.
 
     Example:
         >>> recipe_of("vit_base_patch16_clip_224.openai").layer_decay, recipe_of(None).layer_decay

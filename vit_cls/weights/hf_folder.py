@@ -70,7 +70,7 @@ class HFModel:
     Args:
         config: The architecture to build, as timm would write it.
         stored: The architecture that the weights have: with registers, each of them has a position (of
-            zero), and so has the class token; in timm's way to write it none has.
+            zero), and so has the class token; as timm writes it none has.
         state: The weights, under timm's names.
         raw: The same before matrices were joined; what no ViT of ours has is there under the file's own name.
         preprocess: How images are prepared.
@@ -88,11 +88,7 @@ class HFModel:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a folder holds a model of transformers (of any kind).
-
-    Args:
-        path: The folder.
-    """
+    """Whether a folder holds a model of transformers, of any kind."""
     try:
         return "model_type" in _read_json(path / "config.json", required=False)
     except ModelFileError:
@@ -101,9 +97,6 @@ def is_hf_folder(path: Path) -> bool:
 
 def read_hf_folder(path: Path) -> HFModel:
     """Read ``config.json``, ``model.safetensors`` and, where there is one, ``preprocessor_config.json``.
-
-    Args:
-        path: The folder.
 
     Raises:
         ModelFileError: If a file is missing or damaged, they contradict each other, or the model is of
@@ -167,9 +160,9 @@ def _timm_state(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in raw.items() if known.fullmatch(name)}
     for whole, parts in _JOINED.items():
         for key in [key for key in state if parts[0] in key]:
-            found = [state.pop(key.replace(parts[0], part), None) for part in parts]
-            present = [part for part in found if part is not None]
-            if len(present) == len(parts):  # one missing is seen later, as a key of the model without weights
+            tensors = [state.pop(key.replace(parts[0], part), None) for part in parts]
+            present = [tensor for tensor in tensors if tensor is not None]
+            if len(present) == len(parts):  # a missing one shows later, as a key of the model without weights
                 state[key.replace(parts[0], whole)] = torch.cat(present)
     return state
 
@@ -317,5 +310,5 @@ def _licence(path: Path) -> str | None:
         text = (path / "README.md").read_text(encoding="utf-8")[:4000]
     except (OSError, ValueError):
         return None
-    found = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)
-    return found[1] if found else None
+    match = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)
+    return match[1] if match else None

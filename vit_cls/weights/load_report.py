@@ -56,15 +56,11 @@ class LoadReport:
 
     def counts(self) -> dict[str, int]:
         """How many keys had each fate."""
-        found = Counter(row.fate for row in self.keys)
-        return {fate: found[fate] for fate in FATES}
+        counts = Counter(row.fate for row in self.keys)
+        return {fate: counts[fate] for fate in FATES}
 
     def of(self, fate: str) -> dict[str, str]:
-        """The keys of one fate, with their notes.
-
-        Args:
-            fate: One of `FATES`.
-        """
+        """The keys of one of the `FATES`, with their notes."""
         return {row.key: row.note for row in self.keys if row.fate == fate}
 
     def rows(self) -> list[dict[str, Any]]:

@@ -85,9 +85,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 def check_weights_file(path: Path) -> None:
     """Refuse what its name or its first bytes show to be no weights file.
 
-    Args:
-        path: The file.
-
     Raises:
         ModelFileError: If it is missing, empty, of an unknown kind, or what a failed download leaves behind.
     """
@@ -133,8 +130,8 @@ def _read_pickle(path: Path) -> Any:
                 "state dict alone."
             ) from error
         whole = zipfile.is_zipfile(path)
-        what = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
-        raise ModelFileError(f"{path} {what}{_reason(error)}. Copy or download it again.") from error
+        problem = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
+        raise ModelFileError(f"{path} {problem}{_reason(error)}. Copy or download it again.") from error
 
 
 def _forbidden(path: Path, error: Exception) -> list[str]:
@@ -178,12 +175,12 @@ def _first_line(error: Exception) -> str:
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     remarks: list[str] = []
     while isinstance(content, Mapping) and not _is_state(content):
-        found = [name for name in WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
-        if not found:
+        models = [name for name in WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
+        if not models:
             break
-        if len(found) > 1:
-            remarks.append(f"the file holds {', '.join(found)}; {found[0]} was taken")
-        content = content[found[0]]
+        if len(models) > 1:
+            remarks.append(f"the file holds {', '.join(models)}; {models[0]} was taken")
+        content = content[models[0]]
     if not isinstance(content, Mapping) or not _is_state(content):
         keys = (
             f" (it has {', '.join(map(str, list(content)[:5]))})"
@@ -202,9 +199,6 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take off what wrappers put in front of every key.
-
-    Args:
-        state: Tensors by name.
 
     Example:
         >>> import torch

@@ -237,7 +237,7 @@ def placement(model: Any) -> Placement:
     """Read pooling and norm off a model of timm; a skeleton will do.
 
     Raises:
-        ConfigError: If the model pools in a way that has no counterpart here.
+        ConfigError: If its pooling has no counterpart here.
     """
     if model.global_pool not in POOLS:
         raise ConfigError(f"timm's pooling {model.global_pool!r} has no counterpart here.")
