@@ -97,7 +97,7 @@ def checked_layers(model: TokenModel, layers: Sequence[int] | None) -> list[int]
 
 
 class FrozenTokens:
-    """Tokens of one model for the images of one part, and ways to read them.
+    """Tokens of one model for the images of one part, and how to read them.
 
     Args:
         folder: Holds one raw file of float32 a layer.
@@ -171,27 +171,27 @@ class FrozenTokens:
         """
         return self.reader.normed(torch.from_numpy(np.array(self.tokens(layer)[rows]))).numpy()
 
-    def read(self, way: str, layer: int | None = None) -> np.ndarray:
+    def read(self, pool: str, layer: int | None = None) -> np.ndarray:
         """What a head with that pooling would get.
 
         Args:
-            way: See `vit_cls.lab.reads.READS`.
+            pool: See `vit_cls.lab.reads.READS`.
             layer: Where to read; None means after the last block.
 
         Returns:
             Float32, shape ``(n, dim)``; a multiple of the width for a concatenation.
 
         Raises:
-            ConfigError: If the model cannot be read that way, or a layer that it needs was not frozen.
+            ConfigError: If the model cannot be read by that pool, or a layer that it needs was not frozen.
         """
         layer = self.depth if layer is None else layer
-        needed = layers_of(self.reader.parse(way), layer)
+        needed = layers_of(self.reader.parse(pool), layer)
         maps = {needed_layer: self.tokens(needed_layer) for needed_layer in needed}
         step = max(1, AT_ONCE // (self.layout.num_tokens * self.embed_dim * len(needed)))
         vectors = []
         for start in range(0, len(self), step):
             part = {k: torch.from_numpy(np.array(m[start : start + step])) for k, m in maps.items()}
-            vectors.append(self.reader.read(way, part, layer).numpy())
+            vectors.append(self.reader.read(pool, part, layer).numpy())
         return np.concatenate(vectors)
 
 
@@ -240,7 +240,7 @@ def freeze_reads(
     classifier: ImageClassifier,
     source: ImageSource,
     layers: Sequence[int],
-    ways: Sequence[str],
+    pools: Sequence[str],
     *,
     config: InferenceConfig | None = None,
     cache: Path | None = None,
@@ -251,35 +251,35 @@ def freeze_reads(
         classifier: Is moved to the device and put in evaluation mode, where it has to run.
         source: The images.
         layers: Where to read; 0 is before the first block.
-        ways: See `vit_cls.lab.reads.READS`.
+        pools: See `vit_cls.lab.reads.READS`.
         config: How the model is run; None takes the defaults.
         cache: A folder that keeps the reads in one file; None keeps none.
 
     Returns:
-        Float32, shape ``(n, dim)``, for each way and layer, and which images the rows are.
+        Float32, shape ``(n, dim)``, for each pool and layer, and which images the rows are.
 
     Raises:
-        ConfigError: If the model cannot be read that way or has no such layer.
+        ConfigError: If the model cannot be read by that pool or has no such layer.
         DataError: If no image can be read, or the cache cannot be written.
         ModelFileError: If tokens are not finite.
     """
     config = config or InferenceConfig()
     wanted = checked_layers(classifier.model, layers)
-    pairs = [(way, layer) for way in ways for layer in wanted]
+    pairs = [(pool, layer) for pool in pools for layer in wanted]
     if cache is None:
         reads, failures = _read_layers(classifier, source, pairs, config)
         return reads, Rows.of(source, failures)
     key = cache_key(classifier, source, wanted, config)
-    file = cache / f"{joined_digest(key, 'reads', *ways)}.npz"
+    file = cache / f"{joined_digest(key, 'reads', *pools)}.npz"
     if file.is_file():
         with np.load(file) as stored:
             failures = {int(k): v for k, v in json.loads(stored[FAILURES].tobytes()).items()}
-            reads = {(way, layer): stored[f"{way} {layer}"] for way, layer in pairs}
+            reads = {(pool, layer): stored[f"{pool} {layer}"] for pool, layer in pairs}
         return reads, Rows.of(source, failures)
     reads, failures = _read_layers(classifier, source, pairs, config)
     rows = Rows.of(source, failures)
     reasons = json.dumps({i: failures[i] for i in sorted(failures)}).encode()
-    arrays = {f"{way} {layer}": values for (way, layer), values in reads.items()}
+    arrays = {f"{pool} {layer}": values for (pool, layer), values in reads.items()}
     arrays[FAILURES] = np.frombuffer(reasons, dtype=np.uint8)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -300,14 +300,14 @@ def _read_layers(
 ) -> tuple[dict[tuple[str, int], np.ndarray], dict[int, str]]:
     """What is read at each layer, and why images failed, by position."""
     reader = Reader(classifier.model)
-    needed = sorted({n for way, layer in pairs for n in layers_of(reader.parse(way), layer)})
+    needed = sorted({n for pool, layer in pairs for n in layers_of(reader.parse(pool), layer)})
     parts: dict[tuple[str, int], list[np.ndarray]] = {pair: [] for pair in pairs}
     failures: dict[int, str] = {}
     for outputs in batches(classifier, source, layer_tokens(classifier, needed), config):
         failures |= outputs.failures
         if outputs.values is not None:
-            for way, layer in pairs:
-                parts[way, layer].append(reader.read(way, outputs.values, layer).numpy())
+            for pool, layer in pairs:
+                parts[pool, layer].append(reader.read(pool, outputs.values, layer).numpy())
     Rows.of(source, failures)  # raises where no image could be read
     return {pair: np.concatenate(vectors) for pair, vectors in parts.items()}, failures
 

@@ -1,4 +1,4 @@
-"""Ways of reading frozen tokens: from every token of an image to the one vector that a probe sees."""
+"""Pools of frozen tokens: from every token of an image to the one vector that a probe reads."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ READS: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {
     "last": ("last:N: the class tokens after each of the last N blocks, concatenated", None),
     "token": ("token:K: patch token K, counted from 0 in raster order", None),
 }
-"""What may be read: a description, and a function of the patch tokens where it is one. Reads joined by ``+``
+"""What may be read: a description, and a function of the patch tokens where it is one. Pools joined by ``+``
 are concatenated. Source of ``last:N``: DINOv2's linear evaluation, https://arxiv.org/abs/2304.07193, B.3."""
 
 WAYS = ("cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4")
-"""The ways that read the last layer, of those that are compared if nothing else is asked for."""
+"""The pools of the last layer, of those that are compared if nothing else is asked for."""
 LAST = 4
 """Blocks whose class tokens the usual ``last:N`` joins, as far as there are so many."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the reads that a way concatenates.
+    """One of the parts that a pool concatenates.
 
     Args:
         name: A key of `READS`.
@@ -46,11 +46,11 @@ class Part:
     number: int | None = None
 
 
-def parse_way(way: str, layout: TokenLayout, depth: int, *, name: str = "--read") -> list[Part]:
-    """Check a way of reading against a model.
+def parse_way(pool: str, layout: TokenLayout, depth: int, *, name: str = "--read") -> list[Part]:
+    """Check a pool against a model.
 
     Args:
-        way: Such as ``cls``, ``token:5`` or ``last:4+gap``.
+        pool: Such as ``cls``, ``token:5`` or ``last:4+gap``.
         layout: The model's tokens.
         depth: The model's blocks.
         name: What the user called the setting, for error messages.
@@ -63,19 +63,21 @@ def parse_way(way: str, layout: TokenLayout, depth: int, *, name: str = "--read"
         [Part(name='last', number=4), Part(name='gap', number=None)]
     """
     parts = []
-    for text in way.split("+"):
+    for text in pool.split("+"):
         kind, colon, number = text.partition(":")
         if kind not in READS:
-            known = [{"last": "last:N", "token": "token:K"}.get(one, one) for one in READS]
+            known = [{"last": "last:N", "token": "token:K"}.get(key, key) for key in READS]
             raise ConfigError(
-                f"{name} must be one of {', '.join(known)}, or several joined by +; got {way!r}."
+                f"{name} must be one of {', '.join(known)}, or several joined by +; got {pool!r}."
                 f"{did_you_mean(text, known)}"
             )
         if bool(colon) != (kind in ("last", "token")) or (colon and not number.isdecimal()):
             wanted = {"last": "a number of blocks, as in last:4", "token": "a patch, as in token:5"}
-            raise ConfigError(f"{name} {kind} takes {wanted.get(kind, 'no number')}; got {way!r}.")
+            raise ConfigError(f"{name} {kind} takes {wanted.get(kind, 'no number')}; got {pool!r}.")
         if kind in ("cls", "last") and not layout.class_token:
-            raise ConfigError(f"{name} {way} reads the class token, but the model has none. Read gap or max.")
+            raise ConfigError(
+                f"{name} {pool} reads the class token, but the model has none. Read gap or max."
+            )
         value = int(number) if colon else None
         limits = {"last": (1, depth), "token": (0, layout.num_patches - 1)}.get(kind)
         if limits and value is not None and not limits[0] <= value <= limits[1]:
@@ -88,7 +90,7 @@ def parse_way(way: str, layout: TokenLayout, depth: int, *, name: str = "--read"
 
 
 def usual_ways(depth: int) -> list[str]:
-    """The ways that are compared if nothing else is asked for.
+    """The pools that are compared if nothing else is asked for.
 
     Args:
         depth: The model's blocks; of a single one, ``last:1`` would be ``cls``.
@@ -100,29 +102,31 @@ def usual_ways(depth: int) -> list[str]:
     return [*WAYS, *([f"last:{min(LAST, depth)}"] if depth > 1 else [])]
 
 
-def possible_ways(ways: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:
-    """The default ways that a model can be read, and a sentence for those that it cannot.
+def possible_ways(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:
+    """The default pools that a model can be read by, and a sentence for those that it cannot.
 
     Args:
-        ways: Well-formed ways that the user did not ask for by name.
+        pools: Well-formed ones that the user did not ask for by name.
         layout: The model's tokens.
 
     Returns:
-        The ways that remain, and notes; without a class token those that read it are left out.
+        The pools that remain, and notes; without a class token those that read it are left out.
 
     Example:
         >>> possible_ways(["cls", "gap"], TokenLayout(False, 0, (2, 2)))
         (['gap'], ['Not read: cls, for the model has no class token.'])
     """
-    without = [way for way in ways if {"cls", "last"} & {part.partition(":")[0] for part in way.split("+")}]
+    without = [
+        pool for pool in pools if {"cls", "last"} & {part.partition(":")[0] for part in pool.split("+")}
+    ]
     if layout.class_token or not without:
-        return list(ways), []
+        return list(pools), []
     note = f"Not read: {', '.join(without)}, for the model has no class token."
-    return [way for way in ways if way not in without], [note]
+    return [pool for pool in pools if pool not in without], [note]
 
 
 def layers_of(parts: Sequence[Part], layer: int, *, name: str = "--read") -> list[int]:
-    """The layers whose tokens a way needs.
+    """The layers whose tokens a pool needs.
 
     Args:
         parts: From `parse_way`.
@@ -160,22 +164,17 @@ class Reader:
         self._own_pool = model.config.pool
         self._prefix_too = bool(getattr(model.config, "pool_include_prefix", False))
 
-    def parse(self, way: str, *, name: str = "--read") -> list[Part]:
-        """See `parse_way`.
+    def parse(self, pool: str, *, name: str = "--read") -> list[Part]:
+        """See `parse_way`."""
+        return parse_way(pool, self.layout, self.depth, name=name)
 
-        Args:
-            way: As there.
-            name: As there.
-        """
-        return parse_way(way, self.layout, self.depth, name=name)
-
-    def patches(self, way: str) -> slice:
+    def patches(self, pool: str) -> slice:
         """The tokens that a read of the patches takes.
 
         Args:
-            way: Prefix tokens are left out, unless it is the model's own pooling, which reads them.
+            pool: Prefix tokens are left out, unless it is the model's own pooling, which reads them.
         """
-        own = self._prefix_too and way == self._own_pool
+        own = self._prefix_too and pool == self._own_pool
         return slice(0 if own else self.layout.num_prefix_tokens, self.layout.num_tokens)
 
     @torch.inference_mode()
@@ -188,11 +187,11 @@ class Reader:
         return self.fc_norm(self.norm(tokens))
 
     @torch.inference_mode()
-    def read(self, way: str, tokens: Mapping[int, Tensor], layer: int) -> Tensor:
+    def read(self, pool: str, tokens: Mapping[int, Tensor], layer: int) -> Tensor:
         """One vector an image.
 
         Args:
-            way: As for `parse_way`.
+            pool: As for `parse_way`.
             tokens: The tokens of each layer that `layers_of` names, float32, on the CPU, shape
                 ``(batch, tokens, dim)``, as the blocks left them.
             layer: Where it reads.
@@ -203,17 +202,17 @@ class Reader:
         Raises:
             ConfigError: As for `parse_way` and `layers_of`.
         """
-        parts, vectors = self.parse(way), []
+        parts, vectors = self.parse(pool), []
         layers_of(parts, layer)
         for part in parts:
             if part.name == "last":
                 assert part.number is not None
-                for one in range(layer - part.number + 1, layer + 1):
-                    vectors.append(self.normed(tokens[one][:, 0]))
+                blocks = range(layer - part.number + 1, layer + 1)
+                vectors += [self.normed(tokens[block][:, 0]) for block in blocks]
                 continue
             pooling = READS[part.name][1]
             if pooling is not None:
-                vectors.append(self.fc_norm(pooling(self.norm(tokens[layer][:, self.patches(way)]))))
+                vectors.append(self.fc_norm(pooling(self.norm(tokens[layer][:, self.patches(pool)]))))
                 continue
             place = 0 if part.name == "cls" else self.layout.num_prefix_tokens + (part.number or 0)
             vectors.append(self.normed(tokens[layer][:, place]))
