@@ -15,7 +15,8 @@ from vit_cls.stats.intervals import holm
 from vit_cls.stats.paired import difference_interval, mcnemar_mid_p, score_equivalence_p, score_interval
 from vit_cls.stats.power import mcnemar_detectable_effect, mcnemar_required_images
 
-REPEATS = 1500
+REPEATS = 600
+SLACK = 1.5 * math.sqrt(0.05 * 0.95 / REPEATS)  # standard errors of a share of 5 % in so many repeats
 
 
 def _chance(images: int, share_a: float, share_b: float, happens) -> float:
@@ -135,7 +136,7 @@ def test_interval_of_the_difference_covers_in_93_to_97_percent(classes, per_clas
         only_a, only_b = _draw(rng, images, share_a, share_b)
         low, high = difference_interval(only_a, only_b, images, seed=repeat, resamples=400)
         covered += low <= difference <= high
-    assert 0.93 <= covered / REPEATS <= 0.97, covered / REPEATS
+    assert 0.93 - SLACK <= covered / REPEATS <= 0.97 + SLACK, covered / REPEATS
 
 
 def test_interval_has_the_variance_of_a_stratified_sample_and_the_seed_decides():
@@ -178,7 +179,7 @@ def test_holm_controls_any_false_winner_among_four_equal_models():
             for a, b in itertools.combinations(right, 2)
         ]
         false += min(holm(p)) <= 0.05
-    assert false / REPEATS <= 0.055
+    assert false / REPEATS <= 0.055 + SLACK
 
 
 @pytest.mark.parametrize(("images", "discordance"), [(540, 0.03), (2000, 0.2), (10_000, 0.15), (500, 0.1)])

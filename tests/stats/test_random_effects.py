@@ -15,7 +15,7 @@ from vit_cls.stats.intervals import permutation_p, wilson_interval
 from vit_cls.stats.power import minimum_detectable_effect, required_sample_size
 from vit_cls.stats.random_effects import equivalence_p, mean_interval, paired_difference
 
-REPEATS = 600
+REPEATS = 300
 SLACK = 3 * math.sqrt(0.05 * 0.95 / REPEATS)  # three standard errors of a share of 5 % in so many repeats
 
 
@@ -283,7 +283,7 @@ def _percentile_bootstrap(d, rng, *, seeds_too, draws=300):
 def test_seeds_taken_for_images_or_resampled_as_if_there_were_many_cover_too_little():
     rng = np.random.default_rng(9)
     hits = dict.fromkeys(("ours", "more images", "images alone", "naive bootstrap"), 0)
-    repeats = 250
+    repeats = 150
     for _ in range(repeats):
         a, b = _scores(rng, 3, 300, discordance=0.05, seed_sd=0.03)
         d = b.astype(float) - a

@@ -142,7 +142,7 @@ def test_margin_and_expectation_are_checked():
 
 def test_among_equal_heads_a_winner_is_found_in_no_more_than_5_of_100_studies():
     rng = np.random.default_rng(10)
-    winners, studies = 0, 200
+    winners, studies = 0, 100
     for _ in range(studies):
         chance = rng.beta(9, 1, size=300)  # how often each image is right, the same for all heads
         heads = rng.random((4, 3, 300)) < np.clip(chance + 0.01 * rng.standard_normal((4, 3, 1)), 0, 1)
@@ -153,7 +153,7 @@ def test_among_equal_heads_a_winner_is_found_in_no_more_than_5_of_100_studies():
 
 def test_a_difference_as_large_as_the_margin_refutes_equality_in_no_more_than_5_of_100_studies():
     rng = np.random.default_rng(12)
-    refuted, studies, margin, discordance = 0, 50, 0.01, 0.04
+    refuted, studies, margin, discordance = 0, 30, 0.01, 0.04
     for _ in range(studies):
         claims = []
         for _ in range(8):

@@ -51,23 +51,12 @@ class Linear:
     penalty: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Predict.
-
-        Args:
-            x: Features, shape ``(rows, features)``.
-
-        Returns:
-            float64, shape ``(rows, targets)``.
-        """
+        """Predictions for features of shape ``(rows, features)``: float64, shape ``(rows, targets)``."""
         return np.asarray(x, dtype=np.float64) @ self.weight + self.bias
 
 
 def scale_of(variance: np.ndarray) -> np.ndarray:
-    """Standard deviations to divide by; 1 where a feature is constant up to rounding.
-
-    Args:
-        variance: Of each feature, shape ``(features,)``.
-    """
+    """Standard deviations to divide by, from variances; 1 where a feature is constant up to rounding."""
     floor = 1e-14 * max(float(variance.max(initial=0.0)), 1e-300)
     return np.sqrt(np.where(variance <= floor, 1.0, variance))
 
@@ -135,30 +124,6 @@ def _unstandardised(
     return Linear(weight, centre - mean @ weight, penalty)
 
 
-def chosen_ridge(
-    x: np.ndarray,
-    y: np.ndarray,
-    x_val: np.ndarray,
-    y_val: np.ndarray,
-    penalties: Sequence[float] = PENALTIES,
-) -> Linear:
-    """The fit whose penalty predicts the validation rows best, by squared error; ties go to the stronger.
-
-    Args:
-        x: Features to fit on, shape ``(rows, features)``.
-        y: Targets to fit on, shape ``(rows, targets)``.
-        x_val: Features to choose on.
-        y_val: Targets to choose on.
-        penalties: As for `ridge_fits`.
-
-    Example:
-        >>> x = np.linspace(0, 1, 8)[:, None]
-        >>> chosen_ridge(x, 2 * x, x[:3], 2 * x[:3]).penalty
-        1e-06
-    """
-    return best_fit(ridge_fits(x, y, penalties), x_val, y_val)
-
-
 def best_fit(fits: Iterable[Linear], x_val: np.ndarray, y_val: np.ndarray) -> Linear:
     """The fit with the smallest squared error on validation rows; ties go to the stronger penalty.
 
@@ -166,6 +131,11 @@ def best_fit(fits: Iterable[Linear], x_val: np.ndarray, y_val: np.ndarray) -> Li
         fits: At least one.
         x_val: Features, shape ``(rows, features)``.
         y_val: Targets, shape ``(rows, targets)``.
+
+    Example:
+        >>> x = np.linspace(0, 1, 8)[:, None]
+        >>> best_fit(ridge_fits(x, 2 * x), x[:3], 2 * x[:3]).penalty
+        1e-06
     """
     return min(fits, key=lambda fit: (float(np.square(fit(x_val) - y_val).sum()), -fit.penalty))
 
@@ -192,20 +162,23 @@ def chosen_classifier(
     Source:
         The few-shot probe of big_vision, ``evaluators/fewshot_lsr.py``.
     """
-    targets = 2.0 * np.eye(num_classes)[labels] - 1
-    fits = ridge_fits(x, targets, penalties)
-    return most_accurate(fits, x_val, labels_val)
+    fits = ridge_fits(x, one_against_all(labels, num_classes), penalties)
+    return max(fits, key=lambda fit: (int((fit(x_val).argmax(axis=1) == labels_val).sum()), fit.penalty))
 
 
-def most_accurate(fits: Iterable[Linear], x_val: np.ndarray, labels_val: np.ndarray) -> Linear:
-    """The fit whose largest output is right most often; ties go to the stronger penalty.
+def one_against_all(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Targets of a classifier by least squares: 1 for the class, -1 for the others.
 
     Args:
-        fits: At least one.
-        x_val: Features, shape ``(rows, features)``.
-        labels_val: Classes, int, shape ``(rows,)``.
+        labels: int, shape ``(rows,)``.
+        num_classes: Columns.
+
+    Example:
+        >>> one_against_all(np.array([1, 0]), 2)
+        array([[-1.,  1.],
+               [ 1., -1.]])
     """
-    return max(fits, key=lambda fit: (int((fit(x_val).argmax(axis=1) == labels_val).sum()), fit.penalty))
+    return 2.0 * np.eye(num_classes)[labels] - 1
 
 
 def moments_of(chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:

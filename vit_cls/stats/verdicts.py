@@ -150,20 +150,16 @@ def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
     Source:
         Holm 1979, https://www.jstor.org/stable/4615733.
     """
-    differences = [paired_difference(one.a, one.b, seed=seed) for one in claims]
-    tests = [_p(one, found) for one, found in zip(claims, differences, strict=True)]
-    sames = [equivalence_p(found, one.margin) for one, found in zip(claims, differences, strict=True)]
+    differences = [paired_difference(claim.a, claim.b, seed=seed) for claim in claims]
+    pairs = list(zip(claims, differences, strict=True))
+    different = [_p(*pair) for pair in pairs]
+    equivalent = [equivalence_p(difference, claim.margin) for claim, difference in pairs]
     # Of claims of equality it is not zero but the margin that a refutation has to leave behind.
-    against = [
-        _p_beyond(one, found) if one.expect == EQUAL else p
-        for one, found, p in zip(claims, differences, tests, strict=True)
+    refuting = [
+        _p_beyond(*pair) if pair[0].expect == EQUAL else p for pair, p in zip(pairs, different, strict=True)
     ]
-    return [
-        _finding(one, found, ps, ALPHA / len(claims))
-        for one, found, *ps in zip(
-            claims, differences, tests, holm(tests), holm(sames), holm(against), strict=True
-        )
-    ]
+    p_values = zip(different, holm(different), holm(equivalent), holm(refuting), strict=True)
+    return [_finding(*pair, p, ALPHA / len(claims)) for pair, p in zip(pairs, p_values, strict=True)]
 
 
 def _p(claim: Claim, difference: Difference) -> float:
@@ -179,7 +175,7 @@ def _p_beyond(claim: Claim, difference: Difference) -> float:
 
 
 def _finding(claim: Claim, difference: Difference, p: Sequence[float], alpha: float) -> Finding:
-    different, same, against = (one <= ALPHA for one in p[1:])
+    different, same, against = (adjusted <= ALPHA for adjusted in p[1:])
     verdict = _verdict(claim, difference, against, same)
     missing = None
     if verdict == CANNOT_TELL:

@@ -22,7 +22,7 @@ from vit_cls.lab.probes.pixel_decoders import pixels_of
 from vit_cls.lab.probes.tiled import Mosaics, make_mosaics, tile_of_patches
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Line, LineChart, Table
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, r2_scores
+from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, one_against_all, r2_scores
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import GREATER, POINTS, Claim, judge_all
 
@@ -245,7 +245,7 @@ class _Dense:
                 "more than one tile. Use fewer tiles."
             )
         labels = mosaics.tiles.reshape(len(mosaics.tiles), -1)[:, tile]
-        targets = 2.0 * np.eye(len(self.class_names))[labels] - 1
+        targets = one_against_all(labels, len(self.class_names))
         targets[:, tile < 0] = np.nan
         return targets
 

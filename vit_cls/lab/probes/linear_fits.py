@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vit_cls.lab.probes.common import MARGIN, check_choice, check_margin
-from vit_cls.stats.least_squares import PENALTIES, chosen_classifier, ridge_fits
+from vit_cls.stats.least_squares import PENALTIES, chosen_classifier, one_against_all, ridge_fits
 
 PROTOCOLS = ("ours", "dinov2", "mae")
 SOLVERS = ("ridge", "logistic")
@@ -121,7 +121,7 @@ def _fit_again(
     data: tuple[np.ndarray, np.ndarray], strength: float, num_classes: int, settings: LinearSettings
 ) -> Fit:
     if settings.ridge:
-        (again,) = ridge_fits(data[0], 2.0 * np.eye(num_classes)[data[1]] - 1, [strength])
+        (again,) = ridge_fits(data[0], one_against_all(data[1], num_classes), [strength])
         return Fit(again.weight, again.bias, strength, 0)
     return _logistic(data, [strength], num_classes, settings)[0]
 

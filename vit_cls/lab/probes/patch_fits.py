@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_cls.stats.least_squares import PENALTIES, Linear, fits_of_moments, moments_of
+from vit_cls.stats.least_squares import PENALTIES, Linear, fits_of_moments, moments_of, one_against_all
 
 _CHUNK = 64
 
@@ -87,7 +87,7 @@ def place_targets(grid_size: tuple[int, int]) -> np.ndarray:
     """
     rows, cols = grid_size
     row, col = np.divmod(np.arange(rows * cols), cols)
-    one_of = 2.0 * np.eye(rows * cols) - 1
+    one_of = one_against_all(np.arange(rows * cols), rows * cols)
     return np.concatenate([one_of, np.stack([row / max(1, rows - 1), col / max(1, cols - 1)], 1)], axis=1)
 
 

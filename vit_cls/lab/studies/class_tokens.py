@@ -324,11 +324,10 @@ def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
 
 def _information(cells: np.ndarray, classes: int) -> float:
     """Mutual information in bits, from the number of the cell that each image falls into."""
+    from sklearn.metrics import mutual_info_score
+
     joint = np.bincount(cells, minlength=(int(cells.max()) // classes + 1) * classes).reshape(-1, classes)
-    shares = joint / joint.sum()
-    independent = shares.sum(axis=1, keepdims=True) * shares.sum(axis=0)
-    there = joint > 0
-    return float((shares[there] * np.log2(shares[there] / independent[there])).sum())
+    return float(mutual_info_score(None, None, contingency=joint)) / math.log(2)
 
 
 def information_test(tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tuple[float, float, float]:
