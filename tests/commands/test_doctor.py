@@ -90,6 +90,8 @@ def test_json_is_one_object_with_the_documented_keys(data, capsys):
         "classes": 2,
         "problems": [{"kind": "leakage", "severity": "error", "count": 1, "examples": ["val/cat/a.png"]}],
         "ok": False,
+        "split": None,
+        "origin": "train, val of data",
     }
 
 
@@ -209,3 +211,20 @@ def test_help_and_the_table_of_verbs_name_it(capsys):
     assert out.startswith("usage: vit-cls doctor")
     assert all(f"--{key}" in out for key in ("data", "output", "near_duplicates", "num_workers", "json"))
     assert "doctor" in COMMANDS
+
+
+def test_the_embedded_digits_are_looked_at_as_files_and_named_as_what_they_are(data, capsys):
+    code, out, _ = _run(capsys, "--data", "digits", "--split", "test", "--json", *IN_PROCESS)
+    result = json.loads(out)
+    assert (code, result["images"], result["classes"]) == (0, 599, 10)
+    assert (result["split"], result["origin"]) == ("test", "digits")
+
+
+def test_a_manifest_is_examined_and_the_part_stands_in_the_result(data, capsys):
+    rows = [f"data/train/{label}/{i}.png,{label}" for label in ("cat", "dog") for i in range(10)]
+    (data.parent / "m.csv").write_text("\n".join(["path,label", *rows, "data/none.png,cat"]))
+    code, out, _ = _run(capsys, "--data", "m.csv", "--output", "out", "--json", *IN_PROCESS)
+    result = json.loads(out)
+    assert (code, result["images"], result["split"], result["origin"]) == (1, 20, None, "m.csv")
+    assert [problem["kind"] for problem in result["problems"]] == ["missing_file"]
+    assert "data/none.png" in (data.parent / "out/problems.csv").read_text()

@@ -30,7 +30,7 @@ ORDER: tuple[set[str], ...] = (
 )
 NOT_EVEN = {"evaluation": {"training"}, "export": {"training"}, "lab": {"training"}}
 """A study is given the function that trains."""
-RESULTS = {"data.diagnosis", "evaluation", "lab.results", "stats"}
+RESULTS = {"data.doctor", "evaluation", "lab.results", "stats"}
 """The result dataclasses that `reports` sees; the commands alone see it."""
 
 # library: where it may be imported, as prefixes of paths in the package

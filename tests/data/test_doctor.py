@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_cls.data import image_check, scan
 from vit_cls.data.decode import MAX_BYTES
-from vit_cls.data.diagnosis import KINDS, MOST_EXAMPLES, SEVERITIES, UNREADABLE
-from vit_cls.data.doctor import examine, quick_check
+from vit_cls.data.doctor import image_check, scan
+from vit_cls.data.doctor.image_check import CheckTask, check_image
+from vit_cls.data.doctor.issues import ISSUE_TYPES, MOST_EXAMPLES, SEVERITIES, UNREADABLE
+from vit_cls.data.doctor.report import examine, quick_check
+from vit_cls.data.doctor.scan import scan_folder
 from vit_cls.data.folders import find_parts
-from vit_cls.data.image_check import CheckTask, check_image
 from vit_cls.data.index import EXTENSIONS, index_folder
 from vit_cls.data.partition import split_for_training
-from vit_cls.data.scan import scan_folder
 from vit_cls.errors import ConfigError, DataError
 
 TEST_DATA = Path(os.environ.get("VIT_CLS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -418,11 +418,14 @@ SPOILED = {
     "not_image": _not_image,
     "ignored_folder": _ignored_folder,
 }
+OF_MANIFESTS = {"bad_row", "missing_file", "repeated_row", "shared_group"}  # see test_doctor_manifest.py
 TESTED_BELOW = {"no_access", "partly_checked"}
 
 
 def test_every_kind_has_a_folder_that_is_spoiled_in_its_way():
-    assert {name.partition(":")[0].partition(" ")[0] for name in SPOILED} | TESTED_BELOW == set(KINDS)
+    assert {
+        name.partition(":")[0].partition(" ")[0] for name in SPOILED
+    } | TESTED_BELOW | OF_MANIFESTS == set(ISSUE_TYPES)
 
 
 @pytest.mark.parametrize("name", SPOILED)
@@ -435,7 +438,7 @@ def test_what_is_wrong_is_found_and_nothing_else(name, clean):
     for kind, paths in expected.items():
         assert (set(found[kind]) if isinstance(paths, set) else found[kind]) == paths, kind
         assert len(set(found[kind])) == len(found[kind])
-    assert diagnosis.ok == all(KINDS[kind].severity != "error" for kind in expected)
+    assert diagnosis.ok == all(ISSUE_TYPES[kind].severity != "error" for kind in expected)
     assert diagnosis.unreadable == sum(len(expected.get(kind, ())) for kind in UNREADABLE)
     assert diagnosis.images == sum(n for counts in diagnosis.classes.values() for n in counts.values())
 
@@ -456,9 +459,9 @@ def test_near_copies_are_looked_for_when_asked_alone(clean):
 
 
 def test_kinds_are_sorted_by_severity_and_speak_in_sentences():
-    order = [SEVERITIES.index(kind.severity) for kind in KINDS.values()]
+    order = [SEVERITIES.index(kind.severity) for kind in ISSUE_TYPES.values()]
     assert order == sorted(order)
-    for name, kind in KINDS.items():
+    for name, kind in ISSUE_TYPES.items():
         assert name.isidentifier()
         assert kind.title
         assert not kind.title.endswith(".")
@@ -477,7 +480,7 @@ def test_problem_has_ten_examples_and_every_offender(clean):
         "severity": "error",
         "count": 12,
         "examples": problem.examples,
-        "advice": KINDS["empty_file"].advice,
+        "advice": ISSUE_TYPES["empty_file"].advice,
     }
     as_json = diagnosis.to_dict()
     assert list(as_json) == ["images", "unreadable", "classes", "problems", "ok", "seconds"]

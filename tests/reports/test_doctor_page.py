@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vit_cls.data.decode import read_file
-from vit_cls.data.diagnosis import KINDS, Diagnosis, Offender, Problem
+from vit_cls.data.doctor.issues import ISSUE_TYPES, DatasetReport, Offender, Problem
 from vit_cls.data.thumbnails import SIDE, thumbnails
 from vit_cls.reports.doctor import MOST_SHOWN, pictures_wanted, write_doctor_report, write_problems_table
 
@@ -47,13 +47,13 @@ def _jpeg(colour: str) -> bytes:
 def diagnosis(hostile_names):
     """Every kind of problem at once, with names that do their worst."""
     problems = []
-    for kind in KINDS:
+    for kind in ISSUE_TYPES:
         paths = [f"{kind}/{name}.jpg" for name in hostile_names]
         other = "train/other.jpg" if kind.startswith("near_") else None
         problems.append(Problem(kind, [Offender(path, hostile_names[2], other) for path in paths]))
     problems[0].offenders.extend(Offender(f"{i}.jpg", "reason") for i in range(MOST_SHOWN))
     classes = dict.fromkeys([*hostile_names, *(f"class {i}" for i in range(30))], 7)
-    return Diagnosis(
+    return DatasetReport(
         hostile_names[0] + hostile_names[2], 999, 31, {"train": classes, "val": {"one": 3}}, problems, 61
     )
 
@@ -104,7 +104,7 @@ class Outline(HTMLParser):
         return [attrs for name, attrs in self.elements if name == tag]
 
 
-def _tiny(**changes) -> Diagnosis:
+def _tiny(**changes) -> DatasetReport:
     given = {
         "images": 5,
         "unreadable": 1,
@@ -112,7 +112,7 @@ def _tiny(**changes) -> Diagnosis:
         "problems": [],
         "seconds": 1.5,
     }
-    return Diagnosis("pets", **(given | changes))
+    return DatasetReport("pets", **(given | changes))
 
 
 def test_page_is_well_formed_and_fetches_nothing(diagnosis, page_of):
@@ -156,9 +156,9 @@ def test_page_can_be_read_aloud(diagnosis, page_of):
 def test_every_problem_has_a_section_that_the_summary_links(diagnosis, page_of):
     outline = Outline(page_of(diagnosis))
     ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
-    assert ids == list(KINDS)
-    assert [attrs["href"] for attrs in outline.all("a")] == [f"#{kind}" for kind in KINDS]
-    for kind in KINDS.values():
+    assert ids == list(ISSUE_TYPES)
+    assert [attrs["href"] for attrs in outline.all("a")] == [f"#{kind}" for kind in ISSUE_TYPES]
+    for kind in ISSUE_TYPES.values():
         assert kind.advice in outline.words
 
 

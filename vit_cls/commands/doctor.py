@@ -1,19 +1,23 @@
-"""``vit-cls doctor``: what is wrong with an image folder, before hours are spent on it."""
+"""``vit-cls doctor``: what is wrong with images, before hours are spent on it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import make_parser, parse
-from vit_cls.data.diagnosis import SEVERITIES, Diagnosis, Problem
-from vit_cls.data.doctor import examine
+from vit_cls.commands.parsing import add_data_arguments, make_parser, parse
+from vit_cls.data.doctor.issues import SEVERITIES, DatasetReport, Problem
+from vit_cls.data.doctor.report import examine
 from vit_cls.files import output_folder, writing
 
 
 def run(words: list[str]) -> Outcome:
-    """Examine an image folder.
+    """Examine images.
 
     Args:
         words: The words after ``doctor``.
@@ -24,8 +28,8 @@ def run(words: list[str]) -> Outcome:
     Raises:
         VitClsError: If the request cannot be carried out.
     """
-    parser = make_parser("doctor", "Look for what is wrong with an image folder. Exit 1: there are errors.")
-    parser.add_argument("--data", type=str, required=True, help="a folder of splits, or of class folders")
+    parser = make_parser("doctor", "Look for what is wrong with images. Exit 1: there are errors.")
+    add_data_arguments(parser, split="the part to look at: train, val or test (default: all of them)")
     parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
     parser.add_argument(
         "--near_duplicates", type=bool, nargs="?", const=True, default=False, help="also pictures alike"
@@ -33,25 +37,43 @@ def run(words: list[str]) -> Outcome:
     parser.add_argument("--num_workers", type=int | None, default=None, help="reading processes; 0 for none")
     args = parse(parser, words)
     output = output_folder(args.output)
-    diagnosis = examine(
-        args.data,
-        near_duplicates=args.near_duplicates,
-        num_workers=args.num_workers,
-        show_progress=sys.stderr.isatty(),
-    )
-    if output is not None:
-        _write(output, diagnosis)
-    return Outcome(diagnosis.to_dict(), _text(diagnosis, output), code=0 if diagnosis.ok else 1)
+    with _as_files(args.data) as data:
+        diagnosis = examine(
+            data,
+            near_duplicates=args.near_duplicates,
+            num_workers=args.num_workers,
+            show_progress=sys.stderr.isatty(),
+            split=args.split,
+        )
+        root, diagnosis = Path(diagnosis.root), replace(diagnosis, root=args.data)
+        if output is not None:
+            _write(output, diagnosis, root)
+    parts = [part for part in diagnosis.classes if part]
+    told = {"split": args.split, "origin": f"{', '.join(parts)} of {args.data}" if parts else args.data}
+    return Outcome(diagnosis.to_dict() | told, _text(diagnosis, output), code=0 if diagnosis.ok else 1)
 
 
-def _write(output: Path, diagnosis: Diagnosis) -> None:
+@contextmanager
+def _as_files(data: str) -> Iterator[str]:
+    """The data as files: the embedded digits are written for as long as they are looked at."""
+    if data != "digits" or Path(data).is_dir():
+        yield data
+        return
+    from vit_cls.data.digits import write_digits  # with torchvision: seconds, for this alone
+
+    with TemporaryDirectory() as folder:
+        for part in ("train", "test"):
+            write_digits(Path(folder, part), part)
+        yield folder
+
+
+def _write(output: Path, diagnosis: DatasetReport, root: Path) -> None:
     # Here: the libraries of charts take seconds to load, and only files need them.
     from vit_cls.data.decode import read_file
     from vit_cls.data.thumbnails import thumbnails
     from vit_cls.environment import environment
     from vit_cls.reports.doctor import pictures_wanted, write_doctor_report, write_problems_table
 
-    root = Path(diagnosis.root)
     pictures = thumbnails(lambda path: read_file(root / path), pictures_wanted(diagnosis))
     versions = environment()["versions"]
     with writing(output):
@@ -59,7 +81,7 @@ def _write(output: Path, diagnosis: Diagnosis) -> None:
         write_doctor_report(output / "report.html", diagnosis, thumbnails=pictures, versions=versions)
 
 
-def _text(diagnosis: Diagnosis, output: Path | None) -> str:
+def _text(diagnosis: DatasetReport, output: Path | None) -> str:
     splits = [f"{split} {sum(counts.values()):,}" for split, counts in diagnosis.classes.items() if split]
     parts = f" ({', '.join(splits)})" if splits else ""
     names = len(diagnosis.class_names)

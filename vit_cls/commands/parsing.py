@@ -41,20 +41,19 @@ def make_parser(verb: str, description: str) -> ArgumentParser:
     )
 
 
-def add_data_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
-    """The images of a verb, and the part of them that it scores.
+SPLIT_HELP = "the part to score: train, val or test (default: test if there is one, else val, else all)"
+
+
+def add_data_arguments(parser: ArgumentParser, *, required: bool = True, split: str = SPLIT_HELP) -> None:
+    """The images of a verb, and the part of them that it takes.
 
     Args:
         parser: Gets the options.
         required: Whether the verb cannot do without.
+        split: What the part is for.
     """
     parser.add_argument("--data", type=str if required else str | None, required=required, help=DATA_HELP)
-    parser.add_argument(
-        "--split",
-        type=str | None,
-        default=None,
-        help="the part to score: train, val or test (default: test if there is one, else val, else all)",
-    )
+    parser.add_argument("--split", type=str | None, default=None, help=split)
 
 
 def add_runtime_arguments(parser: ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
-from vit_cls.data.diagnosis import Problem
-from vit_cls.data.doctor import quick_check
+from vit_cls.data.doctor.issues import Problem
+from vit_cls.data.doctor.report import quick_check
 from vit_cls.data.folders import DIGITS, find_parts
 from vit_cls.data.index import balanced_weights
 from vit_cls.data.loader import default_num_workers, make_loader

@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from vit_cls.data.diagnosis import KINDS, SEVERITIES, UNREADABLE, Diagnosis
+from vit_cls.data.doctor.issues import ISSUE_TYPES, SEVERITIES, UNREADABLE, DatasetReport
 from vit_cls.files import write_text
 from vit_cls.reports.html import render
 
@@ -17,7 +17,7 @@ MOST_SHOWN = 24
 COLUMNS = ("path", "kind", "severity", "detail")
 
 
-def pictures_wanted(diagnosis: Diagnosis) -> list[str]:
+def pictures_wanted(diagnosis: DatasetReport) -> list[str]:
     """Paths of the images that the page shows, each once.
 
     Args:
@@ -26,7 +26,7 @@ def pictures_wanted(diagnosis: Diagnosis) -> list[str]:
     shown = (
         path
         for problem in diagnosis.problems
-        if KINDS[problem.kind].pictures
+        if ISSUE_TYPES[problem.kind].pictures
         for offender in problem.offenders[:MOST_SHOWN]
         for path in (offender.path, offender.other)
         if path is not None
@@ -35,7 +35,7 @@ def pictures_wanted(diagnosis: Diagnosis) -> list[str]:
 
 
 def write_doctor_report(
-    path: Path, diagnosis: Diagnosis, *, thumbnails: Mapping[str, bytes], versions: Mapping[str, str]
+    path: Path, diagnosis: DatasetReport, *, thumbnails: Mapping[str, bytes], versions: Mapping[str, str]
 ) -> None:
     """Write the page of a diagnosis.
 
@@ -50,11 +50,11 @@ def write_doctor_report(
 
     Example:
         >>> import tempfile
-        >>> from vit_cls.data.diagnosis import Offender, Problem
+        >>> from vit_cls.data.doctor.issues import Offender, Problem
         >>> problem = Problem("empty_file", [Offender("cat/1.jpg", "0 bytes")])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = Path(folder) / "report.html"
-        ...     found = Diagnosis("pets", 9, 1, {"": {"cat": 5, "dog": 4}}, [problem])
+        ...     found = DatasetReport("pets", 9, 1, {"": {"cat": 5, "dog": 4}}, [problem])
         ...     write_doctor_report(page, found, thumbnails={}, versions={})
         ...     "cat/1.jpg" in page.read_text(encoding="utf-8")
         True
@@ -62,7 +62,7 @@ def write_doctor_report(
     severities = [problem.severity for problem in diagnosis.problems]
     context = {
         "diagnosis": diagnosis,
-        "kinds": KINDS,
+        "kinds": ISSUE_TYPES,
         "tally": [(severities.count(severity), severity) for severity in SEVERITIES],
         "splits": list(diagnosis.classes),
         "most": max((n for counts in diagnosis.classes.values() for n in counts.values()), default=0) or 1,
@@ -79,7 +79,7 @@ def write_doctor_report(
     write_text(path, render("doctor.html", context))
 
 
-def write_problems_table(path: Path, diagnosis: Diagnosis) -> None:
+def write_problems_table(path: Path, diagnosis: DatasetReport) -> None:
     """Write every offender as a row of a CSV file.
 
     Args:

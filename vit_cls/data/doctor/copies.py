@@ -13,10 +13,10 @@ from itertools import chain
 
 import numpy as np
 
-from vit_cls.data.diagnosis import Offender
-from vit_cls.data.image_check import content_hash
+from vit_cls.data.doctor.image_check import content_hash
+from vit_cls.data.doctor.issues import Offender
+from vit_cls.data.doctor.scan import FoundImage
 from vit_cls.data.index import ImageIndex
-from vit_cls.data.scan import FoundImage
 
 SIMILAR = 0.95
 """Of 3,781 photos of clothes (7.1 million pairs), no two that differ reach 0.93. Copies at JPEG quality 40,
@@ -64,7 +64,7 @@ def near_copies(
 
     Args:
         images: The training split first.
-        signatures: Of each image, see `vit_cls.data.image_check.sign`; shape ``(images, steps)``.
+        signatures: Of each image, see `vit_cls.data.doctor.image_check.sign`; shape ``(images, steps)``.
         contents: Digest of each image, or None: equal ones are exact copies, which are not reported here.
     """
     splits, labels = _codes([i.split for i in images]), _codes([i.label for i in images])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import unicodedata
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.progress import track
 
 from vit_cls.checks import check_range
-from vit_cls.data.diagnosis import Diagnosis, Offender, Problem, problems_of
-from vit_cls.data.duplicates import exact_copies, near_copies, shared_images
-from vit_cls.data.image_check import CRASHED, Checked, CheckTask, check_image
+from vit_cls.data.doctor.copies import exact_copies, near_copies, shared_images
+from vit_cls.data.doctor.image_check import CRASHED, Checked, CheckTask, check_image
+from vit_cls.data.doctor.issues import DatasetReport, Offender, Problem, problems_of
+from vit_cls.data.doctor.manifest_scan import scan_manifest
+from vit_cls.data.doctor.scan import FoundImage, Scan, scan_folder
 from vit_cls.data.index import ImageIndex
-from vit_cls.data.scan import FoundImage, Scan, scan_folder
+from vit_cls.data.manifest import inspect_manifest, is_manifest
 from vit_cls.workers import each_in_processes
 
 MOST_IMBALANCE = 10.0
@@ -35,21 +38,23 @@ def examine(
     near_duplicates: bool = False,
     num_workers: int | None = None,
     show_progress: bool = False,
-) -> Diagnosis:
-    """Look at every file of an image folder, and decode every image.
+    split: str | None = None,
+) -> DatasetReport:
+    """Look at every file of an image folder or a manifest, and decode every image.
 
     Args:
-        root: A folder of splits, or one folder of class folders, as training takes it.
+        root: A folder of parts, one folder of class folders, or a manifest, as training takes it.
         near_duplicates: Whether to look for pictures that look alike, beside files that are equal.
         num_workers: Processes that read; None means one a core, at most 8, and none for a small folder;
             0 reads in this one.
         show_progress: Whether a bar is drawn on stderr.
+        split: The part to look at, by any of its names; None looks at all parts, and across them.
 
     Returns:
         What was found; a file or folder that cannot be read is a part of it.
 
     Raises:
-        ConfigError: If ``num_workers`` is negative.
+        ConfigError: If ``num_workers`` is negative, or there is no such part.
         DataError: If ``root`` is not a folder that can be read.
 
     Example:
@@ -62,7 +67,7 @@ def examine(
     """
     check_range("--num_workers", num_workers, at_least=0)
     started = time.perf_counter()
-    scan = scan_folder(root)
+    scan = _scan(root, split)
     checked = _check(scan, near_duplicates, _workers(scan, num_workers), show_progress)
     counts = _counts(scan)
     names = [name for classes in scan.classes.values() for name in classes]
@@ -75,14 +80,30 @@ def examine(
         *_missing_and_unknown(scan),
         *_sizes_of_classes(scan, counts),
     ]
-    return Diagnosis(
-        root=str(root),
+    return DatasetReport(
+        root=scan.root,
         images=len(scan.images),
         unreadable=sum(not one.readable for one in checked),
         classes=counts,
         problems=problems_of(found),
         seconds=time.perf_counter() - started,
     )
+
+
+def _scan(root: str | Path, split: str | None) -> Scan:
+    """What there is, of one part or of all; a part is looked at as a folder of classes would be."""
+    table = is_manifest(root)
+    if split is None:
+        return scan_manifest(str(root)) if table else scan_folder(root)
+    from vit_cls.data.folders import FoundParts, find_parts  # with torchvision: seconds, for this alone
+
+    if table:
+        manifest, _ = inspect_manifest(root)
+        found = FoundParts(str(root), "--data", "manifest", dict.fromkeys(manifest.parts, ""), manifest)
+        return scan_manifest(str(root), split=found.choose(split))
+    found = find_parts(root)
+    part = found.choose(split)
+    return scan_folder(found.where(part), trained=part == "train")
 
 
 def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000) -> list[Problem]:
@@ -124,7 +145,7 @@ def _check(scan: Scan, near_duplicates: bool, num_workers: int, show_progress: b
     """Each image of the scan, checked."""
     of_size = Counter(image.size for image in scan.images)
     tasks = [
-        CheckTask(f"{scan.root}/{image.path}", of_size[image.size] > 1, near_duplicates)
+        CheckTask(os.path.join(scan.root, image.path), of_size[image.size] > 1, near_duplicates)
         for image in scan.images
     ]
     checked: list[Checked] = [CRASHED] * len(tasks)

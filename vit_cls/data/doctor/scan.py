@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vit_cls.data.diagnosis import Offender
+from vit_cls.data.doctor.issues import Offender
 from vit_cls.data.index import EXTENSIONS, class_folders
 from vit_cls.data.splits import part_folders
 
@@ -79,11 +79,12 @@ class _Entry:
     size: int | None
 
 
-def scan_folder(root: str | Path) -> Scan:
+def scan_folder(root: str | Path, *, trained: bool = True) -> Scan:
     """List a data folder: splits and classes as training takes them, and what it would pass over.
 
     Args:
-        root: A folder of splits, or one folder of class folders.
+        root: A folder of parts, or one folder of class folders.
+        trained: Whether class folders without a part are to be trained on.
 
     Raises:
         DataError: If it is not a folder that can be read.
@@ -94,7 +95,7 @@ def scan_folder(root: str | Path) -> Scan:
     except OSError:
         class_folders(Path(root), name="--data")  # raises, in words
         raise
-    scan = Scan(str(root), [""], "")
+    scan = Scan(str(root), [""], "" if trained else None)
     top = _list(scan, "")
     folders = [e.name for e in top if e.is_folder and not e.name.startswith(".")]
     parts = part_folders(folders, has_folders=lambda name: _has_folders(os.path.join(scan.root, name)))
@@ -106,7 +107,7 @@ def scan_folder(root: str | Path) -> Scan:
             if name not in scan.splits:
                 kind = "hidden_junk" if name.lower() in JUNK_FOLDERS else "ignored_folder"
                 scan.found.append((kind, Offender(f"{name}/")))
-    if scan.training is None:
+    if scan.training is None and trained:
         scan.found.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
     for split in scan.splits:
         _scan_split(scan, split, _list(scan, split) if split else top)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_cls.data import duplicates
-from vit_cls.data.doctor import quick_check
+from vit_cls.data.doctor import copies
+from vit_cls.data.doctor.image_check import sign
+from vit_cls.data.doctor.report import quick_check
+from vit_cls.data.doctor.scan import FoundImage
 from vit_cls.data.folders import find_parts
-from vit_cls.data.image_check import sign
 from vit_cls.data.partition import split_for_training
-from vit_cls.data.scan import FoundImage
 
 
 def _signature(pixels: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ def test_signature_stays_with_the_picture(change):
     for seed in range(20):
         image = _picture(seed)
         similarity = _signature(np.asarray(image)) @ _signature(CHANGES[change](image))
-        assert duplicates.SIMILAR <= similarity <= 1.0001
+        assert copies.SIMILAR <= similarity <= 1.0001
 
 
 def test_signatures_of_different_pictures_are_far_apart():
@@ -73,9 +73,9 @@ def test_near_copies_do_not_depend_on_the_block_size(monkeypatch):
     signatures = base[np.arange(40) % 10] + 0.05 * rng.normal(size=(40, 480))
     signatures = (signatures / np.linalg.norm(signatures, axis=1, keepdims=True)).astype(np.float32)
     contents = [None] * 38 + [b"same"] * 2
-    whole = duplicates.near_copies(images, signatures, contents)
-    monkeypatch.setattr(duplicates, "CELLS", 100)
-    assert sorted(whole, key=str) == sorted(duplicates.near_copies(images, signatures, contents), key=str)
+    whole = copies.near_copies(images, signatures, contents)
+    monkeypatch.setattr(copies, "CELLS", 100)
+    assert sorted(whole, key=str) == sorted(copies.near_copies(images, signatures, contents), key=str)
     assert {kind for kind, _ in whole} == {"near_leakage", "near_label_conflict", "near_duplicate"} - {
         "near_leakage"  # i and i + 10 are in one split
     }
@@ -152,7 +152,7 @@ def test_quick_check_is_not_fooled_by_equal_sizes_beginnings_and_middles(clean):
     _put(clean, "train/cat/a.bmp", data)
     _put(clean, "val/cat/a.bmp", data[:-1] + bytes([data[-1] ^ 1]))
     _put(clean, "train/dog/a.bmp", b"x" + data[1:])
-    assert len(data) > 2 * duplicates.BLOCK_BYTES
+    assert len(data) > 2 * copies.BLOCK_BYTES
     assert _quick(clean) == {}
 
 
@@ -169,8 +169,8 @@ def _make_sizes_unique(root):
 def test_quick_check_opens_no_file_whose_size_is_alone(clean, monkeypatch):
     opened = []
     for name in ("_middle_hash", "_whole_hash"):
-        real = getattr(duplicates, name)
-        monkeypatch.setattr(duplicates, name, lambda path, real=real: (opened.append(path), real(path))[1])
+        real = getattr(copies, name)
+        monkeypatch.setattr(copies, name, lambda path, real=real: (opened.append(path), real(path))[1])
     _make_sizes_unique(clean)
     assert _quick(clean) == {}
     assert opened == []

@@ -12,7 +12,7 @@ MOST_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
-class Kind:
+class IssueType:
     """One thing that can be wrong.
 
     Args:
@@ -29,201 +29,227 @@ class Kind:
     pictures: bool = True
 
 
-KINDS: dict[str, Kind] = {
-    "unreadable": Kind(
+ISSUE_TYPES: dict[str, IssueType] = {
+    "unreadable": IssueType(
         "error",
         "files that cannot be read as images",
         "Training stops at such a file, unless data.max_bad_images allows for it. Replace it or remove it.",
     ),
-    "truncated": Kind(
+    "truncated": IssueType(
         "error",
         "images whose end is missing",
         "The copy or download was cut short. Fetch the file again or remove it; training stops at it.",
     ),
-    "empty_file": Kind("error", "empty files", "There is nothing in the file. Fetch it again or remove it."),
-    "leakage": Kind(
+    "empty_file": IssueType(
+        "error", "empty files", "There is nothing in the file. Fetch it again or remove it."
+    ),
+    "leakage": IssueType(
         "error",
         "images that another split has too",
         "The score on such an image measures memory. Keep each image in one split alone.",
     ),
-    "label_conflict": Kind(
+    "label_conflict": IssueType(
         "error",
         "the same image in different classes",
         "At most one of the labels is right. Keep the image in its true class and remove the other copies.",
     ),
-    "no_access": Kind(
+    "bad_row": IssueType(
+        "error",
+        "rows of the manifest that cannot be used",
+        "Training refuses the whole table. Fill in the cell, or remove the row.",
+        pictures=False,
+    ),
+    "missing_file": IssueType(
+        "error",
+        "rows of the manifest whose path leads to no file",
+        "Training stops at it. Paths are relative to the manifest, or absolute: correct the path or "
+        "remove the row.",
+        pictures=False,
+    ),
+    "repeated_row": IssueType(
+        "error",
+        "files that have several rows in the manifest",
+        "Training refuses the whole table. Keep one row for each file.",
+    ),
+    "shared_group": IssueType(
+        "error",
+        "groups of images that training shares with another part",
+        "The score on such an image measures memory in part; training refuses. Keep each group in one part.",
+        pictures=False,
+    ),
+    "no_access": IssueType(
         "error",
         "folders that cannot be read",
         "Training stops at such a folder. Give yourself permission to read it, or remove it.",
         pictures=False,
     ),
-    "link_loop": Kind(
+    "link_loop": IssueType(
         "error",
         "links that lead back to themselves",
         "Training stops at such a link. Remove it.",
         pictures=False,
     ),
-    "too_few_classes": Kind(
+    "too_few_classes": IssueType(
         "error",
         "folders with too few classes",
         "A split holds one sub-folder a class, each with its images; training needs at least two classes. "
         "Check that the right folder was given.",
         pictures=False,
     ),
-    "empty_class": Kind(
+    "empty_class": IssueType(
         "error",
         "class folders without images",
         "Training refuses an empty class. Put images there or remove the folder.",
         pictures=False,
     ),
-    "junk_class": Kind(
+    "junk_class": IssueType(
         "error",
         "folders of other programs that would count as classes",
         "Remove the folder: an unpacker or a file server made it, and each visible folder is a class.",
         pictures=False,
     ),
-    "unknown_class": Kind(
+    "unknown_class": IssueType(
         "error",
         "classes that the training split lacks",
         "A model cannot predict a class that it never saw; training refuses. Classes are matched by the "
         "folder's name: rename the folder, add the class to training, or remove it.",
         pictures=False,
     ),
-    "similar_class_names": Kind(
+    "similar_class_names": IssueType(
         "warning",
         "class names that differ by case, spaces or encoding alone",
         "They count as different classes. If they are one class, move the images into one folder.",
         pictures=False,
     ),
-    "missing_class": Kind(
+    "missing_class": IssueType(
         "warning",
         "classes of the training split that another split lacks",
         "Nothing will be known about such a class there. Add images, or check the folder's name.",
         pictures=False,
     ),
-    "no_training_split": Kind(
+    "no_training_split": IssueType(
         "warning",
         "no folder to train on",
         "This can be evaluated on, not trained on. Training looks for train/ or training/.",
         pictures=False,
     ),
-    "nested": Kind(
+    "nested": IssueType(
         "warning",
         "images deeper than one level inside a class folder",
         "Their class is the outermost folder. If the inner folders are the classes, move them up.",
     ),
-    "loose_image": Kind(
+    "loose_image": IssueType(
         "warning",
         "images outside any class folder",
         "They have no class, so they are passed over. Move them into class folders.",
     ),
-    "unread_name": Kind(
+    "unread_name": IssueType(
         "warning",
         "images whose file name does not end like an image's",
         "They are passed over. Give them the ending of their format (.jpg, .png, ...).",
     ),
-    "unsupported_format": Kind(
+    "unsupported_format": IssueType(
         "warning",
         "images in a format that is not read",
         "They are passed over. Convert them to JPEG or PNG.",
         pictures=False,
     ),
-    "near_leakage": Kind(
+    "near_leakage": IssueType(
         "warning",
         "images that look like one of another split",
         "If they are the same picture, or frames of one film, the score measures memory. Look at the pairs, "
         "and keep all pictures of one thing in one split.",
     ),
-    "near_label_conflict": Kind(
+    "near_label_conflict": IssueType(
         "warning",
         "images that look like one of another class",
         "If they are the same picture, one label is wrong. Look at the pairs.",
     ),
-    "duplicate": Kind(
+    "duplicate": IssueType(
         "warning",
         "repeated images",
         "A repeated image counts twice, in training and in every score. Keep one.",
     ),
-    "near_duplicate": Kind(
+    "near_duplicate": IssueType(
         "warning",
         "images that look like another one of their class and split",
         "Near copies count more than once and add little. Look at the pairs, and keep one of each.",
     ),
-    "imbalance": Kind(
+    "imbalance": IssueType(
         "warning",
         "classes much smaller than the largest",
         "A model may do well by forgetting them. Look at balanced accuracy and at the recall of each class; "
         "add images where you can.",
         pictures=False,
     ),
-    "few_images": Kind(
+    "few_images": IssueType(
         "warning",
         "classes with few images to train on",
         "Such a class is hardly learnt, and its score is left to chance. Add images.",
         pictures=False,
     ),
-    "tiny": Kind(
+    "tiny": IssueType(
         "warning",
         "very small images",
         "Enlarging them to the model's input adds no detail. Check that they are not thumbnails or icons.",
     ),
-    "huge": Kind(
+    "huge": IssueType(
         "warning",
         "very large images",
         "Reading them takes most of the loading time. Make copies of about twice the model's input size.",
     ),
-    "wrong_extension": Kind(
+    "wrong_extension": IssueType(
         "note",
         "images whose name says another format",
         "They are read by content, so nothing is lost here; other programs may refuse them.",
     ),
-    "exif_orientation": Kind(
+    "exif_orientation": IssueType(
         "note",
         "images that are stored turned or mirrored",
         "They are turned upright as their EXIF orientation says. Programs that ignore it see them turned.",
     ),
-    "sixteen_bit": Kind(
+    "sixteen_bit": IssueType(
         "note",
         "images with more than 8 bits a channel",
         "They are scaled to 8 bits: 16-bit levels from 0 to 65535, floats from 0 to 1. If yours use another "
         "range (12-bit cameras, medical images), rescale them before.",
     ),
-    "transparent": Kind(
+    "transparent": IssueType(
         "note",
         "images with transparent pixels",
         "They are laid over the model's background colour, white by default. If that hides something, choose "
         "another one.",
     ),
-    "cmyk": Kind(
+    "cmyk": IssueType(
         "note",
         "images in printing colours (CMYK)",
         "They are converted to RGB without a colour profile, so colours may be off a little.",
     ),
-    "animated": Kind(
+    "animated": IssueType(
         "note",
         "files with several pictures",
         "The first one is used. If you need the others, save them as files of their own.",
     ),
-    "hidden_junk": Kind(
+    "hidden_junk": IssueType(
         "note",
         "hidden files and files of other programs",
         "They are passed over.",
         pictures=False,
     ),
-    "not_image": Kind(
+    "not_image": IssueType(
         "note",
         "other files in class folders",
         "They are passed over.",
         pictures=False,
     ),
-    "ignored_folder": Kind(
+    "ignored_folder": IssueType(
         "note",
         "folders beside the splits",
-        "Training looks at folders called train, training, val, validation, valid or test; these are not "
-        "read, and were not checked.",
+        "Training takes one folder for each part, called train or training; val, validation or valid; test "
+        "or testing. These are not read, and were not checked.",
         pictures=False,
     ),
-    "partly_checked": Kind(
+    "partly_checked": IssueType(
         "note",
         "a check that would have taken too long was made on a part of the images",
         "`vit-cls doctor` compares all of them.",
@@ -255,7 +281,7 @@ class Problem:
     """A kind of problem, and everything that has it.
 
     Args:
-        kind: A key of `KINDS`.
+        kind: A key of `ISSUE_TYPES`.
         offenders: At least one.
     """
 
@@ -265,17 +291,17 @@ class Problem:
     @property
     def severity(self) -> Severity:
         """``error``, ``warning`` or ``note``."""
-        return KINDS[self.kind].severity
+        return ISSUE_TYPES[self.kind].severity
 
     @property
     def title(self) -> str:
         """What it is, in plain words."""
-        return KINDS[self.kind].title
+        return ISSUE_TYPES[self.kind].title
 
     @property
     def advice(self) -> str:
         """What it means and what to do, in plain words."""
-        return KINDS[self.kind].advice
+        return ISSUE_TYPES[self.kind].advice
 
     @property
     def count(self) -> int:
@@ -293,20 +319,20 @@ class Problem:
 
 
 def problems_of(found: Iterable[tuple[str, Offender]]) -> list[Problem]:
-    """Findings by kind, in the order of `KINDS`.
+    """Findings by kind, in the order of `ISSUE_TYPES`.
 
     Args:
         found: Kind and offender, in any order; offenders of one kind keep theirs.
     """
-    by_kind: dict[str, list[Offender]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[Offender]] = {kind: [] for kind in ISSUE_TYPES}
     for kind, offender in found:
         by_kind[kind].append(offender)
     return [Problem(kind, offenders) for kind, offenders in by_kind.items() if offenders]
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What `vit_cls.data.doctor.examine` found.
+class DatasetReport:
+    """What `vit_cls.data.doctor.report.examine` found.
 
     Args:
         root: The data folder, as it was given.

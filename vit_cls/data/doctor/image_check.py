@@ -82,7 +82,7 @@ class Checked:
 
     Args:
         readable: Whether it decodes.
-        findings: Kinds of `vit_cls.data.diagnosis.KINDS`, each with a detail.
+        findings: Kinds of `vit_cls.data.doctor.issues.ISSUE_TYPES`, each with a detail.
         content: Hash of its bytes.
         signature: See `sign`; None also for an image without structure.
     """
