@@ -16,7 +16,7 @@ from vit_cls.signals import Stopped, StopSignals
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before.
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a classifier; a run folder comes out", "vit_cls.commands.fit"),
-    "evaluate": ("top-1 and the rest of the truth on an image folder", "vit_cls.commands.evaluate"),
+    "evaluate": ("top-1, calibration and other metrics on an image folder", "vit_cls.commands.evaluate"),
     "compare": ("is one model better than another on the same images?", "vit_cls.commands.compare"),
     "predict": ("label files or folders: CSV, JSONL, Parquet or a table", "vit_cls.commands.predict"),
     "probe": ("what the frozen tokens of a model know", "vit_cls.commands.probe"),

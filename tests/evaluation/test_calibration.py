@@ -1,4 +1,4 @@
-"""A temperature undoes what made a model too sure, and is the minimum of the loss."""
+"""A temperature undoes what made a model overconfident, and is the minimum of the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vit_cls.stats.metrics import METRICS, Scored
 
 
 def _draw(images=1500, classes=6, scale=1.0, seed=0):
-    """Probabilities that are true, then made too sure by ``scale``; and the classes drawn from them."""
+    """Probabilities that are true, then made overconfident by ``scale``; and the classes drawn from them."""
     rng = np.random.default_rng(seed)
     logits = 1.5 * rng.normal(size=(images, classes))
     true = tempered(logits, 1.0)
@@ -70,7 +70,7 @@ def test_a_validation_folder_without_a_mistake_has_no_temperature():
     probs = np.array([[0.9, 0.1], [0.2, 0.8]])
     with pytest.raises(DataError, match=r"no temperature fits val: 2 of 2 images are right.*more images"):
         fit_temperature(_predictions(probs, np.array([0, 1])))
-    with pytest.raises(DataError, match=r"0 of 2 images are right.*grows the less sure"):
+    with pytest.raises(DataError, match=r"0 of 2 images are right.*grows without end the less confident"):
         fit_temperature(_predictions(probs, np.array([1, 0])))
     with pytest.raises(DataError, match="none of the 2 images in val"):
         fit_temperature(_predictions(np.full((2, 2), np.nan), np.array([0, 1]), {0: "empty", 1: "empty"}))

@@ -25,7 +25,7 @@ OF_PROBABILITIES = ("nll", "brier", "ece", "ece_equal_mass", "aurc")
 
 
 def _draw(images=1500, classes=6, scale=1.0, seed=0):
-    """Probabilities that are true, then made too sure by ``scale``; and the classes drawn from them."""
+    """Probabilities that are true, then made overconfident by ``scale``; and the classes drawn from them."""
     rng = np.random.default_rng(seed)
     logits = 1.5 * rng.normal(size=(images, classes))
     true = tempered(logits, 1.0)

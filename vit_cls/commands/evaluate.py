@@ -1,4 +1,4 @@
-"""``vit-cls evaluate``: top-1 and the rest of the truth on an image folder."""
+"""``vit-cls evaluate``: top-1, calibration and other metrics on an image folder."""
 
 from __future__ import annotations
 

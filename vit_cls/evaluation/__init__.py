@@ -1,1 +1,1 @@
-"""From a classifier and images to counts, and from counts to numbers with their doubt."""
+"""From a classifier and images to predictions, and from those to metrics and comparisons."""

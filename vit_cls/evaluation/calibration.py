@@ -26,7 +26,7 @@ class TemperatureFit:
     """One temperature, and what it did to the images that it was fitted on.
 
     Args:
-        temperature: What logits are to be divided by: above 1 where the model was too sure.
+        temperature: What logits are to be divided by: above 1 where the model was overconfident.
         images: Images that it was fitted on.
         failed: Images that could not be read and are left out.
         nll_before: Negative log likelihood at temperature 1.
@@ -71,23 +71,24 @@ def fit_temperature(predictions: Predictions) -> TemperatureFit:
         return float((logsumexp(log_probs * scale, axis=1) - true * scale).mean())
 
     bounds = (math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1]))
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8, "maxiter": 200}).x
+    options = {"xatol": 1e-8, "maxiter": 200}
+    log_temperature = minimize_scalar(loss, bounds=bounds, method="bounded", options=options).x
     right = int((log_probs.argmax(axis=1) == targets).sum())
-    surer = right == len(scored) or found - bounds[0] < 1e-4
-    if surer or bounds[1] - found < 1e-4:
+    at_lower = right == len(scored) or log_temperature - bounds[0] < 1e-4
+    if at_lower or bounds[1] - log_temperature < 1e-4:
         raise DataError(
             f"no temperature fits {root}: {right} of {len(scored)} images are right, and the likelihood "
-            f"{'grows the surer' if surer else 'grows the less sure'} the model is made, without end. "
+            f"grows without end the {'more' if at_lower else 'less'} confident the model is made. "
             "Calibrate on more images, of the kind that the model will see, that it was not trained on."
         )
-    temperature = math.exp(found)
+    temperature = math.exp(log_temperature)
     before, after = predictions.probs[scored], tempered(log_probs, temperature)
     return TemperatureFit(
         temperature=temperature,
         images=len(scored),
         failed=len(predictions.errors),
         nll_before=loss(0.0),
-        nll_after=loss(found),
+        nll_after=loss(log_temperature),
         ece_before=_ece(before, targets),
         ece_after=_ece(after, targets),
     )

@@ -187,7 +187,7 @@ def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluati
 
 @dataclass(frozen=True)
 class ImageCase:
-    """One image that is worth a look.
+    """One image of the report's galleries.
 
     Args:
         path: Relative to the folder.
@@ -205,10 +205,9 @@ class ImageCase:
 
 
 def worst_images(predictions: Predictions, most: int) -> list[ImageCase]:
-    """Images that were given a wrong class, the surest first.
+    """Images that were given a wrong class, the most confident first.
 
     Args:
-        predictions: Of every image.
         most: How many at most.
     """
     scored = predictions.scored
@@ -219,10 +218,9 @@ def worst_images(predictions: Predictions, most: int) -> list[ImageCase]:
 
 
 def uncertain_images(predictions: Predictions, most: int) -> list[ImageCase]:
-    """Images whose prediction is the least sure, whether right or wrong.
+    """Images whose prediction is the least confident, right or wrong.
 
     Args:
-        predictions: Of every image.
         most: How many at most.
     """
     scored = predictions.scored

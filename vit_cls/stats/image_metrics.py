@@ -48,22 +48,26 @@ def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     if half < 1:
         return np.full(len(images), np.nan)
     sigma = min(_SIGMA, (half - 0.4) / 3.5)  # its window is 2 * int(3.5 * sigma + 0.5) + 1 wide
-    found = []
+    values = []
     for start in range(0, len(images), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        one, other = (torch.from_numpy(np.clip(part[rows], 0, 1)).double() for part in (images, originals))
-        value = structural_similarity_index_measure(one, other, sigma=sigma, data_range=1.0, reduction="none")
+        image, original = (
+            torch.from_numpy(np.clip(part[rows], 0, 1)).double() for part in (images, originals)
+        )
+        value = structural_similarity_index_measure(
+            image, original, sigma=sigma, data_range=1.0, reduction="none"
+        )
         assert isinstance(value, torch.Tensor)
-        found.append(value.reshape(-1).numpy())
-    return np.concatenate(found)
+        values.append(value.reshape(-1).numpy())
+    return np.concatenate(values)
 
 
 def frequency_bands(height: int, width: int, bands: int) -> tuple[np.ndarray, np.ndarray]:
     """Rings of the Fourier plane, equally wide up to half a cycle a pixel; the corners are in the last.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: In pixels.
+        width: In pixels.
         bands: How many rings.
 
     Returns:
@@ -94,11 +98,11 @@ def band_energy(images: np.ndarray, bands: int) -> np.ndarray:
     """
     ring, _ = frequency_bands(images.shape[2], images.shape[3], bands)
     pick = (ring.reshape(-1, 1) == np.arange(bands)).astype(np.float64)
-    found = []
+    energies = []
     for start in range(0, len(images), _CHUNK):
         spectrum = np.square(np.abs(np.fft.fft2(images[start : start + _CHUNK]))).sum(axis=1)
-        found.append(spectrum.reshape(len(spectrum), -1) @ pick / ring.size)
-    return np.concatenate(found)
+        energies.append(spectrum.reshape(len(spectrum), -1) @ pick / ring.size)
+    return np.concatenate(energies)
 
 
 def identified(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
@@ -119,7 +123,7 @@ def identified(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """
     flat, others = images.reshape(len(images), -1), originals.reshape(len(originals), -1)
     squares = np.square(others).sum(axis=1)
-    found = []
+    shares = []
     for start in range(0, len(flat), _CHUNK):
         rows = flat[start : start + _CHUNK]
         distance = squares - 2 * rows @ others.T  # less the square of the reconstruction, the same in a row
@@ -127,5 +131,5 @@ def identified(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
         slack = 1e-9 * (squares.max(initial=0.0) + 1e-300)
         nearer = (distance < own - slack).sum(axis=1)
         ties = (np.abs(distance - own) <= slack).sum(axis=1)
-        found.append(np.where(nearer == 0, 1 / ties, 0.0))
-    return np.concatenate(found)
+        shares.append(np.where(nearer == 0, 1 / ties, 0.0))
+    return np.concatenate(shares)

@@ -101,9 +101,6 @@ def score_interval(
     """Tango's score interval of the difference of two accuracies on the same images.
 
     Args:
-        only_a: Images that the first model alone classified right.
-        only_b: Images that the second alone did.
-        images: All images.
         confidence: Coverage, in (0, 1).
 
     Returns:
@@ -132,9 +129,8 @@ def score_equivalence_p(only_a: int, only_b: int, images: int, margin: float) ->
     """Two one-sided score tests of a difference that is as large as the margin, or larger.
 
     Args:
-        only_a: Images that the first model alone classified right.
-        only_b: Images that the second alone did.
-        images: All images.
+        only_a: As for `mcnemar_mid_p`.
+        only_b: As for `mcnemar_mid_p`.
         margin: The largest difference that does not matter, in (0, 1).
 
     Returns:
@@ -155,13 +151,7 @@ def _score_statistic(only_a: int, only_b: int, images: int, delta: float) -> flo
 
 
 def null_variance(share_a: float, share_b: float, delta: float) -> float:
-    """Variance of one image's difference where its mean is ``delta``, the rest by maximum likelihood.
-
-    Args:
-        share_a: Observed share of images that the first model alone classified right.
-        share_b: Likewise the second.
-        delta: The mean of the null hypothesis, in (-1, 1).
-    """
+    """Variance of one image's difference where its mean is ``delta``, the rest by maximum likelihood."""
     linear = -share_b - share_a + (2 - share_b + share_a) * delta
     constant = -share_a * delta * (1 - delta)
     alone = (math.sqrt(max(0.0, linear * linear - 8 * constant)) - linear) / 4

@@ -60,7 +60,6 @@ def mcnemar_required_images(
     Args:
         only_a: Images that the first model alone classified right.
         only_b: Images that the second alone did.
-        images: All images.
         margin: The largest difference that does not matter, in (0, 1).
         alpha: Level of the tests.
 

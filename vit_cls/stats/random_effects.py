@@ -55,8 +55,6 @@ class Difference:
             one seed of right or wrong, the two come from different methods and may disagree at the edge.
         standard_error: Of the estimate; never 0 where the scores vary at all.
         degrees_of_freedom: Of the t distribution that has the same 97.5 % point as the mixture used.
-        seeds: How many.
-        images: How many.
         seed_sd: Standard deviation of the differences of the seeds; None for one seed.
         method: How interval and p-value came about, in words.
         variance: The parts of the standard error.
@@ -106,8 +104,6 @@ class Mean:
         estimate: The mean.
         ci95: Its 95 % confidence interval.
         standard_error: Of the mean.
-        seeds: How many.
-        images: How many.
         seed_sd: Standard deviation of the means of the seeds; None for one seed.
         method: How the interval came about, in words.
     """
@@ -310,8 +306,6 @@ def weighted_t(q: float, of_seeds: float, of_images: float, seeds: int, images: 
         q: Which quantile, in (0, 1).
         of_seeds: Variance of the mean that goes with the seeds; 0 for one seed.
         of_images: Variance that goes with the images.
-        seeds: How many.
-        images: How many, at least two.
 
     Source:
         Cochran 1964, Biometrics 20(1), 191-195.

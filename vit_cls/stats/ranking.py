@@ -36,11 +36,7 @@ class Rankings:
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, float64; rows of zeros stay.
-
-    Args:
-        features: Shape ``(rows, dim)``.
-    """
+    """Rows of shape ``(rows, dim)`` scaled to length 1, float64; rows of zeros stay."""
     x = np.asarray(features, dtype=np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
 
@@ -61,8 +57,8 @@ def rank(
 
     Example:
         >>> x = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
-        >>> found = rank(x, np.array([0, 1, 0, 1]))
-        >>> found.average_precision.round(4).tolist()  # the positive is second, third, second, second
+        >>> rankings = rank(x, np.array([0, 1, 0, 1]))
+        >>> rankings.average_precision.round(4).tolist()  # the positive is second, third, second, second
         [0.5, 0.3333, 0.5, 0.5]
 
     Source:
@@ -81,9 +77,9 @@ def rank(
             similarities[np.arange(len(rows)), rows] = -np.inf  # itself comes last, and is cut off
         order = np.argsort(-similarities, axis=1, kind="stable")[:, : len(y) - int(own)]
         hits = known[order] == labels[rows, None]
-        found = hits.any(axis=1)
-        kept.append(rows[found])
-        hits = hits[found]
+        has_positive = hits.any(axis=1)
+        kept.append(rows[has_positive])
+        hits = hits[has_positive]
         precision.append(average_precision(hits))
         r_precision.append(_r_precision(hits))
         recall.append(np.stack([hits[:, :k].any(axis=1) for k in RECALL_AT], axis=1))
@@ -129,7 +125,6 @@ def chance_precision(positives: np.ndarray, images: int) -> np.ndarray:
     Example:
         >>> chance_precision(np.array([1, 2]), 2).tolist()  # (1 + 1/2) / 2, and all are positives
         [0.75, 1.0]
-
     """
     # Rank k holds a positive with probability P/N; given that, each rank before it does with (P-1)/(N-1).
     harmonic = float((1 / np.arange(1, images + 1)).sum()) / images
@@ -150,11 +145,7 @@ class Whitening:
     matrix: np.ndarray | None = None
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Change features.
-
-        Args:
-            features: Shape ``(rows, dim)``.
-        """
+        """Changed features, from shape ``(rows, dim)``."""
         x = np.asarray(features, dtype=np.float64) - self.mean
         return x if self.matrix is None else x @ self.matrix
 
