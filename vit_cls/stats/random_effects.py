@@ -170,9 +170,14 @@ def paired_difference(
     scores = np.stack([a, b]).astype(np.float64)
     score_range = 1.0 if a.dtype == bool else float(scores.max() - scores.min())
     difference = two_way_random_effects(b.astype(np.float64) - a, score_range)
-    if a.dtype != bool or len(a) > 1:
-        return difference
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    if a.dtype == bool and len(a) == 1:
+        only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+        return _one_seed(difference, only_a, only_b, seed=seed, resamples=resamples)
+    return difference
+
+
+def _one_seed(difference: Difference, only_a: int, only_b: int, *, seed: int, resamples: int) -> Difference:
+    """The same difference with the interval and the test of two classifiers on the same images."""
     counts = np.array([only_a]), np.array([only_b]), np.array([difference.images])
     few = only_a + only_b < FEW_DISCORDANT
     return replace(
