@@ -189,18 +189,16 @@ def _published(name: str, path: Path | None = None) -> Source:
 
 def _plain_file(name: str, path: Path) -> Source:
     """A file of tensors alone, whose architecture, or whose tag, the user named."""
-    from vit_cls.weights.timm_files import count_classes, read_timm_file
-    from vit_cls.weights.timm_models import is_timm_name
-
-    base = name.partition(".")[0]
-    if is_timm_name(name) and name != base:
+    if "." in name:
         return _published(name, path)
-    fresh, format_name = _fresh(name), base if is_timm_name(base) else None
+    from vit_cls.weights.timm_files import count_classes, read_timm_file
+
+    fresh = _fresh(name)
     classes = count_classes(path) if path.exists() else None  # a resumed run does without
     config = fresh.config if classes is None else dataclasses.replace(fresh.config, num_classes=classes)
 
     def read(target: ModelConfig) -> Weights:
-        return read_timm_file(path, config, target, name=format_name)
+        return read_timm_file(path, config, target, name=name)
 
     return Source(config, fresh.preprocess, str(path), read)
 
@@ -227,7 +225,7 @@ def _own(path: Path) -> Source:
     def read(target: ModelConfig) -> Weights:
         from vit_cls.weights.timm_files import fitted
 
-        state, name = read_own_file(path)[1], getattr(config, "timm_architecture", None)
+        state, name = read_own_file(path)[1], getattr(config, "timm_architecture", "")
         return Weights(state, fitted(state, config, target, name, path), config)
 
     return Source(
@@ -247,7 +245,7 @@ def _transformers(path: Path) -> Source:
     model = read_hf_folder(path)
 
     def read(target: ModelConfig) -> Weights:
-        return Weights(model.raw, fitted(model.state, model.stored, target, None, path), model.stored)
+        return Weights(model.raw, fitted(model.state, model.stored, target, "", path), model.stored)
 
     return Source(model.config, model.preprocess, str(path), read, model.class_names, model.licence)
 

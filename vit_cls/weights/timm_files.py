@@ -25,14 +25,14 @@ _NPZ_PREFIX = re.compile(r"^(opt/target/)?(params/)?(img/)?")
 """What Google's training code puts in front of a name: an optimiser's state, parameters, an image tower."""
 
 
-def read_timm_file(path: Path, config: Any, target: ModelConfig, *, name: str | None) -> Weights:
+def read_timm_file(path: Path, config: Any, target: ModelConfig, *, name: str) -> Weights:
     """Read a file that is in timm's format, or in one that timm converts.
 
     Args:
         path: The file.
         config: The architecture that the file should have.
         target: The architecture that the weights are for: their grid is resized to its.
-        name: timm's name of the architecture, which decides how foreign formats are converted, or None.
+        name: The architecture's, which decides how foreign formats are converted.
 
     Raises:
         ModelFileError: If the file cannot be read, or does not hold that architecture.
@@ -84,7 +84,7 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
 
 
 def fitted(
-    raw: Mapping[str, Tensor], config: Any, target: ModelConfig, name: str | None, path: Path
+    raw: Mapping[str, Tensor], config: Any, target: ModelConfig, name: str, path: Path
 ) -> dict[str, Tensor]:
     """Tensors under timm's names with the target's grid and patch size, by timm's own conversion.
 

@@ -190,14 +190,12 @@ def matching(pattern: str) -> list[str]:
     return fnmatch.filter(architectures(), pattern)
 
 
-def filter_of(name: str | None) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]]:
+def filter_of(name: str) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]]:
     """timm's function that brings a foreign checkpoint into timm's keys and the model's grid.
 
     timm chooses it inside the constructors of these modules, out of reach; the choice is repeated here.
-    Without a name of timm's it is that of plain Vision Transformers.
+    For a name that is none of timm's, an empty one too, it is that of plain Vision Transformers.
     """
-    if name is None:
-        return timm_vit.checkpoint_filter_fn
     module = module_of(name)
     if module == "eva":
         return timm_eva.checkpoint_filter_fn
