@@ -14,6 +14,7 @@ import time
 import pytest
 
 import vit_cls
+from vit_cls.cli import main
 
 MODEL = {
     "name": "vit_pico_patch7_28",
@@ -103,6 +104,17 @@ def test_fit_then_evaluate_from_the_command_line(image_root, tmp_path):
         for run in ("run", "again")
     ]
     assert histories[0] == histories[1]
+
+
+def test_fit_and_evaluate_need_the_data_alone(image_root, tmp_path, monkeypatch, capsys):
+    """The default model at its own size; no option but the number of epochs is set."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--data.root", str(image_root), "--trainer.max_epochs", "1", "--json"]) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert fitted["run_dir"] == "runs/vit_tiny_patch16_224_cls_0"
+    assert main(["evaluate", "--model", fitted["run_dir"], "--data", str(image_root / "val"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["correct"], found["images"]) == (fitted["correct"], 8)
 
 
 def test_two_processes_train_together_and_count_every_validation_image_once(image_root, tmp_path):

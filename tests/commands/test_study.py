@@ -114,6 +114,28 @@ def test_a_study_prints_one_json_object_goes_on_and_refuses_other_settings(place
     assert json.loads((place / "out/results.json").read_text()) == results
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_trains_answers_and_reports_with_all_of_its_own_defaults(name, place, capsys):
+    """The models are small, trained in two steps under one seed; all else is what a user gets."""
+    sizes = {"epochs": 1, "batch_size": 512, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    if name == "depth":
+        del sizes["depth"]
+    small = [word for key, size in sizes.items() for word in (f"--recipe.{key}", str(size))]
+    assert main(["study", name, "--data", "digits", "--seeds", "1", "--jobs", "1", *small, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == f"study {name}"
+    assert found["output"] == f"studies/{name}_digits"
+    assert found["findings"]
+    assert all(one["claim"] and one["verdict"] for one in found["findings"])
+    notes = [json.loads(path.read_text()) for path in place.rglob("trial.json")]
+    assert notes
+    assert [note["error"] for note in notes if "error" in note] == []
+    assert all(note["macs"] > note["head_macs"] > 0 for note in notes)
+    for file in ("results.json", "report.html", "report.md"):
+        text = (place / found["output"] / file).read_text().replace("&#39;", "'")
+        assert found["headline"] in text, file
+
+
 def test_help_lists_every_study_and_the_options_of_one(capsys):
     with pytest.raises(SystemExit) as end:
         main(["study", "--help"])

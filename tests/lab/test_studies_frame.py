@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections import Counter
@@ -20,8 +21,10 @@ from vit_cls.lab.studies.recipe import RECIPES, Recipe
 from vit_cls.lab.studies.runner import Spread, is_done, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.trials import ANSWERS, RUN, Trial, TrialData
+from vit_cls.lab.studies.when import WhenStudy
 from vit_cls.signals import Stopped
 from vit_cls.stats.verdicts import SUPPORTED
+from vit_cls.training.trial import train_trial
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
 
@@ -29,7 +32,7 @@ TESTED = 599
 
 
 def untrained(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
-    """A `TrainFunction` that trains nothing: the fresh model of the seed. It is all that workers import."""
+    """A `TrainFunction` that trains nothing: the fresh model of the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = create_classifier(**{"class_names": train.index.class_names, **model})
@@ -79,7 +82,6 @@ def _numbers(result):
 
 def test_arms_of_a_seed_start_from_the_same_encoder_and_see_the_same_images(setup, monkeypatch):
     from vit_cls.training.task import ClassificationTask
-    from vit_cls.training.trial import train_trial
 
     starts, orders = [], []
 
@@ -140,7 +142,6 @@ def test_a_stopped_study_goes_on_without_training_anything_again(setup):
 
 def test_a_training_stopped_in_the_middle_goes_on_and_gives_the_same_model(setup, tmp_path, monkeypatch):
     from vit_cls.training.callbacks import RunCheckpoint
-    from vit_cls.training.trial import train_trial
 
     setup = replace(setup, seeds=1, recipe=replace(setup.recipe, epochs=3))
     whole = _study(replace(setup, folder=tmp_path / "whole"))
@@ -169,7 +170,6 @@ def test_a_training_stopped_in_the_middle_goes_on_and_gives_the_same_model(setup
 
 def test_a_training_that_ended_just_before_its_answers_is_not_done_again(setup, monkeypatch):
     from vit_cls.training.task import ClassificationTask
-    from vit_cls.training.trial import train_trial
 
     study = _study(replace(setup, seeds=1))
     _, answers = _finish(study, train_trial)
@@ -253,12 +253,11 @@ def test_a_study_without_trainings_has_nothing_to_do(setup):
     assert run_trials([], setup.folder, untrained, Spread(2)) == 0
 
 
-def test_two_processes_give_the_models_of_one(setup, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where processes find this file
+def test_two_processes_give_the_models_of_one(setup, tmp_path):
     one = _study(replace(setup, folder=tmp_path / "one"))
-    expected = one.analyse(_finish(one)[1])
+    expected = one.analyse(_finish(one, train_trial)[1])
     study = _study(setup)
-    left, answers = _finish(study, untrained, Spread(2))
+    left, answers = _finish(study, train_trial, Spread(2))
     assert left == 0
     assert _numbers(study.analyse(answers)) == _numbers(expected)
 
@@ -324,6 +323,35 @@ def test_a_wrong_request_is_no_failed_training(setup, error):
     with pytest.raises(type(error)):
         _finish(study, Counting({first.key: error}))
     assert not is_done(setup.folder, first)
+
+
+def _encoder_macs(config, *, reads_one: bool) -> int:
+    """Worked by hand: weights and attention on every token; in the last block, where one token is read,
+    keys and values stay unformed."""
+    dim, hidden, tokens = config.embed_dim, config.mlp_dim, math.prod(config.grid_size)
+    stem = tokens * 3 * config.patch_size**2 * dim
+    tokens += config.class_token
+    block = tokens * (4 * dim**2 + 2 * tokens * dim + 2 * dim * hidden)
+    last = 4 * dim**2 + 2 * tokens * dim * config.num_heads + 2 * dim * hidden
+    return stem + (config.depth - 1) * block + (last if reads_one else block)
+
+
+@pytest.mark.parametrize("kind", [HeadsStudy, WhenStudy])
+def test_the_costs_of_every_default_head_are_measured_and_those_of_its_model(kind, setup):
+    study = kind(replace(setup, seeds=1, recipe=replace(setup.recipe, depth=2)))
+    trials = {trial.arm: trial for trial in study.trials()}  # one of each head
+    assert list(trials) == study.heads
+    assert {"cls", "gap", "max", "map"} <= set(trials)
+    assert run_trials(list(trials.values()), setup.folder, untrained, Spread()) == 0
+    answers = Answers(setup.folder)
+    for head, trial in trials.items():
+        model, note = answers.model(trial).model, answers.note(trial)
+        expected = _encoder_macs(model.config, reads_one=head == "cls") + note["head_macs"]
+        bias = len(
+            model.head.bias
+        )  # of the classifier, among its multiply-adds here, and not counted by torch
+        assert note["macs"] == expected - bias, head
+        assert note["parameters"] == sum(one.numel() for one in model.parameters())
 
 
 def test_equal_heads_seldom_win(setup):

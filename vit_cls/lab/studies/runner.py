@@ -271,8 +271,10 @@ def _macs(classifier: ImageClassifier) -> int:
     """Multiply-adds of one image, as torch counts them; not the fused attention, which is taken apart."""
     config = classifier.model.config
     image = torch.zeros(1, config.in_chans, *config.image_hw)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        classifier.cpu().eval().model(image)
+    # Not no_grad: in it, a view of a parameter given to a module makes the counter raise.
+    model = classifier.cpu().eval().model.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
     return counter.get_total_flops() // 2
 
 
