@@ -157,6 +157,15 @@ def test_frozen_patches_lie_on_the_map_where_they_lie_in_the_image(finished):
     )
 
 
+def test_frozen_models_of_photos_trained_from_scratch_are_said_to_norm_behind_the_mean(image_root, tmp_path):
+    recipe = Recipe(epochs=1, depth=1, embed_dim=8, num_heads=1, img_size=16, patch_size=8)
+    study = AnyTokenStudy(Setup(str(image_root), tmp_path, seeds=1, recipe=recipe), modes=("frozen",))
+    assert run_trials(study.trials(), tmp_path, train_trial, Spread()) == 0
+    result = study.analyse(Answers(tmp_path))
+    assert len(result.findings) == 3
+    assert "has its final norm behind the pooling, as in timm" in " ".join(result.notes)
+
+
 def test_claims_about_frozen_patches_are_supported_where_they_hold():
     rng = np.random.default_rng(0)
 

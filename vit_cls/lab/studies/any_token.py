@@ -271,6 +271,7 @@ class AnyTokenStudy(Study):
         return [*found, *heat_maps(list(reads.values()))]
 
     def _notes(self, reads: Mapping[str, FrozenReads]) -> list[str]:
+        pretrained = self.setup.recipe.pretrained
         notes = [
             "Per seed all models start from the same encoder and see the same images in the same order.",
             "The model after the last epoch counts; no epoch was selected. One learning rate for all "
@@ -278,7 +279,6 @@ class AnyTokenStudy(Study):
             *(f"Left out: {reason}." for reason in self.left_out),
         ]
         if SCRATCH in self.modes:
-            pretrained = self.setup.recipe.pretrained
             notes.append(
                 "Models that do not read a class token are trained without one."
                 if pretrained is None
