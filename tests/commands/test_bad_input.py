@@ -51,6 +51,7 @@ FIT_CASES = {
         ["--data.root", "typo.yaml", *ON_CPU],
         r"data.root typo.yaml is a file, but no manifest",
     ),
+    "no words": ([], r"data.root is missing"),
     "no root": (ON_CPU, r"data.root is missing.*--data.name digits"),
     "no classes": (["--data.root", "no_classes", *ON_CPU], r"no_classes has no class folders"),
     "one class": (["--data.root", "one_class", *ON_CPU], r"only one class folder \(cat\)"),

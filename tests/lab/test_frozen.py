@@ -186,12 +186,12 @@ def test_reading_in_pieces_and_while_streaming_gives_the_same_as_reading_at_once
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("mean", "--read must be one of cls, gap, .*; got 'mean'"),
-        ("cls:1", "--read cls takes no number"),
-        ("last", "--read last takes a number of blocks, as in last:4"),
-        ("last:9", "--read last:9: the number must be from 1 to 3"),
-        ("token:16", "--read token:16: the number must be from 0 to 15"),
-        ("cls+", "--read must be one of"),
+        ("mean", "--ways must be one of cls, gap, .*; got 'mean'"),
+        ("cls:1", "--ways cls takes no number"),
+        ("last", "--ways last takes a number of blocks, as in last:4"),
+        ("last:9", "--ways last:9: the number must be from 1 to 3"),
+        ("token:16", "--ways token:16: the number must be from 0 to 15"),
+        ("cls+", "--ways must be one of"),
     ],
 )
 def test_a_way_that_the_model_does_not_have_is_refused(way, message):
@@ -201,7 +201,7 @@ def test_a_way_that_the_model_does_not_have_is_refused(way, message):
 
 def test_without_a_class_token_ways_that_read_it_are_left_out_with_a_note_or_refused_by_name():
     found = freeze(_classifier(class_token=False, pool="gap"), _source(), **CPU)
-    with pytest.raises(ConfigError, match=r"--read cls\+gap reads the class token, but the model has none"):
+    with pytest.raises(ConfigError, match=r"--ways cls\+gap reads the class token, but the model has none"):
         found.read("cls+gap")
     ways, notes = possible_ways(WAYS, found.layout)
     assert ways == ["gap", "max", "gem", "gem4"]

@@ -109,7 +109,7 @@ def _with_config_of_resumed_run(words: list[str]) -> list[str]:
     """``--resume RUN`` alone is enough: the run's own configuration comes first."""
     pairs = [
         word.partition("=")[::2] if "=" in word else (word, after)
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip(words, [*words[1:], ""], strict=False)
     ]
     resume = next((value for word, value in pairs if word == "--resume"), None)
     if resume in (None, "", "auto") or any(word in ("--config", "-c") for word, _ in pairs):

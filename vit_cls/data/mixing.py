@@ -44,10 +44,10 @@ class MixOptions:
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} must not be negative; got {getattr(self, name)}.")
+                raise ConfigError(f"data.mix.{name} must not be negative; got {getattr(self, name)}.")
         for name in ("mix_prob", "erase_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.{name} must be in [0, 1]; got {getattr(self, name)}.")
+                raise ConfigError(f"data.mix.{name} must be in [0, 1]; got {getattr(self, name)}.")
 
     @property
     def mixes(self) -> bool:

@@ -46,7 +46,7 @@ class Part:
     number: int | None = None
 
 
-def parse_way(pool: str, layout: TokenLayout, depth: int, *, name: str = "--read") -> list[Part]:
+def parse_way(pool: str, layout: TokenLayout, depth: int, *, name: str = "--ways") -> list[Part]:
     """Check a pool against a model.
 
     Args:
@@ -125,13 +125,12 @@ def possible_ways(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str],
     return [pool for pool in pools if pool not in without], [note]
 
 
-def layers_of(parts: Sequence[Part], layer: int, *, name: str = "--read") -> list[int]:
+def layers_of(parts: Sequence[Part], layer: int) -> list[int]:
     """The layers whose tokens a pool needs.
 
     Args:
         parts: From `parse_way`.
         layer: Where it reads; 0 is before the first block.
-        name: What the user called the setting, for error messages.
 
     Raises:
         ConfigError: If there are fewer blocks up to that layer than ``last:N`` reads.
@@ -142,7 +141,7 @@ def layers_of(parts: Sequence[Part], layer: int, *, name: str = "--read") -> lis
     """
     most = max((part.number or 0 for part in parts if part.name == "last"), default=1)
     if most > max(layer, 1):
-        raise ConfigError(f"{name} last:{most} needs {most} blocks, but layer {layer} comes after {layer}.")
+        raise ConfigError(f"--ways last:{most} needs {most} blocks, but layer {layer} comes after {layer}.")
     return list(range(layer - most + 1, layer + 1))
 
 
@@ -164,9 +163,9 @@ class Reader:
         self._own_pool = model.config.pool
         self._prefix_too = bool(getattr(model.config, "pool_include_prefix", False))
 
-    def parse(self, pool: str, *, name: str = "--read") -> list[Part]:
+    def parse(self, pool: str) -> list[Part]:
         """See `parse_way`."""
-        return parse_way(pool, self.layout, self.depth, name=name)
+        return parse_way(pool, self.layout, self.depth)
 
     def patches(self, pool: str) -> slice:
         """The tokens that a read of the patches takes.

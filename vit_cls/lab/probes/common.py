@@ -72,7 +72,7 @@ def chosen_ways(
     if not ways:
         return possible_ways(usual_ways(depth) if default is None else default, layout)
     for way in ways:
-        parse_way(way, layout, depth, name="--ways")
+        parse_way(way, layout, depth)
     return list(dict.fromkeys(ways)), []
 
 
@@ -88,9 +88,7 @@ def layers_needed(ways: Sequence[str], layout: TokenLayout, depth: int) -> list[
         >>> layers_needed(["last:2", "gap"], TokenLayout(True, 0, (2, 2)), 12)
         [11, 12]
     """
-    return sorted(
-        {one for way in ways for one in layers_of(parse_way(way, layout, depth), depth, name="--ways")}
-    )
+    return sorted({one for way in ways for one in layers_of(parse_way(way, layout, depth), depth)})
 
 
 def reference_way(ways: Sequence[str]) -> str:

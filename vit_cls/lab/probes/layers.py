@@ -89,7 +89,7 @@ def layers(
     depth, layout = len(classifier.model.blocks), classifier.model.layout
     ways, notes = chosen_ways(settings.ways, layout, depth, default=LAYER_WAYS)
     for way in ways:
-        layers_of(parse_way(way, layout, depth), 0, name="--ways")
+        layers_of(parse_way(way, layout, depth), 0)
     reads, rows = {}, {}
     for part in PARTS:
         source = getattr(partition, part)
