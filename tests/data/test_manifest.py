@@ -180,7 +180,8 @@ def test_rows_without_a_part_to_validate_on_are_split_by_class(tmp_path, column)
     split = _split(_write(tmp_path, lines), val_fraction=0.2, seed=3)
     assert split.train.index.counts().tolist() == [8, 8]
     assert split.val.index.counts().tolist() == [2, 2]
-    assert split.origin == f"0.2 of each class of {tmp_path / 'm.csv'} held out for validation, seed 3"
+    rows = f"{'the train rows of ' if column else ''}{tmp_path / 'm.csv'}"
+    assert split.origin == f"0.2 of each class of {rows} held out for validation, seed 3"
 
 
 def test_group_column_keeps_groups_whole(tmp_path):

@@ -123,6 +123,13 @@ def test_of_a_folder_of_parts_one_is_taken_and_named(tiny, image_root):
     assert (chosen.split, chosen.source.index.root) == ("train", image_root / "train")
 
 
+def test_a_label_of_a_manifest_that_the_model_lacks_is_refused_by_the_name_of_the_table(tiny, tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "m.csv").write_text("path,label,split\na.png,plaid,test\n")
+    with pytest.raises(DataError, match=r"^the test rows of .*m\.csv has 1 class.* not known: plaid\."):
+        images_for_model(tmp_path / "m.csv", _classifier(tiny))
+
+
 def test_the_embedded_digits_are_scored_without_any_file(tiny):
     config = ViTConfig.from_dict({**tiny, "num_classes": 10})
     names = [str(i) for i in range(10)]

@@ -85,7 +85,7 @@ def split_for_training(
             f"{share} of {folder}/ held out, seed {seed}"
         )
     else:
-        origin = f"{share} of {found.data} held out for validation, seed {seed}"
+        origin = f"{share} of {found.where(part)} held out for validation, seed {seed}"
     if "test" in found.places and found.kind != "digits":
         origin += f"; {found.where('test')}: not touched"
     return Split(train, val, origin, made_here=True)

@@ -124,12 +124,13 @@ def held_out_share(train: ImageIndex, val: ImageIndex, val_fraction: float, grou
     return f"{val_fraction:g} of the groups of each class ({by}; {images}{without})"
 
 
-def match_classes(index: ImageIndex, class_names: list[str]) -> ImageIndex:
+def match_classes(index: ImageIndex, class_names: list[str], *, where: str = "") -> ImageIndex:
     """Label an index by another class list, by name; the index may lack classes but not add any.
 
     Args:
         index: Images of a validation or test folder.
         class_names: The classes of the training data or the model.
+        where: Where the images are, in words; empty names the root.
 
     Raises:
         DataError: If the index has a class that ``class_names`` lacks; both lists are shown.
@@ -137,9 +138,9 @@ def match_classes(index: ImageIndex, class_names: list[str]) -> ImageIndex:
     unknown = sorted(set(index.class_names) - set(class_names))
     if unknown:
         raise DataError(
-            f"{index.root} has {len(unknown)} class(es) that are not known: {_listed(unknown)}. "
+            f"{where or index.root} has {len(unknown)} class(es) that are not known: {_listed(unknown)}. "
             f"Its classes: {_listed(index.class_names)}. Known classes: {_listed(class_names)}. "
-            "Classes are matched by folder name; rename or remove the unknown folders."
+            "Classes are matched by name, of folders or of labels; rename or remove the unknown ones."
         )
     return index.with_class_names(class_names)
 

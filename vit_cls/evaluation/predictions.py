@@ -124,8 +124,10 @@ def images_for_model(
     part = found.choose(split, order)
     source = found.read(part)
     known = canonical_classes(source.index.class_names, classifier.class_names, name=f"{name} {data}")
-    source.index = match_classes(replace(source.index, class_names=known), classifier.class_names)
-    return ScoredImages(source, part, found.where(part))
+    where = found.where(part)
+    named = replace(source.index, class_names=known)
+    source.index = match_classes(named, classifier.class_names, where=where)
+    return ScoredImages(source, part, where)
 
 
 def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, name: str) -> list[str]:
