@@ -6,10 +6,13 @@ import csv
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +24,12 @@ from safetensors import safe_open
 from vit_cls.data.dataset import FolderSource, ImageDataset
 from vit_cls.data.transforms import model_reader
 from vit_cls.errors import ConfigError, DataError, ModelFileError
-from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
+from vit_cls.evaluation import predict_files as files
+from vit_cls.evaluation.features import feature_chunks, feature_function
 from vit_cls.evaluation.path_stream import iter_paths
+from vit_cls.evaluation.predict_files import FeatureFile, RowFile, save_rows
 from vit_cls.evaluation.predictions import Row, images_for_model, predict_files, predict_index
-from vit_cls.evaluation.row_files import FORMATS, RowFile, as_record, columns_of
-from vit_cls.evaluation.saving import save_rows
+from vit_cls.evaluation.row_formats import FORMATS, as_record, columns_of
 from vit_cls.inference import InferenceConfig, batches
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -132,6 +136,7 @@ def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, 
 def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypatch):
     """30,000 rows through the whole chain, from stdin to a file; a list of them would be many megabytes."""
     total = 30_000
+    monkeypatch.setattr(files, "CHUNK_ROWS", 1000)
     classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["a", "b", "c"])
     black = torch.zeros(3, 16, 16, dtype=torch.uint8)
     monkeypatch.setattr("vit_cls.data.dataset.read_file", lambda path: black)
@@ -163,7 +168,7 @@ def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypat
     tracemalloc.start()
     try:
         paths = iter_paths(["-"], io.BufferedReader(Stdin(), 16384))
-        saved = save_rows(table, paths, work, facts={}, batch_size=100)
+        saved = save_rows(table, paths, work, facts={})
     finally:
         tracemalloc.stop()
     early, late = peaks.values()
@@ -188,7 +193,8 @@ def _predict_into(
             yield [as_record(row, top_k) for row in part], None
 
     table = RowFile(folder, "predictions", fmt, columns_of(top_k))
-    return save_rows(table, iter(paths), work, facts=facts or {"--model": 1}, batch_size=4, resume=resume)
+    facts = {"--model": 1, "--top_k": top_k} | (facts or {})
+    return save_rows(table, iter(paths), work, facts=facts, resume=resume)
 
 
 def _odd_paths(image_root, tmp_path) -> list[str]:
@@ -203,8 +209,11 @@ def _odd_paths(image_root, tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize("fmt", ["csv", "jsonl"])
-@pytest.mark.parametrize("torn", [0, 5, 130])
-def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(fmt, torn, tiny, image_root, tmp_path):
+@pytest.mark.parametrize("chunk_rows", [4, 8, 1000])
+def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(
+    fmt, chunk_rows, tiny, image_root, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "CHUNK_ROWS", chunk_rows)
     classifier, paths = _classifier(tiny), _odd_paths(image_root, tmp_path)
     whole = _predict_into(tmp_path / "whole", classifier, paths, fmt=fmt)
     folder = tmp_path / "parts"
@@ -213,13 +222,10 @@ def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(fmt, torn, tiny,
             _predict_into(folder, classifier, paths, fmt=fmt, stop_after=2, resume=resume)
         assert stopped.value.signum == 15
         assert not (folder / f"predictions.{fmt}").exists()
-    part = folder / f"predictions.{fmt}.part"
-    if torn:
-        os.truncate(part, part.stat().st_size - torn)
+    (folder / f".predictions.{fmt}.part/.000004.torn").touch()  # what kill -9 leaves of a chunk
     saved = _predict_into(folder, classifier, paths, fmt=fmt, resume=True)
     assert (saved.images, saved.failed) == (whole.images, whole.failed) == (23, 1)
-    assert 0 < saved.resumed <= 16
-    assert saved.resumed == 16 or torn
+    assert saved.resumed == 16
     assert os.listdir(folder) == [f"predictions.{fmt}"]
     text = (folder / f"predictions.{fmt}").read_bytes()
     assert text == (tmp_path / f"whole/predictions.{fmt}").read_bytes()
@@ -257,35 +263,37 @@ def test_a_part_is_not_continued_with_what_does_not_fit(tiny, image_root, tmp_pa
     classifier, paths = _classifier(tiny), _paths(image_root)
     with pytest.raises(Stopped):
         _predict_into(tmp_path, classifier, paths, stop_after=3)
-    part = tmp_path / "predictions.csv.part"
-    before = part.read_bytes()
+    part = tmp_path / ".predictions.csv.part"
+    before = {path.name: path.read_bytes() for path in part.iterdir()}
     cases = [
         (
             {"paths": [*paths[:5], "other.png", *paths[6:]]},
-            r"row 6 of .* is .*, but now path 6 is other.png",
+            r"rows 5 to 12 of .* are of other paths than those given now",
         ),
-        ({"paths": paths[:5]}, r"row 6 of .* but there is no such path now"),
+        ({"paths": paths[:5]}, r"rows 5 to 12 of .* are of other paths"),
         ({"paths": paths, "facts": {"--model": 2}}, r"was made with another --model"),
-        ({"paths": paths, "top_k": 3}, r"does not begin as it should"),
+        ({"paths": paths, "top_k": 3}, r"was made with another --top_k"),
     ]
     for changes, message in cases:
         with pytest.raises(DataError, match=message):
             _predict_into(tmp_path, classifier, resume=True, **changes)
-        assert part.read_bytes() == before
+        assert {path.name: path.read_bytes() for path in part.iterdir()} == before
     with pytest.raises(ConfigError, match=r"holds the rows of an interrupted run. Continue it with --resume"):
         _predict_into(tmp_path, classifier, paths)
-    assert part.read_bytes() == before
+    assert {path.name: path.read_bytes() for path in part.iterdir()} == before
 
 
 def test_a_full_disk_keeps_the_rows_and_says_so(tiny, image_root, tmp_path, monkeypatch):
-    classifier, paths, append = _classifier(tiny), _paths(image_root), RowFile.append
+    classifier, paths, fsync = _classifier(tiny), _paths(image_root), os.fsync
+    monkeypatch.setattr(files, "CHUNK_ROWS", 4)
+    chunks = itertools.count()
 
-    def append_until_full(self, records):
-        if self.rows >= 8:
+    def fsync_until_full(descriptor):
+        if next(chunks) > 2:  # the facts, and two chunks
             raise OSError(28, "No space left on device")
-        append(self, records)
+        fsync(descriptor)
 
-    monkeypatch.setattr(RowFile, "append", append_until_full)
+    monkeypatch.setattr(os, "fsync", fsync_until_full)
     with pytest.raises(ConfigError, match=r"No space left on device; 8 rows are kept .*--resume"):
         _predict_into(tmp_path, classifier, paths)
     monkeypatch.undo()
@@ -325,17 +333,8 @@ def _features_into(folder, classifier, what, paths, *, resume=False, stop_after=
                 os.kill(os.getpid(), 2)
 
     table = RowFile(folder, "features", "csv", ("path", "error"))
-    file = FeatureFile(folder / "features.safetensors", shape)
-    save_rows(
-        table,
-        iter(paths),
-        work,
-        facts={},
-        batch_size=4,
-        resume=resume,
-        features=file,
-        metadata={"features": what},
-    )
+    file = FeatureFile(folder / "features.safetensors", shape, {"features": what})
+    save_rows(table, iter(paths), work, facts={}, resume=resume, features=file)
 
 
 @pytest.mark.parametrize("what", ["cls", "gap", "tokens"])
@@ -421,14 +420,54 @@ def test_settings_are_checked(tiny, image_root):
 
 
 def test_every_format_reads_back_what_it_wrote():
-    columns = columns_of(2)
     rows = [Row('a,"\r\n.jpg', (("x, y", 0.75), ('"z"', 0.25))), Row("b", (), "it is, not\nan image")]
     assert len(FORMATS) == 3
     for row_format in FORMATS.values():
         for row in rows:
-            record = as_record(row, 2)
-            read = row_format.read(row_format.line(record).encode(), columns)
-            as_text = {
-                k: "" if v is None else f"{v:.6f}" if isinstance(v, float) else v for k, v in record.items()
-            }
-            assert read == (as_text if row_format.ending == "csv" else record)
+            record, line = as_record(row, 2), row_format.line(as_record(row, 2))
+            if row_format.ending == "csv":
+                texts = [
+                    "" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in record.values()
+                ]
+                assert list(csv.reader(io.StringIO(line, newline=""))) == [texts]
+            else:
+                assert json.loads(line) == record
+
+
+def test_rows_of_an_earlier_version_are_refused_and_stay(tiny, image_root, tmp_path):
+    (tmp_path / "predictions.csv.part").write_text("path,label\n")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"csv.part holds the rows of a run that an earlier version"):
+            _predict_into(tmp_path, _classifier(tiny), _paths(image_root), resume=resume)
+    assert (tmp_path / "predictions.csv.part").read_text() == "path,label\n"
+
+
+def _save_slowly(folder):
+    def work(paths):
+        for path in paths:
+            time.sleep(0.0005)
+            yield [{"path": path, "error": None}], None
+
+    table = RowFile(folder, "x", "jsonl", ("path", "error"))
+    save_rows(table, iter(f"{i}.png" for i in range(2000)), work, facts={}, resume=True)
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_bytes_of_one_that_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK_ROWS", 50)
+    random.seed(0)
+    for killed in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which this child does not use
+            process = multiprocessing.get_context("fork").Process(target=_save_slowly, args=(tmp_path,))
+            process.start()
+        while not (tmp_path / f".x.jsonl.part/{10 * killed:06d}").exists():
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(random.random() / 10)
+        process.kill()
+        process.join()
+    assert not (tmp_path / "x.jsonl").exists()
+    _save_slowly(tmp_path)
+    expected = "".join(json.dumps({"path": f"{i}.png", "error": None}) + "\n" for i in range(2000))
+    assert (tmp_path / "x.jsonl").read_text() == expected
+    assert os.listdir(tmp_path) == ["x.jsonl"]

@@ -19,7 +19,8 @@ from vit_cls.errors import ConfigError
 from vit_cls.evaluation.features import FEATURES
 from vit_cls.evaluation.labelling import Request, label
 from vit_cls.evaluation.path_stream import iter_paths
-from vit_cls.evaluation.row_files import FORMATS, RowFile, check_parquet, columns_of
+from vit_cls.evaluation.predict_files import RowFile
+from vit_cls.evaluation.row_formats import FORMATS, check_parquet, columns_of
 from vit_cls.files import output_folder
 from vit_cls.weights.factory import load
 

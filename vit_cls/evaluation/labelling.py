@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from vit_cls.evaluation.features import FeatureFile, feature_chunks, feature_function
+from vit_cls.evaluation.features import feature_chunks, feature_function
+from vit_cls.evaluation.predict_files import FeatureFile, RowBatch, RowFile, Saved, save_rows
 from vit_cls.evaluation.predictions import check_top_k, predict_batches
-from vit_cls.evaluation.row_files import FORMATS, RowFile, Value, as_record, columns_of
-from vit_cls.evaluation.saving import Chunk, Saved, save_rows
+from vit_cls.evaluation.row_formats import FORMATS, Value, as_record, columns_of
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
@@ -72,7 +72,7 @@ def label(
     else:
         check_top_k(classifier, request.top_k)
 
-        def work(some: Iterator[str]) -> Iterator[Chunk]:
+        def work(some: Iterator[str]) -> Iterator[RowBatch]:
             for rows in predict_batches(classifier, some, top_k=request.top_k, config=request.config):
                 yield [as_record(row, request.top_k) for row in rows], None
 
@@ -82,7 +82,6 @@ def label(
                 paths,
                 work,
                 facts=_facts(classifier, request),
-                batch_size=request.config.batch_size,
                 resume=request.resume,
             )
         else:
@@ -112,15 +111,17 @@ def _save_features(
         paths,
         lambda some: feature_chunks(classifier, some, compute, shape, request.config),
         facts=_facts(classifier, request),
-        batch_size=request.config.batch_size,
         resume=request.resume,
-        features=FeatureFile(table.path.with_name("features.safetensors"), shape),
-        metadata={"features": what, "model": request.model, "paths": table.path.name},
+        features=FeatureFile(
+            table.path.with_name("features.safetensors"),
+            shape,
+            {"features": what, "model": request.model, "paths": table.path.name},
+        ),
     )
 
 
 def _print_rows(
-    chunks: Iterator[Chunk],
+    chunks: Iterator[RowBatch],
     classifier: ImageClassifier,
     request: Request,
     stdout: TextIO,

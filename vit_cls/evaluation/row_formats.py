@@ -1,0 +1,123 @@
+"""Rows of predictions as lines of CSV and JSON, and as Parquet."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vit_cls.errors import ConfigError, RunError
+from vit_cls.evaluation.predictions import Row
+from vit_cls.evaluation.results import PREDICTION_COLUMNS
+
+Value = str | float | None
+PARQUET_ROWS = 50_000
+"""Rows of a row group, which is held in memory."""
+
+
+def columns_of(top_k: int) -> tuple[str, ...]:
+    """Columns of the table of predictions: those of ``evaluate``, and the further classes.
+
+    Args:
+        top_k: Classes a row.
+
+    Example:
+        >>> columns_of(2)[-3:]
+        ('error', 'prediction_2', 'probability_2')
+    """
+    more = (f"{name}_{k}" for k in range(2, top_k + 1) for name in ("prediction", "probability"))
+    return (*PREDICTION_COLUMNS, *more)
+
+
+def as_record(row: Row, top_k: int) -> dict[str, Value]:
+    """A row by column, None where there is nothing to say (``label`` and ``correct`` always)."""
+    record: dict[str, Value] = dict.fromkeys(columns_of(top_k))
+    record |= {"path": row.path, "error": row.error}
+    for k, (name, probability) in enumerate(row.best, start=1):
+        ending = "" if k == 1 else f"_{k}"
+        record |= {f"prediction{ending}": name, f"probability{ending}": round(probability, 6)}
+    return record
+
+
+def csv_line(values: Iterable[Value]) -> str:
+    r"""One line of CSV.
+
+    Example:
+        >>> csv_line(["a,b.jpg", None, 0.5])
+        '"a,b.jpg",,0.500000\n'
+    """
+    texts = ["" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in values]
+    # Not csv.writer: up to Python 3.12 it leaves a carriage return bare, and the line cannot be read back.
+    quoted = [f'"{t.replace(chr(34), chr(34) * 2)}"' if set(t) & set(',"\r\n') else t for t in texts]
+    return ",".join(quoted) + "\n"
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows become lines: the ending of the file's name, its first line from the columns, a row's line."""
+
+    ending: str
+    head: Callable[[Sequence[str]], str]
+    line: Callable[[Mapping[str, Value]], str]
+
+
+def _json_line(record: Mapping[str, Value]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _no_head(columns: Sequence[str]) -> str:
+    return ""
+
+
+FORMATS: dict[str, RowFormat] = {
+    "csv": RowFormat("csv", csv_line, lambda record: csv_line(record.values())),
+    "jsonl": RowFormat("jsonl", _no_head, _json_line),
+    "parquet": RowFormat("parquet", _no_head, _json_line),  # lines in the chunks, Parquet at the end
+}
+
+
+def check_parquet() -> None:
+    """Make sure that Parquet can be written.
+
+    Raises:
+        ConfigError: If pyarrow is not installed.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(
+            "--format parquet needs pyarrow: pip install pyarrow. Or use --format csv or jsonl."
+        )
+
+
+def write_parquet(texts: Iterable[bytes], target: Path, columns: Sequence[str]) -> None:
+    """Lines of JSON to a Parquet file.
+
+    Args:
+        texts: Lines, any number at once.
+        target: The file.
+        columns: Names of the columns.
+
+    Raises:
+        RunError: If pyarrow is not there any more.
+    """
+    try:
+        import pyarrow  # type: ignore[import-not-found,unused-ignore]
+        from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:  # it was there when the run began
+        raise RunError(f"--format parquet needs pyarrow, which cannot be imported: {error}.") from error
+
+    numbers = [name for name in columns if name.startswith("probability")]
+    kinds = {name: pyarrow.float64() if name in numbers else pyarrow.string() for name in columns}
+    schema = pyarrow.schema(list(kinds.items()))
+    lines = (line for text in texts for line in text.splitlines())
+    with parquet.ParquetWriter(target, schema) as writer:
+        while part := [_storable(json.loads(line)) for line in itertools.islice(lines, PARQUET_ROWS)]:
+            writer.write_table(pyarrow.Table.from_pylist(part, schema=schema))
+
+
+def _storable(record: dict[str, Value]) -> dict[str, Value]:
+    """Parquet holds UTF-8 alone; a path of other bytes is written with escapes."""
+    path = str(record["path"]).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return {**record, "path": path}
