@@ -367,7 +367,7 @@ def test_the_training_step_reads_nothing_back_from_the_device(image_root, tmp_pa
         ({"accelerator": "no"}, {}, "Lightning's trainer refuses"),
         ({"limit_val_batches": 0}, {}, "trainer.limit_val_batches must not be 0"),
         ({"overfit_batches": 1}, {}, "trainer.overfit_batches swaps the sampler"),
-        ({}, {"seed": -1}, "seed must be from 0 to 4294967295; got -1"),
+        ({}, {"seed": -1}, "seed must be at least 0 and at most 4294967295; got -1"),
         ({}, {"resume": "nowhere"}, "resume nowhere continues that folder, but run_dir is"),
     ],
     ids=str,

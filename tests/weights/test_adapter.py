@@ -14,8 +14,7 @@ from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.pooling import POOLINGS, num_class_tokens
-from vit_cls.training.freezing import Freezer
-from vit_cls.training.optim import parameter_groups
+from vit_cls.training.optim import Freezer, parameter_groups
 from vit_cls.weights.adapter import TimmAdapter
 from vit_cls.weights.bundle import load_classifier, save_classifier
 

@@ -28,8 +28,17 @@ from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import AUTO, FitOptions
-from vit_cls.training.record import announce_run, announce_weights, now, run_identity, run_record
-from vit_cls.training.runs import RunFolder, check_same_run, is_first_process, open_run
+from vit_cls.training.runs import (
+    RunFolder,
+    announce_run,
+    announce_weights,
+    check_same_run,
+    is_first_process,
+    now,
+    open_run,
+    run_identity,
+    run_record,
+)
 from vit_cls.training.task import ClassificationTask, Schedule
 
 log = logging.getLogger("vit_cls")

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the warm-up and cosine schedule."""
+"""What is trained and how fast: parameter groups, freezing, AdamW, the warm-up and cosine schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vit_cls.training.options import OptimOptions
+from vit_cls.errors import ConfigError
+from vit_cls.model.token_model import TokenModel
+from vit_cls.training.options import BACKBONE, OptimOptions
 
 NOT_DECAYED = (
     "cls_token",
@@ -92,11 +94,10 @@ def parameter_groups(
         [('decayed', 0.1, 18), ('not decayed', 0.0, 38)]
 
     Source:
-        timm's ``param_groups_weight_decay`` and ``param_groups_layer_decay`` with its ``group_matcher``;
-        layer
-        decay: ELECTRA, https://arxiv.org/abs/2003.10555, BEiT, https://arxiv.org/abs/2106.08254.
+        timm's ``param_groups_weight_decay`` and ``param_groups_layer_decay`` with its ``group_matcher``.
+        Layer decay: ELECTRA, https://arxiv.org/abs/2003.10555, BEiT, https://arxiv.org/abs/2106.08254.
     """
-    found: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     by_layer = layer_decay != 1.0
     named_parameters = list(named_parameters)
     depth = max(
@@ -108,17 +109,17 @@ def parameter_groups(
         plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NOT_DECAYED
         layer = layer_of(name, depth) if by_layer else depth + 1
         head = is_head(name) and head_lr_ratio != 1.0
-        found.setdefault((layer, head, plain), []).append(parameter)
+        members.setdefault((layer, head, plain), []).append(parameter)
     if not by_layer:  # both groups, one of them empty where everything else is frozen
         for plain in (False, True):
-            found.setdefault((depth + 1, False, plain), [])
+            members.setdefault((depth + 1, False, plain), [])
     groups = []
-    for layer, head, plain in sorted(found, key=lambda key: (-key[0], key[1], key[2])):
+    for layer, head, plain in sorted(members, key=lambda key: (-key[0], key[1], key[2])):
         scale = layer_decay ** (depth + 1 - layer) * (head_lr_ratio if head else 1.0)
         place = "head " if head else f"{_layer_name(layer, depth)} " if by_layer else ""
         groups.append(
             {
-                "params": found[layer, head, plain],
+                "params": members[layer, head, plain],
                 "weight_decay": 0.0 if plain else weight_decay,
                 "lr": lr * scale,
                 "name": f"{place}{'not decayed' if plain else 'decayed'}",
@@ -143,6 +144,72 @@ def lr_table(groups: Iterable[dict[str, Any]]) -> str:
         count = sum(p.numel() for p in group["params"])
         lines.append(f"{group['name']:<26}{group['lr']:>12.3g}{group['weight_decay']:>8g}{count:>14,}")
     return "\n".join(lines)
+
+
+class Freezer:
+    """Keeps part of a model frozen.
+
+    Args:
+        model: The model.
+        freeze: ``backbone``, a number of blocks (with the embedding below them), or None for nothing.
+
+    Raises:
+        ConfigError: If the model has fewer blocks, or nothing would be left to train.
+    """
+
+    def __init__(self, model: TokenModel, freeze: int | str | None) -> None:
+        depth = model.config.depth
+        if isinstance(freeze, int) and freeze > depth:
+            raise ConfigError(
+                f"optim.freeze is {freeze}, but the model has {depth} blocks. Use {BACKBONE} for all."
+            )
+        self.model = model
+        self.base = freeze
+        # Fixed positions are never trained, whatever is frozen.
+        self._trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        if freeze == BACKBONE and not any(is_head(name) for name in self._trainable):
+            raise ConfigError(
+                "optim.freeze backbone leaves nothing to train: the model has no head. Set num_classes."
+            )
+        self.current = freeze
+        self.set(freeze)
+
+    def set(self, freeze: int | str | None) -> None:
+        """Freeze that much, and thaw the rest.
+
+        Args:
+            freeze: As for the class.
+        """
+        self.current = freeze
+        depth = self.model.config.depth
+        trainable = set(self._trainable)
+        for name, parameter in self.model.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_(not _is_frozen(name, freeze, depth))
+        self.model.train(self.model.training)
+        self.set_eval()
+
+    def set_eval(self) -> None:
+        """Put the frozen parts in evaluation mode; after every call of ``train``."""
+        freeze = self.current
+        if freeze is None or not self.model.training:
+            return
+        for name, module in self.model.named_modules():
+            if (
+                name
+                and not isinstance(module, nn.ModuleList)
+                and _is_frozen(f"{name}.", freeze, self.model.config.depth)
+            ):
+                module.training = False
+
+
+def _is_frozen(name: str, freeze: int | str | None, depth: int) -> bool:
+    if freeze is None:
+        return False
+    if freeze == BACKBONE:
+        return not is_head(name) and not name.startswith("head_drop")
+    assert isinstance(freeze, int)
+    return layer_of(name, depth) <= freeze and not name.startswith("head_drop")
 
 
 def peak_lr(options: OptimOptions, *, images_per_step: int) -> float:

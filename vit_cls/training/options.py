@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.weights.factory import architecture_of, create_classifier
@@ -13,8 +14,6 @@ from vit_cls.weights.families import Recipe, recipe_of
 from vit_cls.weights.loading import MAX_FRESH
 
 BACKBONE = "backbone"
-
-
 AUTO = "auto"
 """What suits the family of the weights (`vit_cls.weights.families`)."""
 
@@ -177,22 +176,14 @@ class OptimOptions:
         _check_auto("optim.layer_decay", self.layer_decay)
         for name in ("base_lr_per_256_images", "lr", "eps", "layer_decay", "head_lr_ratio", "head_first_lr"):
             value = getattr(self, name)
-            if value not in (None, AUTO) and not value > 0:
-                raise ConfigError(f"optim.{name} must be above 0; got {value}.")
+            check_range(f"optim.{name}", None if value == AUTO else value, above=0)
         for name in ("weight_decay", "warmup_epochs", "head_first_epochs"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"optim.{name} must not be negative; got {value}.")
-        for name, below_one in (
-            ("min_lr_ratio", False),
-            ("label_smoothing", True),
-            ("beta1", True),
-            ("beta2", True),
-            ("layer_decay", False),
-        ):
-            value = getattr(self, name)
-            if value != AUTO and (not 0 <= value <= 1 or (below_one and value == 1)):
-                raise ConfigError(f"optim.{name} must be in [0, 1{')' if below_one else ']'}; got {value}.")
+            check_range(f"optim.{name}", getattr(self, name), at_least=0)
+        for name in ("label_smoothing", "beta1", "beta2"):
+            check_range(f"optim.{name}", getattr(self, name), at_least=0, below=1)
+        check_range("optim.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        if not isinstance(self.layer_decay, str):
+            check_range("optim.layer_decay", self.layer_decay, at_most=1)
         if self.class_weights not in (None, "balanced"):
             raise ConfigError(f"optim.class_weights must be balanced or null; got {self.class_weights!r}.")
         self._check_freeze()
@@ -200,8 +191,8 @@ class OptimOptions:
     def _check_freeze(self) -> None:
         if isinstance(self.freeze, str) and self.freeze != BACKBONE:
             raise ConfigError(f"optim.freeze must be {BACKBONE} or a number of blocks; got {self.freeze!r}.")
-        if isinstance(self.freeze, int) and self.freeze < 0:
-            raise ConfigError(f"optim.freeze must not be negative; got {self.freeze}.")
+        if isinstance(self.freeze, int):
+            check_range("optim.freeze", self.freeze, at_least=0)
         if self.freeze == BACKBONE and self.head_first_epochs:
             raise ConfigError(
                 "optim.head_first_epochs has no effect with optim.freeze backbone: the head is trained "
@@ -245,9 +236,5 @@ class FitOptions:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be from 0 to {2**32 - 1}; got {self.seed}.")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ConfigError(
-                f"early_stopping_patience must be at least 1; got {self.early_stopping_patience}."
-            )
+        check_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
+        check_range("early_stopping_patience", self.early_stopping_patience, at_least=1)

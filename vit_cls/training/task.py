@@ -1,4 +1,4 @@
-"""The LightningModule: one training step, one validation step, and the optimiser."""
+"""The LightningModule: one training step and its loss, one validation step, and the optimiser."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from vit_cls.data.dataset import Batch
-from vit_cls.data.mixing import UNMIXED, MixOptions, mix_batch
+from vit_cls.data.mixing import UNMIXED, MixedTargets, MixOptions, mix_batch
 from vit_cls.data.sampler import sample_seed
 from vit_cls.errors import DataError
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.training.freezing import Freezer
-from vit_cls.training.losses import mixed_cross_entropy
-from vit_cls.training.optim import make_optimizer, make_schedule
+from vit_cls.training.optim import Freezer, make_optimizer, make_schedule
 from vit_cls.training.options import BACKBONE, OptimOptions
 from vit_cls.weights.bundle import CHECKPOINT_KEY, FORMAT_VERSION
 
@@ -90,7 +88,7 @@ class ClassificationTask(LightningModule):
         """
         super().train(mode)
         if hasattr(self, "freezer"):  # Lightning calls this while the object is being made
-            self.freezer.calm()
+            self.freezer.set_eval()
         return self
 
     def on_train_epoch_start(self) -> None:
@@ -217,3 +215,40 @@ class ClassificationTask(LightningModule):
             torch.set_rng_state(rng["cpu"])
             if rng["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
+
+
+def mixed_cross_entropy(
+    logits: Tensor,
+    targets: MixedTargets,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Mean cross entropy, each image counted for its two classes by their shares.
+
+    Args:
+        logits: Shape ``(batch, classes)``.
+        targets: Two classes an image.
+        label_smoothing: Probability mass spread over all classes, in [0, 1).
+        class_weights: Weight of each class, shape ``(classes,)``; None weighs all alike. The mean is
+            weighted.
+
+    Returns:
+        A scalar. With a share of 1 it is what `torch.nn.functional.cross_entropy` gives for ``first``.
+
+    Example:
+        >>> import torch
+        >>> logits, first = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+        >>> mixed = MixedTargets(first, 1 - first, torch.tensor([0.5]))
+        >>> round(mixed_cross_entropy(logits, mixed).item(), 4)
+        1.1269
+    """
+    total = logits.new_zeros(())
+    weight = logits.new_zeros(())
+    for classes, share in ((targets.first, targets.share), (targets.second, 1 - targets.share)):
+        loss = F.cross_entropy(
+            logits, classes, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
+        )
+        total = total + (share * loss).sum()
+        weight = weight + (share if class_weights is None else share * class_weights[classes]).sum()
+    return total / weight
