@@ -15,8 +15,8 @@ import vit_cls.lab.features as features
 from vit_cls.cli import main
 from vit_cls.commands.parsing import comma_lists
 from vit_cls.data.partition import partition_data
+from vit_cls.lab.probes.common import UNKNOWN, find_record, overlap_note
 from vit_cls.lab.probes.head_fits import LEARNING_RATES, HeadRecipe
-from vit_cls.lab.probes.seen import UNKNOWN, find_record, seen_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -204,10 +204,13 @@ CASES = {
     "missing model": (_words("linear", model="nowhere"), r"no file or folder 'nowhere'"),
     "missing data": (_words("linear", data="nowhere"), r"--data nowhere"),
     "one image a class": (_words("linear", data="few"), r"--data few: too few images for three parts"),
-    "unknown way": ([*BASE, "--ways", "cls,gab"], r"--ways must be one of .*got 'gab'.*Did you mean `gap`"),
-    "class token": (_words("knn", "--ways", "cls", model="gap.safetensors"), r"--ways cls .*has none"),
-    "blocks": ([*BASE, "--ways", "last:3"], r"--ways last:3: the number must be from 1 to 2"),
-    "blocks by layer": (_words("layers", "--ways", "last:2"), r"--ways last:2 needs 2 blocks"),
+    "unknown pool": (
+        [*BASE, "--pools", "cls,gab"],
+        r"--pools must be one of .*got 'gab'.*Did you mean `gap`",
+    ),
+    "class token": (_words("knn", "--pools", "cls", model="gap.safetensors"), r"--pools cls .*has none"),
+    "blocks": ([*BASE, "--pools", "last:3"], r"--pools last:3: the number must be from 1 to 2"),
+    "blocks by layer": (_words("layers", "--pools", "last:2"), r"--pools last:2 needs 2 blocks"),
     "seed": ([*BASE, "--seed", "-1"], r"--seed must be at least 0; got -1"),
     "seed in words": ([*BASE, "--seed", "one"], r"seed must be a whole number; got 'one'"),
     "output": ([*BASE, "--output", "model.safetensors"], r"--output model.safetensors is a file"),
@@ -220,7 +223,7 @@ CASES = {
     ),
     "batch": ([*BASE, "--batch_size", "0"], r"batch_size.*0"),
     "device": ([*BASE, "--device", "tpu"], r"tpu"),
-    "typo": ([*BASE, "--wayz", "cls"], r"unknown key --wayz.*Did you mean `ways`"),
+    "typo": ([*BASE, "--poolz", "cls"], r"unknown key --poolz.*Did you mean `pools`"),
     "another probe's option": ([*BASE, "--gallery", "train"], r"unknown key --gallery"),
     "decoder": (_words("invert", "--decoder", "gan"), r"--decoder must be one of ridge, conv; got 'gan'"),
     "tiles": (_words("dense", "--k", "1"), r"--k must be at least 2"),
@@ -278,7 +281,7 @@ def test_help_lists_every_probe_and_the_options_of_one(capsys):
         main(["probe", "linear", "--help"])
     assert not end.value.code
     out = capsys.readouterr().out
-    for option in ("--model", "--data", "--cache", "--ways", "--protocol", "--margin", "--seed", "--output"):
+    for option in ("--model", "--data", "--cache", "--pools", "--protocol", "--margin", "--seed", "--output"):
         assert option in out
 
 
@@ -327,11 +330,11 @@ def test_a_name_of_a_model_does_not_take_the_record_of_the_folder_one_stands_in(
 def test_a_test_part_that_was_never_trained_on_is_said_to_be():
     parts = partition_data("digits")
     digits = {"data": {"name": "digits", "root": None}}
-    (note,) = seen_note(digits, parts, "digits")
+    (note,) = overlap_note(digits, parts, "digits")
     assert note.endswith("It has not seen the test part.")
-    assert seen_note({"data": {"name": "folder", "root": "photos"}}, parts, "digits") == []
+    assert overlap_note({"data": {"name": "folder", "root": "photos"}}, parts, "digits") == []
     agreed = {"identity": {"train_fingerprint": parts.train.index.fingerprint()}}
-    assert seen_note(agreed, parts, "digits") == [note]
+    assert overlap_note(agreed, parts, "digits") == [note]
 
 
 def test_a_folder_split_into_three_keeps_its_test_part_apart(place):
@@ -339,7 +342,7 @@ def test_a_folder_split_into_three_keeps_its_test_part_apart(place):
         shutil.copytree(place / "photos", place / "split" / part)
     record = {"data": {"root": str(place / "split")}}
     parts = partition_data("split")
-    assert "It has not seen the test part." in seen_note(record, parts, "split")[0]
+    assert "It has not seen the test part." in overlap_note(record, parts, "split")[0]
     record["identity"] = {"val_fingerprint": parts.test.index.fingerprint()}
-    assert "may have been trained on" in seen_note(record, parts, "split")[0]
-    assert "may have been trained on" in seen_note(record, partition_data("split/train"), "split/train")[0]
+    assert "may have been trained on" in overlap_note(record, parts, "split")[0]
+    assert "may have been trained on" in overlap_note(record, partition_data("split/train"), "split/train")[0]

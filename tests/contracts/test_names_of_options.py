@@ -15,7 +15,7 @@ import pytest
 import vit_cls
 from vit_cls.cli import COMMANDS
 from vit_cls.commands import compare, doctor, evaluate, export, fit, models, predict, probe, study, verify
-from vit_cls.commands.parsing import known_keys
+from vit_cls.commands.parsing import ALIASES, known_keys
 from vit_cls.lab.probes.head_fits import HeadRecipe
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.lab.studies.table import STUDIES
@@ -94,13 +94,13 @@ def _named(source: str) -> list[str]:
 def test_names_are_found_in_messages_and_where_a_loop_writes_them():
     source = '''
 def check(self):
-    """Not data.parts, which is Python; but --ways."""
+    """Not data.parts, which is Python; but --pools."""
     for name, why in (("alpha", 1), ("beta", 2)):
         raise ConfigError(f"data.mix.{name} is {why}, --recipe.{name} too. "
                           f"Use model.pool, not vit_cls.model.pool or model.build().")
 '''
     keys = {"data.mix.alpha", "data.mix.beta", "model.pool"}
-    assert set(_named(source)) == {*keys, "recipe.alpha", "recipe.beta", "ways"}
+    assert set(_named(source)) == {*keys, "recipe.alpha", "recipe.beta", "pools"}
 
 
 def test_every_option_that_a_text_names_is_one(options):
@@ -111,7 +111,7 @@ def test_every_option_that_a_text_names_is_one(options):
         ]
         for path in sorted(PACKAGE.rglob("*.py"))
     }
-    known = options | WITHOUT_PARSER | NO_OPTIONS
+    known = options | WITHOUT_PARSER | NO_OPTIONS | {flag.lstrip("-") for flag in ALIASES}
     unknown = {str(path): set(names) - known for path, names in named.items()}
     assert {path: names for path, names in unknown.items() if names} == {}
     assert len(options) > 150

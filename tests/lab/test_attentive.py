@@ -16,12 +16,13 @@ from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
 from vit_cls.lab.probes import attentive as attentive_module
 from vit_cls.lab.probes.attentive import NormedTokens, attentive, heads_that_fit
-from vit_cls.lab.probes.dense import subset
 from vit_cls.lab.probes.head_fits import HeadRecipe, ProbeHead, fit_head, token_statistics
+from vit_cls.lab.probes.patch_tasks import subset
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import PoolingContext, make_pooling
+from vit_cls.model.pooling import make_pooling
+from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.least_squares import chosen_classifier

@@ -12,9 +12,18 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.probes.dense import PATCHES, dense, subset
-from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
-from vit_cls.lab.probes.tiled import make_mosaics, mosaic, tile_of_patches
+from vit_cls.lab.probes.dense import PATCHES, dense
+from vit_cls.lab.probes.patch_tasks import (
+    Part,
+    fit_by_patch,
+    make_mosaics,
+    mosaic,
+    place_losses,
+    place_targets,
+    subset,
+    tile_losses,
+    tile_of_patches,
+)
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -229,7 +238,7 @@ def test_patches_that_lie_in_two_tiles_are_found():
     [
         ({"k": 1}, r"--k must be at least 2"),
         ({"max_images": 7}, r"--max_images enough for two mosaics; got 2 and 7"),
-        ({"margin": 1.0}, r"--margin must be between 0 and 1 .* got 1\."),
+        ({"margin": 1.0}, r"--margin must be above 0 and below 1.* got 1\."),
         ({"k": 8, "max_images": 200}, r"(?s)too few for two mosaics of 8x8 tiles"),
     ],
 )

@@ -20,7 +20,7 @@ from vit_cls.inference import InferenceConfig
 from vit_cls.lab import features as features_module
 from vit_cls.lab import token_cache
 from vit_cls.lab.features import freeze, freeze_reads
-from vit_cls.lab.reads import WAYS, possible_ways
+from vit_cls.lab.reads import POOLS, possible_pools
 from vit_cls.lab.token_cache import cache_key, data_digest
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.tokens import TokenLayout
@@ -170,7 +170,7 @@ def test_a_generalised_mean_is_computed_over_clamped_patches():
         np.testing.assert_allclose(found.read(way), (patches**p).mean(axis=1) ** (1 / p), rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", [*WAYS, "last:2", "token:15"])
+@pytest.mark.parametrize("way", [*POOLS, "last:2", "token:15"])
 def test_reading_in_pieces_and_while_streaming_gives_the_same_as_reading_at_once(way, monkeypatch):
     classifier, source = _classifier(), _source(9)
     found = freeze(classifier, source, layers=range(4), **CPU)
@@ -186,12 +186,12 @@ def test_reading_in_pieces_and_while_streaming_gives_the_same_as_reading_at_once
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("mean", "--ways must be one of cls, gap, .*; got 'mean'"),
-        ("cls:1", "--ways cls takes no number"),
-        ("last", "--ways last takes a number of blocks, as in last:4"),
-        ("last:9", "--ways last:9: the number must be from 1 to 3"),
-        ("token:16", "--ways token:16: the number must be from 0 to 15"),
-        ("cls+", "--ways must be one of"),
+        ("mean", "--pools must be one of cls, gap, .*; got 'mean'"),
+        ("cls:1", "--pools cls takes no number"),
+        ("last", "--pools last takes a number of blocks, as in last:4"),
+        ("last:9", "--pools last:9: the number must be from 1 to 3"),
+        ("token:16", "--pools token:16: the number must be from 0 to 15"),
+        ("cls+", "--pools must be one of"),
     ],
 )
 def test_a_way_that_the_model_does_not_have_is_refused(way, message):
@@ -201,13 +201,13 @@ def test_a_way_that_the_model_does_not_have_is_refused(way, message):
 
 def test_without_a_class_token_ways_that_read_it_are_left_out_with_a_note_or_refused_by_name():
     found = freeze(_classifier(class_token=False, pool="gap"), _source(), **CPU)
-    with pytest.raises(ConfigError, match=r"--ways cls\+gap reads the class token, but the model has none"):
+    with pytest.raises(ConfigError, match=r"--pools cls\+gap reads the class token, but the model has none"):
         found.read("cls+gap")
-    ways, notes = possible_ways(WAYS, found.layout)
+    ways, notes = possible_pools(POOLS, found.layout)
     assert ways == ["gap", "max", "gem", "gem4"]
     assert notes == ["Not read: cls, cls+gap, cls+gem4, for the model has no class token."]
     np.testing.assert_allclose(found.read("token:0"), found.normed(3)[:, 0], atol=1e-6)  # no prefix to skip
-    assert possible_ways(WAYS, TokenLayout(True, 0, (2, 2))) == (list(WAYS), [])
+    assert possible_pools(POOLS, TokenLayout(True, 0, (2, 2))) == (list(POOLS), [])
 
 
 def test_images_in_memory_are_the_same_wherever_one_stands_and_files_of_another_folder_are_not(

@@ -249,7 +249,7 @@ def test_a_model_without_a_class_token_is_read_by_the_mean_of_its_patches():
     ("options", "message"),
     [
         ({"decoder": "gan"}, r"--decoder must be one of ridge, conv; got 'gan'"),
-        ({"margin": 0.0}, r"--margin must be between 0 and 1 .* got 0\."),
+        ({"margin": 0.0}, r"--margin must be above 0 and below 1.* got 0\."),
         ({"layers": [3]}, r"layers must be from 0 .* to 2 .* got 3"),
     ],
 )

@@ -105,7 +105,7 @@ def test_choices_ignore_the_test_part_and_follow_validation(noisy_parts, relabel
 
 def test_the_chosen_numbers_have_the_highest_validation_accuracy_and_of_equal_ones_the_first(noisy_parts):
     train, val, test = noisy_parts()
-    settings = KnnSettings(ways=("gap",), neighbours=(20, 1, 50), temperatures=(0.07, 1.0))
+    settings = KnnSettings(pools=("gap",), neighbours=(20, 1, 50), temperatures=(0.07, 1.0))
     result = knn(train, val, test, settings=settings)
     choices = [(k, t) for k in (20, 1, 50) for t in (0.07, 1.0)]
     said = knn_predict((train.read("gap"), train.labels), val.read("gap"), choices, num_classes=3)
@@ -118,14 +118,14 @@ def test_the_chosen_numbers_have_the_highest_validation_accuracy_and_of_equal_on
 
 
 def test_the_result_says_that_the_mean_is_worse_where_one_patch_carries_the_class(noisy_parts):
-    result = knn(*noisy_parts(), settings=KnnSettings(ways=("cls", "gap")))
+    result = knn(*noisy_parts(), settings=KnnSettings(pools=("cls", "gap")))
     (finding,) = result.findings
     assert finding.verdict == "supported"
     assert finding.estimate == pytest.approx(result.values["top1"]["gap"] - result.values["top1"]["cls"])
     assert finding.estimate < -0.1
     right = {
-        way: int((preds == result.predictions["labels"]).sum())
-        for way, preds in result.predictions["preds"].items()
+        pool: int((preds == result.predictions["labels"]).sum())
+        for pool, preds in result.predictions["preds"].items()
     }
     assert {row[0]: row[4] for row in result.tables[0].rows} == right
     assert f"{right['cls']} of 80 right" in result.headline

@@ -18,8 +18,7 @@ from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
 from vit_cls.lab.probes.layers import LayerSettings, layers
-from vit_cls.lab.probes.linear import linear
-from vit_cls.lab.probes.linear_fits import LinearSettings
+from vit_cls.lab.probes.linear import LinearSettings, linear
 from vit_cls.lab.probes.tokens import TokenSettings, tokens
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 
@@ -50,11 +49,11 @@ def partition():
 def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, partition):
     result = layers(classifier, partition, config=CONFIG)
     parts = [freeze(classifier, getattr(partition, part), config=CONFIG) for part in PARTS]
-    last = linear(*parts, settings=LinearSettings(ways=("cls", "gap", "max")))
-    for way in ("cls", "gap", "max"):
-        assert len(result.values["top1"][way]) == 3  # before the first of two blocks, and after each
-        assert result.values["top1"][way][2] == last.values["top1"][way]
-        assert result.predictions["preds"][f"{way} 2"].tolist() == last.predictions["preds"][way].tolist()
+    last = linear(*parts, settings=LinearSettings(pools=("cls", "gap", "max")))
+    for pool in ("cls", "gap", "max"):
+        assert len(result.values["top1"][pool]) == 3  # before the first of two blocks, and after each
+        assert result.values["top1"][pool][2] == last.values["top1"][pool]
+        assert result.predictions["preds"][f"{pool} 2"].tolist() == last.predictions["preds"][pool].tolist()
 
 
 def test_before_the_first_block_the_class_token_is_the_same_for_every_image(classifier, partition):
@@ -69,7 +68,7 @@ def test_before_the_first_block_the_class_token_is_the_same_for_every_image(clas
 
 
 def test_the_chart_has_a_line_a_read_with_the_accuracies_and_intervals_of_the_table(classifier, partition):
-    result = layers(classifier, partition, settings=LayerSettings(ways=("gap", "cls")), config=CONFIG)
+    result = layers(classifier, partition, settings=LayerSettings(pools=("gap", "cls")), config=CONFIG)
     (chart,) = result.figures
     assert [line.label for line in chart.lines] == ["gap", "cls"]
     rows = {(row[0], row[1]): row for row in result.tables[0].rows}
@@ -95,7 +94,7 @@ def test_choices_of_layers_ignore_the_labels_of_the_test_part(classifier, partit
 
 def test_the_class_tokens_of_several_blocks_cannot_be_read_before_the_first(classifier, partition):
     with pytest.raises(ConfigError, match="last:2 needs 2 blocks, but layer 0 comes after 0"):
-        layers(classifier, partition, settings=LayerSettings(ways=("last:2",)), config=CONFIG)
+        layers(classifier, partition, settings=LayerSettings(pools=("last:2",)), config=CONFIG)
 
 
 def test_the_patch_that_carries_the_class_stands_out_at_its_place_on_the_grid(noisy_parts):
@@ -126,11 +125,11 @@ def test_the_average_patch_is_compared_over_images_with_cls_and_with_gap(noisy_p
 
 def test_every_patch_gets_the_probe_that_linear_fits_on_it(noisy_parts, relabelled):
     train, val, test = noisy_parts()
-    ways = ("token:0", "token:1", "token:2", "token:3")
-    expected = linear(train, val, test, settings=LinearSettings(ways=ways))
+    pools = ("token:0", "token:1", "token:2", "token:3")
+    expected = linear(train, val, test, settings=LinearSettings(pools=pools))
     result = tokens(train, val, test)
-    for way in ways:
-        assert result.predictions["preds"][way].tolist() == expected.predictions["preds"][way].tolist()
+    for pool in pools:
+        assert result.predictions["preds"][pool].tolist() == expected.predictions["preds"][pool].tolist()
     assert tokens(train, val, relabelled(test)).values["strength"] == result.values["strength"]
 
 

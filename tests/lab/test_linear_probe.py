@@ -10,11 +10,10 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.lab.probes import linear_fits
+from vit_cls.lab.probes import linear as linear_fits
 from vit_cls.lab.probes.common import layers_needed
-from vit_cls.lab.probes.linear import linear, linear_ways
-from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
-from vit_cls.lab.reads import WAYS
+from vit_cls.lab.probes.linear import LinearSettings, fit_linear, linear, linear_pools
+from vit_cls.lab.reads import POOLS
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.stats.intervals import wilson_interval
 
@@ -158,26 +157,26 @@ def test_the_dinov2_protocol_tests_the_class_token_and_the_read_that_validation_
 
 
 def test_the_dinov2_protocol_takes_the_blocks_that_there_are():
-    ways, _ = linear_ways(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 2)
-    assert ways == ["cls", "cls+gap", "last:2", "last:2+gap"]
-    assert linear_ways(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 1)[0] == [
+    pools, _ = linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 2)
+    assert pools == ["cls", "cls+gap", "last:2", "last:2+gap"]
+    assert linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 1)[0] == [
         "cls",
         "cls+gap",
     ]
     with pytest.raises(ConfigError, match="reads the class token, but the model has none"):
-        linear_ways(LinearSettings(protocol="dinov2"), TokenLayout(False, 0, (2, 2)), 4)
+        linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(False, 0, (2, 2)), 4)
 
 
 @pytest.mark.parametrize(("depth", "last"), [(12, "last:4"), (4, "last:4"), (3, "last:3"), (2, "last:2")])
 def test_the_class_tokens_of_the_last_blocks_are_read_by_default_as_far_as_there_are_blocks(depth, last):
     layout = TokenLayout(True, 0, (2, 2))
-    ways, notes = linear_ways(LinearSettings(), layout, depth)
-    assert (ways[:-1], ways[-1], notes) == (list(WAYS), last, [])
-    assert layers_needed(ways, layout, depth) == list(range(depth + 1))[-min(4, depth) :]
+    pools, notes = linear_pools(LinearSettings(), layout, depth)
+    assert (pools[:-1], pools[-1], notes) == (list(POOLS), last, [])
+    assert layers_needed(pools, layout, depth) == list(range(depth + 1))[-min(4, depth) :]
 
 
 def test_one_block_has_no_earlier_class_token_to_read():
-    assert linear_ways(LinearSettings(), TokenLayout(True, 0, (2, 2)), 1)[0] == list(WAYS)
+    assert linear_pools(LinearSettings(), TokenLayout(True, 0, (2, 2)), 1)[0] == list(POOLS)
 
 
 def test_the_mae_protocol_is_a_batch_norm_without_parameters_then_cross_entropy():
@@ -196,19 +195,19 @@ def test_the_mae_protocol_is_a_batch_norm_without_parameters_then_cross_entropy(
 
 
 def test_a_solver_that_stops_too_early_is_named_in_the_notes(noisy_parts):
-    settings = LinearSettings(solver="logistic", ways=("cls",), max_steps=1)
+    settings = LinearSettings(solver="logistic", pools=("cls",), max_steps=1)
     result = linear(*noisy_parts(), settings=settings)
     assert any("L-BFGS had not converged after 1 steps for cls" in note for note in result.notes)
-    calm = linear(*noisy_parts(), settings=LinearSettings(solver="logistic", ways=("cls",)))
+    calm = linear(*noisy_parts(), settings=LinearSettings(solver="logistic", pools=("cls",)))
     assert not any("converged" in note for note in calm.notes)
 
 
 def test_ways_are_those_named_and_the_reference_is_the_mean_where_the_class_token_is_not_read(noisy_parts):
-    result = linear(*noisy_parts(), settings=LinearSettings(ways=("max", "gap", "token:1")))
+    result = linear(*noisy_parts(), settings=LinearSettings(pools=("max", "gap", "token:1")))
     assert result.settings["reference"] == "gap"
     assert list(result.predictions["preds"]) == ["max", "gap", "token:1"]
     assert len(result.findings) == 2
-    alone = linear(*noisy_parts(), settings=LinearSettings(ways=("token:1",)))
+    alone = linear(*noisy_parts(), settings=LinearSettings(pools=("token:1",)))
     assert (alone.findings, alone.figures) == ([], [])
     assert "of 80 right" in alone.headline
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from vit_cls.errors import ConfigError, DataError, ModelFileError, RunError
+from vit_cls.lab.probes.common import compare_with
 from vit_cls.lab.studies.depth import DepthStudy
-from vit_cls.lab.studies.heads import HeadsStudy, compare_with_first
+from vit_cls.lab.studies.heads import HeadsStudy
 from vit_cls.lab.studies.recipe import RECIPES, Recipe
 from vit_cls.lab.studies.runner import Spread, is_done, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
@@ -364,13 +365,14 @@ def test_equal_heads_seldom_win(setup):
         for name in ("gap", "gap (2)"):
             luck = rng.normal(0, 0.2, (3, 1)) + rng.normal(0, 1, (3, 400))
             arms[name] = hard + luck > 0
-        winners += compare_with_first(arms, 0.01, 0)[0].verdict == SUPPORTED
+        findings = compare_with(next(iter(arms)), arms, "{} and {} differ.", margin=0.01, seed=0)
+        winners += next(iter(findings.values())).verdict == SUPPORTED
     assert winners <= 5
 
 
 def test_equal_heads_have_names_of_their_own(setup):
     study = _study(setup, heads=["gap", "gap"])
-    assert study.arms == ["gap", "gap (2)"]
+    assert study.names == ["gap", "gap (2)"]
     result = study.analyse(_finish(study)[1])
     assert result.findings[0].verdict != SUPPORTED
     assert set(result.predictions["predictions"]) == {"gap", "gap (2)"}
@@ -382,7 +384,7 @@ def _first_images(share, count=TESTED):
 
 def _tell(told, study, shares):
     """Let each arm and factor have that share of all images right."""
-    for arm, rates in study.grid().items():
+    for arm, rates in study.arms().items():
         for factor, trials in rates.items():
             told(study.setup.folder, trials, [_first_images(shares[arm][factor])] * len(trials))
     return Answers(study.setup.folder)
@@ -461,9 +463,9 @@ def test_a_result_names_every_test_image_and_what_was_said_of_it(setup, told):
     ("settings", "message"),
     [
         ({"seeds": 0}, "--seeds must be at least 1; got 0"),
-        ({"seed": -1}, "--seed must be 0 or more; got -1"),
-        ({"margin": 0}, "--margin must lie between 0 and 1.*got 0"),
-        ({"margin": 1.5}, "--margin must lie between 0 and 1.*got 1.5"),
+        ({"seed": -1}, "--seed must be at least 0; got -1"),
+        ({"margin": 0}, "--margin must be above 0 and below 1.*got 0"),
+        ({"margin": 1.5}, "--margin must be above 0 and below 1.*got 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -15,8 +15,7 @@ from vit_cls.data.index import ImageIndex, PathTable
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.lab.studies.any_token import AnyTokenStudy, overall
-from vit_cls.lab.studies.frozen_patches import FrozenReads, frozen_claims, heat_maps
-from vit_cls.lab.studies.named_patches import chosen_patches, grid_of
+from vit_cls.lab.studies.patch_tokens import FrozenReads, chosen_patches, frozen_claims, grid_of, heat_maps
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup

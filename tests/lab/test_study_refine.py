@@ -17,9 +17,9 @@ from vit_cls.data.index import ImageIndex, PathTable
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.refinement import refinement
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.refine import Curves, RefineStudy, headline
+from vit_cls.lab.studies.refinement import refinement
 from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.model.classifier import ImageClassifier, Preprocess

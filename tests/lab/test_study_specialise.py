@@ -21,17 +21,17 @@ from vit_cls.errors import ConfigError
 from vit_cls.lab.features import Rows
 from vit_cls.lab.seeding import seeded
 from vit_cls.lab.studies import specialise
-from vit_cls.lab.studies.class_token_views import COLLAPSED, Seen, alike_table, knowledge_table
+from vit_cls.lab.studies.class_token_views import COLLAPSED, ArmTokens, alike_table, knowledge_table
 from vit_cls.lab.studies.class_tokens import (
     ClassTokens,
     TokenAnswers,
     against_seeds,
+    collect_class_tokens,
     information_test,
     jensen_shannon,
     mutual_information,
     pair_cosine,
     token_answers,
-    watch_class_tokens,
 )
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, run_trials
@@ -110,17 +110,17 @@ def test_cosines_are_those_of_the_tokens_that_were_put_in_where_blocks_add_nothi
     with torch.no_grad():
         classifier.model.pos_embed[:, :3] = 0
         classifier.model.cls_token[0] = torch.from_numpy(start)
-    seen = watch_class_tokens(classifier, _source(5))
+    measured = collect_class_tokens(classifier, _source(5))
     pairs = [(0, 1), (0, 2), (1, 2)]
 
     def expected(tokens):
         lengths = np.linalg.norm(tokens, axis=1)
         return np.mean([tokens[i] @ tokens[j] / lengths[i] / lengths[j] for i, j in pairs])
 
-    assert seen.layers.shape == (5, 3, 3, 12)
-    np.testing.assert_allclose(pair_cosine(seen.layers), expected(start), atol=1e-6)
+    assert measured.layers.shape == (5, 3, 3, 12)
+    np.testing.assert_allclose(pair_cosine(measured.layers), expected(start), atol=1e-6)
     normed = start - start.mean(axis=1, keepdims=True)  # the final norm, whose weights are 1 and 0
-    np.testing.assert_allclose(pair_cosine(seen.output), expected(normed), atol=1e-5)
+    np.testing.assert_allclose(pair_cosine(measured.output), expected(normed), atol=1e-5)
     assert abs(expected(normed) - expected(start)) > 1e-3
 
 
@@ -130,7 +130,7 @@ def test_attention_apart_is_scipys_divergence_of_the_rows_over_the_patches():
         for parameter in classifier.model.parameters():
             parameter.mul_(5)
     source = _source(4)
-    seen = watch_class_tokens(classifier, source)
+    measured = collect_class_tokens(classifier, source)
     model = classifier.model
     with torch.no_grad():
         tokens = model.blocks[0](model.embed_tokens(classifier.normalise(source.images)))
@@ -140,9 +140,9 @@ def test_attention_apart_is_scipys_divergence_of_the_rows_over_the_patches():
     weights /= weights.sum(axis=-1, keepdims=True)
     for i in range(4):
         one = [jensenshannon(weights[i, head, 0], weights[i, head, 1], base=2) ** 2 for head in range(2)]
-        assert seen.overlap[i] == pytest.approx(np.mean(one), abs=1e-5)
-    assert seen.overlap.min() > 1e-4
-    np.testing.assert_allclose(seen.maps, weights.mean(axis=1), atol=1e-5)
+        assert measured.overlap[i] == pytest.approx(np.mean(one), abs=1e-5)
+    assert measured.overlap.min() > 1e-4
+    np.testing.assert_allclose(measured.maps, weights.mean(axis=1), atol=1e-5)
 
 
 def test_divergence_averages_the_pairs_and_one_token_has_none():
@@ -157,15 +157,15 @@ def test_own_head_reads_each_token_as_it_reads_their_mean():
         classifier.model.head.weight.normal_(generator=torch.Generator().manual_seed(0))
     source = _source(30)
     parts = Partition(source, source, source, "")
-    seen = watch_class_tokens(classifier, source)
-    found = token_answers(classifier, parts, seen)
+    measured = collect_class_tokens(classifier, source)
+    found = token_answers(classifier, parts, measured)
     with torch.no_grad():
         tokens = classifier.model.encode(classifier.normalise(source.images))[:, :2]
         logits = classifier.model.head(tokens)
         torch.testing.assert_close(logits.mean(dim=1), classifier(source.images))
     assert found.read_by == "own head"
     assert found.preds.tolist() == logits.argmax(dim=2).tolist()
-    assert found.surest.tolist() == logits.softmax(dim=2).amax(dim=2).argmax(dim=1).tolist()
+    assert found.most_confident.tolist() == logits.softmax(dim=2).amax(dim=2).argmax(dim=1).tolist()
 
 
 def test_where_the_head_reads_no_single_token_each_gets_a_probe_of_its_own():
@@ -186,7 +186,7 @@ def test_where_the_head_reads_no_single_token_each_gets_a_probe_of_its_own():
         labels_now = parts.test.index.labels  # those of the other parts begin in the same way
         assert parts.train.index.labels[:30].tolist() == labels_now.tolist()
         labels_now = parts.train.index.labels
-        found = token_answers(classifier, parts, watch_class_tokens(classifier, parts.test))
+        found = token_answers(classifier, parts, collect_class_tokens(classifier, parts.test))
     finally:
         hook.remove()
     assert found.read_by == "ridge"
@@ -237,7 +237,7 @@ def test_tokens_of_one_model_are_told_from_those_of_independent_models_where_the
                 a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
                 across.append(np.mean([a[:, i] @ b[:, j].T * np.eye(20) for i in range(3) for j in range(3)]))
     assert found.independent == pytest.approx(20 * np.mean(across))  # the same image: the diagonal
-    # 280 ways to deal 9 tokens to 3 models
+    # 280 divisions to deal 9 tokens to 3 models
     assert found.smallest_p == pytest.approx(1 / 280)
     assert found.p < 0.02
     assert against_seeds(outputs[:1], seed=0) is None
@@ -362,7 +362,7 @@ RIGHT = {"cls": 0.5, "extra register": 0.6, "mean 2": 0.8, "mean 4": 0.7, "diver
 COSINES = {"mean 2": 0.9, "mean 4": 0.99, "diverse 2": 0.2, "diverse 4": 0.3}
 
 
-def _made(arm: str, trials) -> Seen:
+def _made(arm: str, trials) -> ArmTokens:
     """Tokens all of whose pairs have the cosine above, each seed in a basis of its own."""
     count, images = int(arm.split()[1]), 30
     factor = np.linalg.cholesky(np.full((count, count), COSINES[arm]) + np.eye(count) * (1 - COSINES[arm]))
@@ -375,16 +375,18 @@ def _made(arm: str, trials) -> Seen:
         output = factor @ bases
         layers = np.stack([output] * 3, axis=1)
         tokens.append(ClassTokens(layers, output, None, None, rows, Preprocess((8, 8)), (4, 4)))
-    return Seen(tokens, [answers] * len(tokens))
+    return ArmTokens(tokens, [answers] * len(tokens))
 
 
 def test_each_claim_is_about_the_arms_and_the_quantity_that_it_names(tmp_path, told, monkeypatch):
     setup = Setup("digits", tmp_path, seeds=2, margin=0.05)
     study = SpecialiseStudy(setup, counts=(1, 2, 4), variants=("mean", "diverse"))
-    for arm, trials in study.grid().items():
+    for arm, trials in study.arms().items():
         rows = [np.roll(np.arange(599) < round(RIGHT[arm] * 599), seed) for seed in range(2)]
         told(tmp_path, trials, rows, tokens=17)
-    monkeypatch.setattr(specialise, "look", lambda answers, trials, parts: _made(trials[0].arm, trials))
+    monkeypatch.setattr(
+        specialise, "measure_arm", lambda answers, trials, parts: _made(trials[0].arm, trials)
+    )
     result = study.analyse(Answers(tmp_path))
     beat, lowers = "class tokens read by their mean beat", "The diverse head lowers the cosine of"
     found = [(one.claim, one.verdict, one.margin, one.null, one.unit) for one in result.findings]
@@ -422,16 +424,18 @@ def test_the_headline_and_the_table_compare_with_other_images_and_independent_mo
 ):
     setup = Setup("digits", tmp_path, seeds=3)
     study = SpecialiseStudy(setup, counts=(1, 4), variants=("mean",))
-    for trials in study.grid().values():
+    for trials in study.arms().values():
         told(tmp_path, trials, [np.arange(599) % 2 == 0] * 3, tokens=17)
-    monkeypatch.setattr(specialise, "look", lambda answers, trials, parts: _made(trials[0].arm, trials))
+    monkeypatch.setattr(
+        specialise, "measure_arm", lambda answers, trials, parts: _made(trials[0].arm, trials)
+    )
     result = study.analyse(Answers(tmp_path))
-    seen = _made("mean 4", study.grid()["mean 4"])
+    measured = _made("mean 4", study.arms()["mean 4"])
     chance = result.values["independent_models"]["mean 4"]
     assert chance["p"] == 1 / 500  # tokens of cosine 0.99 are not met again by dealing them out anew
     assert abs(chance["independent"]) < 0.1  # bases at random
     assert (
-        f"; the same token on another image has {seen.other_image_cosine(0):.3f}, tokens of independent "
+        f"; the same token on another image has {measured.other_image_cosine(0):.3f}, tokens of independent "
         f"models {chance['independent']:.3f} (p 0.002)."
     ) in result.headline
     columns = list(result.tables[0].columns)
@@ -478,13 +482,13 @@ def test_tables_state_cosine_with_other_images_beside(collapsed):
     classifier = _classifier("multicls:2")
     _silence(classifier.model)
     source = _source(9)
-    tokens = watch_class_tokens(classifier, source)
-    seen = Seen([tokens], [token_answers(classifier, Partition(source, source, source, ""), tokens)])
-    table = alike_table({"mean 2": seen}, seed=0)
+    tokens = collect_class_tokens(classifier, source)
+    measured = ArmTokens([tokens], [token_answers(classifier, Partition(source, source, source, ""), tokens)])
+    table = alike_table({"mean 2": measured}, seed=0)
     row = {name: table.rows[0][list(table.columns).index(name)] for name in table.columns}
     assert row["same token, other image"] == pytest.approx(1.0)
     assert row["cosine"] < 0.9
-    known = knowledge_table({"mean 2": seen}, seed=0)
+    known = knowledge_table({"mean 2": measured}, seed=0)
     assert known.rows[0][list(known.columns).index("p")] == 1.0
 
 

@@ -30,7 +30,7 @@ def _study(tmp_path, *, seeds=2, recipe=None, data="digits", margin=0.01, **opti
 def _pretend(study: WhenStudy, right) -> Answers:
     """Answers of models that are right where ``right(head, count, seed, images)`` says."""
     known: dict = {}
-    for head, counts in study.grid().items():
+    for head, counts in study.arms().items():
         for count, trials in counts.items():
             for trial in trials:
                 if trial.seed not in known:  # who is tested on does not depend on the share

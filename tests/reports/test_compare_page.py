@@ -23,6 +23,7 @@ from vit_cls.evaluation.comparison import (
     ModelScore,
     Pair,
 )
+from vit_cls.lab.results import ForestChart
 from vit_cls.reports.compare import (
     MOST_PAIRS,
     MOST_SHOWN,
@@ -32,7 +33,7 @@ from vit_cls.reports.compare import (
     write_compare_report,
     write_disagreements,
 )
-from vit_cls.reports.forest import Row, forest_chart
+from vit_cls.reports.figures import forest_chart
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -220,12 +221,12 @@ def test_the_table_has_a_row_for_every_disagreement(tmp_path):
 
 
 def test_the_chart_is_the_same_twice_and_says_what_it_shows():
-    rows = [Row("B minus A", 0.04, (0.01, 0.07)), Row("C minus A", -0.02, (-0.05, 0.01))]
-    svg = forest_chart("f", "Difference", rows, 0.01)
-    assert svg == forest_chart("f", "Difference", rows, 0.01)
+    rows = [("B minus A", 0.04, (0.01, 0.07)), ("C minus A", -0.02, (-0.05, 0.01))]
+    svg = forest_chart("f", ForestChart("Difference", rows, 0.01))
+    assert svg == forest_chart("f", ForestChart("Difference", rows, 0.01))
     assert "C minus A -2.00 points, 95 % interval -5.00 to +1.00" in svg
     assert "#01020" not in svg
-    assert svg != forest_chart("f", "Difference", rows, 0.02)
+    assert svg != forest_chart("f", ForestChart("Difference", rows, 0.02))
 
 
 @pytest.fixture(params=["2 models", "9 models", "table"])

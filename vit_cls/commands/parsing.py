@@ -18,9 +18,10 @@ MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
 DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
-_LISTS = "counts depths fractions heads layers modes neighbours temperatures tokens variants ways"
+_LISTS = "counts depths fractions heads layers modes neighbours temperatures tokens variants pools"
 LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
 """Options that hold several values, which people write with commas."""
+ALIASES = {"--ways": "--pools"}
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
 
@@ -106,7 +107,7 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
 
 
 def comma_lists(words: list[str]) -> list[str]:
-    """``--heads cls,gap`` as the list that the parser wants.
+    """``--heads cls,gap`` as the list that the parser wants, and old spellings as today's.
 
     Args:
         words: The words after the verb.
@@ -114,7 +115,10 @@ def comma_lists(words: list[str]) -> list[str]:
     Example:
         >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2", "--temperatures", ".07,1e-1"])
         ['--heads', '["cls", "ep:8"]', '--layers=[1, 2]', '--temperatures', '[0.07, 0.1]']
+        >>> comma_lists(["--ways=cls"])
+        ['--pools=["cls"]']
     """
+    words = [re.sub(r"^--\w+", lambda flag: ALIASES.get(flag[0], flag[0]), word) for word in words]
     found = list(words)
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")

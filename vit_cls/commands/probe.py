@@ -24,8 +24,7 @@ from vit_cls.data.partition import partition_data
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.files import output_folder, writing
-from vit_cls.lab.probes.common import described
-from vit_cls.lab.probes.seen import find_record, seen_note
+from vit_cls.lab.probes.common import described, find_record, overlap_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text
@@ -83,7 +82,7 @@ def run(words: list[str]) -> Outcome:
     result = probe.run(classifier, parts, config, cache, {key: options[key] for key in own})
     architecture = described(classifier.model)
     settings = {"model": args.model, "architecture": architecture, "data": args.data, **result.settings}
-    notes = [*result.notes, *seen_note(find_record(args.model), parts, args.data)]
+    notes = [*result.notes, *overlap_note(find_record(args.model), parts, args.data)]
     seconds = time.perf_counter() - started
     result = replace(result, settings=settings, notes=notes, seconds=seconds)
     text = f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}"

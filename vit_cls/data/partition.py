@@ -112,6 +112,11 @@ class Partition:
     split: str = ALL
 
     @property
+    def sources(self) -> tuple[ImageSource, ImageSource, ImageSource]:
+        """The three parts, in the order of `PARTS`."""
+        return self.train, self.val, self.test
+
+    @property
     def class_names(self) -> list[str]:
         """The classes of the training part, by which all parts are labelled."""
         return self.train.index.class_names

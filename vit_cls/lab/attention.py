@@ -38,9 +38,6 @@ class AttentionParts:
 def attention_module(block: nn.Module) -> Any:
     """The attention inside a block.
 
-    Args:
-        block: A block of a model's encoder.
-
     Raises:
         ConfigError: If the block's attention is not a single softmax over scaled products.
 
@@ -64,7 +61,6 @@ def attention_parts(attn: Any, *args: Any, **kwargs: Any) -> AttentionParts:
     """Weights, queries and values of one attention, from what it was called with.
 
     Args:
-        attn: From `attention_module`.
         args: Of its ``forward``: the normalised tokens first, shape ``(batch, tokens, dim)``.
         kwargs: Of its ``forward``: which tokens are read, a mask, rotary positions, a relative position bias.
 
@@ -135,7 +131,6 @@ def capture_attention(
     """Collect the attention weights of every block that runs inside the ``with``.
 
     Args:
-        blocks: Blocks of a model's encoder.
         keep: What is kept of the weights of a block, shape ``(batch, heads, read tokens, tokens)``.
 
     Yields:
@@ -160,7 +155,6 @@ def attention_weights(block: nn.Module, tokens: Tensor, **context: Any) -> Tenso
     """How much each token attends to each other token in one block.
 
     Args:
-        block: A block of a model's encoder, native or timm's.
         tokens: Its input, before its norm, shape ``(batch, tokens, dim)``.
         context: What else the block is called with, such as ``rope`` for rotary positions.
 
@@ -236,7 +230,6 @@ def attention_distance(weights: Tensor, grid_size: tuple[int, int], patch_size: 
     Args:
         weights: From patches to patches, prefix tokens left out, shape ``(..., patches, patches)``; rows are
             brought to a sum of 1 here.
-        grid_size: Patch rows and columns.
         patch_size: Side of a patch, in pixels.
 
     Returns:
@@ -263,7 +256,6 @@ def uniform_distance(grid_size: tuple[int, int], patch_size: int) -> float:
     """What `attention_distance` is where every patch attends to all patches alike.
 
     Args:
-        grid_size: Patch rows and columns.
         patch_size: Side of a patch, in pixels.
 
     Returns:

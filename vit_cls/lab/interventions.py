@@ -20,9 +20,6 @@ Change = Callable[[Tensor], Tensor]
 def capture_tokens(model: TokenModel) -> Iterator[list[Tensor]]:
     """Collect the tokens after each block that runs inside the ``with``.
 
-    Args:
-        model: Any.
-
     Yields:
         A list that grows by one for each block that has run, in order. What the last block of a native model
         gives is the tokens that were read.
@@ -40,7 +37,6 @@ def changed_tokens(model: TokenModel, layer: int, change: Change) -> Iterator[No
     """Change the tokens between two blocks.
 
     Args:
-        model: Any.
         layer: Blocks that run before the change, from 0 (the encoder's input) to the depth (its output).
         change: From what leaves one block to what enters the next. At the output of a native model these are
             the read tokens alone.

@@ -27,7 +27,7 @@ READS: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {
 """What may be read: a description, and a function of the patch tokens where it is one. Pools joined by ``+``
 are concatenated. Source of ``last:N``: DINOv2's linear evaluation, https://arxiv.org/abs/2304.07193, B.3."""
 
-WAYS = ("cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4")
+POOLS = ("cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4")
 """The pools of the last layer, of those that are compared if nothing else is asked for."""
 LAST = 4
 """Blocks whose class tokens the usual ``last:N`` joins, as far as there are so many."""
@@ -46,7 +46,7 @@ class Part:
     number: int | None = None
 
 
-def parse_way(pool: str, layout: TokenLayout, depth: int, *, name: str = "--ways") -> list[Part]:
+def parse_pool(pool: str, layout: TokenLayout, depth: int, *, name: str = "--pools") -> list[Part]:
     """Check a pool against a model.
 
     Args:
@@ -59,7 +59,7 @@ def parse_way(pool: str, layout: TokenLayout, depth: int, *, name: str = "--ways
         ConfigError: If it is unknown, or reads what the model does not have.
 
     Example:
-        >>> parse_way("last:4+gap", TokenLayout(True, 0, (2, 2)), 12)
+        >>> parse_pool("last:4+gap", TokenLayout(True, 0, (2, 2)), 12)
         [Part(name='last', number=4), Part(name='gap', number=None)]
     """
     parts = []
@@ -89,20 +89,20 @@ def parse_way(pool: str, layout: TokenLayout, depth: int, *, name: str = "--ways
     return parts
 
 
-def usual_ways(depth: int) -> list[str]:
+def usual_pools(depth: int) -> list[str]:
     """The pools that are compared if nothing else is asked for.
 
     Args:
         depth: The model's blocks; of a single one, ``last:1`` would be ``cls``.
 
     Example:
-        >>> usual_ways(2)[-2:], usual_ways(1)[-1]
+        >>> usual_pools(2)[-2:], usual_pools(1)[-1]
         (['cls+gem4', 'last:2'], 'cls+gem4')
     """
-    return [*WAYS, *([f"last:{min(LAST, depth)}"] if depth > 1 else [])]
+    return [*POOLS, *([f"last:{min(LAST, depth)}"] if depth > 1 else [])]
 
 
-def possible_ways(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:
+def possible_pools(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:
     """The default pools that a model can be read by, and a sentence for those that it cannot.
 
     Args:
@@ -113,7 +113,7 @@ def possible_ways(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str],
         The pools that remain, and notes; without a class token those that read it are left out.
 
     Example:
-        >>> possible_ways(["cls", "gap"], TokenLayout(False, 0, (2, 2)))
+        >>> possible_pools(["cls", "gap"], TokenLayout(False, 0, (2, 2)))
         (['gap'], ['Not read: cls, for the model has no class token.'])
     """
     without = [
@@ -129,7 +129,7 @@ def layers_of(parts: Sequence[Part], layer: int) -> list[int]:
     """The layers whose tokens a pool needs.
 
     Args:
-        parts: From `parse_way`.
+        parts: From `parse_pool`.
         layer: Where it reads; 0 is before the first block.
 
     Raises:
@@ -141,7 +141,7 @@ def layers_of(parts: Sequence[Part], layer: int) -> list[int]:
     """
     most = max((part.number or 0 for part in parts if part.name == "last"), default=1)
     if most > max(layer, 1):
-        raise ConfigError(f"--ways last:{most} needs {most} blocks, but layer {layer} comes after {layer}.")
+        raise ConfigError(f"--pools last:{most} needs {most} blocks, but layer {layer} comes after {layer}.")
     return list(range(layer - most + 1, layer + 1))
 
 
@@ -164,8 +164,8 @@ class Reader:
         self._prefix_too = bool(getattr(model.config, "pool_include_prefix", False))
 
     def parse(self, pool: str) -> list[Part]:
-        """See `parse_way`."""
-        return parse_way(pool, self.layout, self.depth)
+        """See `parse_pool`."""
+        return parse_pool(pool, self.layout, self.depth)
 
     def patches(self, pool: str) -> slice:
         """The tokens that a read of the patches takes.
@@ -190,7 +190,7 @@ class Reader:
         """One vector an image.
 
         Args:
-            pool: As for `parse_way`.
+            pool: As for `parse_pool`.
             tokens: The tokens of each layer that `layers_of` names, float32, on the CPU, shape
                 ``(batch, tokens, dim)``, as the blocks left them.
             layer: Where it reads.
@@ -199,7 +199,7 @@ class Reader:
             Shape ``(batch, dim)``, a multiple of the width for a concatenation.
 
         Raises:
-            ConfigError: As for `parse_way` and `layers_of`.
+            ConfigError: As for `parse_pool` and `layers_of`.
         """
         parts, vectors = self.parse(pool), []
         layers_of(parts, layer)

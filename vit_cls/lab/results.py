@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,6 +33,18 @@ class Table:
     note: str = ""
 
 
+class Estimated(Protocol):
+    """What a forest draws: a `Finding`, or a difference or a mean of `vit_cls.lab.statistics`."""
+
+    @property
+    def estimate(self) -> float | None:
+        """A share."""
+
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """Its 95 % interval."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a chart.
@@ -46,6 +58,18 @@ class Line:
     label: str
     points: Sequence[tuple[float, float]]
     bands: Sequence[tuple[float, float]] | None = None
+
+    @classmethod
+    def of(cls, label: str, estimates: Mapping[Any, Estimated]) -> Line:
+        """A line with the intervals of its points as a band.
+
+        Args:
+            label: What it is.
+            estimates: By ``x``; each has an estimate and an interval.
+        """
+        found = [(float(x), one.estimate, one.ci95) for x, one in estimates.items()]
+        points = [(x, y) for x, y, _ in found if y is not None]
+        return cls(label, points, [bounds for _, _, bounds in found if bounds is not None])
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,28 @@ class ForestChart:
     rows: Sequence[tuple[str, float, tuple[float, float]]]
     margin: float
     note: str = ""
+
+
+def forest(
+    title: str, estimates: Mapping[str, Estimated], margin: float, note: str = ""
+) -> list[ForestChart]:
+    """Estimates with their intervals below each other, those that have both.
+
+    Args:
+        title: What the chart shows.
+        estimates: By label.
+        margin: The largest difference that does not matter.
+        note: How to read it.
+
+    Returns:
+        One chart, or none where there is nothing to show.
+    """
+    rows = [
+        (label, one.estimate, one.ci95)
+        for label, one in estimates.items()
+        if one.estimate is not None and one.ci95 is not None
+    ]
+    return [ForestChart(title, rows, margin, note)] if rows else []
 
 
 @dataclass(frozen=True)

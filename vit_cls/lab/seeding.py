@@ -14,9 +14,6 @@ def seeded(seed: int) -> Iterator[None]:
 
     Layers draw their first weights from the global generator and take no other.
 
-    Args:
-        seed: In [0, 2**63).
-
     Example:
         >>> with seeded(7):
         ...     first = torch.rand(1)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import math
 import string
 from collections import defaultdict
@@ -15,9 +12,9 @@ from markupsafe import Markup
 
 from vit_cls.evaluation.comparison import CANNOT_TELL, EQUIVALENT, Comparison, Disagreement, Pair
 from vit_cls.files import write_text
-from vit_cls.reports.figures import write_figures
-from vit_cls.reports.forest import Row, forest_chart
-from vit_cls.reports.html import render
+from vit_cls.lab.results import ForestChart
+from vit_cls.reports.figures import forest_chart, write_figures
+from vit_cls.reports.html import embedded, render, write_rows
 from vit_cls.stats.paired import FEW_DISCORDANT
 
 MOST_SHOWN = 24
@@ -27,11 +24,7 @@ MOST_PAIRS = 30
 
 
 def comparison_text(result: Comparison) -> str:
-    """What the terminal shows: the verdict first.
-
-    Args:
-        result: Of two or more models.
-    """
+    """What the terminal shows: the verdict first."""
     letters = dict(zip((model.name for model in result.models), string.ascii_uppercase, strict=False))
     lines = [headline(result)]
     for model in result.models:
@@ -73,11 +66,7 @@ def _pair_lines(pair: Pair, a: str, b: str, num_pairs: int) -> list[str]:
 
 
 def headline(result: Comparison) -> str:
-    """The verdict in one sentence.
-
-    Args:
-        result: Of two or more models.
-    """
+    """The verdict in one sentence."""
     if len(result.pairs) == 1:
         return result.pairs[0].sentence
     for model in result.models:
@@ -102,20 +91,20 @@ def pictures_wanted(found: Sequence[Disagreement]) -> list[str]:
 
 
 def _shown(found: Sequence[Disagreement]) -> list[Disagreement]:
-    """As many of each kind of disagreement, the surest mistakes first; those that no model got right last."""
+    """As many of each kind of disagreement, the most confident mistakes first; those all got wrong last."""
     kinds: dict[tuple[bool, ...], list[Disagreement]] = defaultdict(list)
     for one in found:
         kinds[one.right].append(one)
     ranked = []
     for right, members in kinds.items():
-        members.sort(key=lambda one: (-_surest_mistake(one), one.path))
+        members.sort(key=lambda one: (-_confidence_in_mistake(one), one.path))
         ranked += [(not any(right), rank, right, one) for rank, one in enumerate(members[:MOST_SHOWN])]
     ranked.sort(key=lambda row: row[:3])
     chosen = sorted(ranked[:MOST_SHOWN], key=lambda row: (row[0], row[2], row[1]))
     return [row[3] for row in chosen]
 
 
-def _surest_mistake(one: Disagreement) -> float:
+def _confidence_in_mistake(one: Disagreement) -> float:
     answers = zip(one.right, one.probabilities, strict=True)
     return max((p for right, p in answers if not right and math.isfinite(p)), default=0.0)
 
@@ -132,36 +121,19 @@ def write_compare_report(
     """Write the page of a comparison.
 
     Args:
-        path: The file; its folder exists. It is replaced if it is there.
-        result: Of two or more models.
-        found: All images that models disagree on.
         data: The image folder as the user named it, or None where the answers came from files.
         thumbnails: A small JPEG for each of `pictures_wanted`; without any, they are a table.
-        versions: Version by package.
 
     Raises:
         OSError: If the file cannot be written; a file that was there stays.
-
-    Example:
-        >>> import tempfile
-        >>> from vit_cls.evaluation.comparison import ModelScore
-        >>> models = [ModelScore("x", 8, 10, 0.8, (0.49, 0.94)), ModelScore("y", 9, 10, 0.9, (0.6, 0.98))]
-        >>> counts, p_values = (10, 0, 8, 0, 1, 1), (1.0, 1.0, 0.9)
-        >>> pair = Pair("x", "y", *counts, 0.1, (-0.18, 0.4), *p_values, 0.01, 0.7, CANNOT_TELL, 99)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     page = Path(folder) / "report.html"
-        ...     result = Comparison(models, [pair], 0)
-        ...     write_compare_report(page, result, [], data=None, thumbnails={}, versions={})
-        ...     "Cannot tell x and y apart on 10 images; about 99 would be needed." in page.read_text()
-        True
     """
     letters = dict(zip((model.name for model in result.models), string.ascii_uppercase, strict=False))
     drawn = result.pairs[:MOST_PAIRS]
     rows = [
-        Row(f"{letters[pair.b]} minus {letters[pair.a]}", pair.difference, pair.difference_ci95)
+        (f"{letters[pair.b]} minus {letters[pair.a]}", pair.difference, pair.difference_ci95)
         for pair in drawn
     ]
-    chart = forest_chart("forest", "Difference of accuracies", rows, drawn[0].margin)
+    chart = forest_chart("forest", ForestChart("Difference of accuracies", rows, drawn[0].margin))
     context = {
         "result": result,
         "headline": headline(result),
@@ -171,7 +143,7 @@ def write_compare_report(
         "found": found,
         "shown": _shown(found),
         "data": data,
-        "pictures": {name: base64.b64encode(jpeg).decode() for name, jpeg in thumbnails.items()},
+        "pictures": embedded(thumbnails),
         "few": FEW_DISCORDANT,
         "versions": versions,
     }
@@ -183,19 +155,20 @@ def write_disagreements(path: Path, found: Sequence[Disagreement], num_models: i
     """Write the images that models disagree on as rows of a CSV file.
 
     Args:
-        path: The file; its folder exists. It is replaced if it is there.
-        found: All of them.
         num_models: At most 26: their columns begin with ``a_``, ``b_`` and so on.
 
     Raises:
         OSError: If the file cannot be written; a file that was there stays.
     """
     letters = string.ascii_lowercase[:num_models]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    predictions, probabilities = ([f"{x}_{what}" for x in letters] for what in ("prediction", "probability"))
-    writer.writerow(["path", "label", *predictions, *probabilities])
-    for one in found:
-        numbers = [f"{p:.6f}" if math.isfinite(p) else "" for p in one.probabilities]
-        writer.writerow([one.path, one.label, *one.predictions, *numbers])
-    write_text(path, buffer.getvalue())
+    columns = [f"{letter}_{name}" for name in ("prediction", "probability") for letter in letters]
+    rows = [
+        [
+            one.path,
+            one.label,
+            *one.predictions,
+            *(f"{p:.6f}" if math.isfinite(p) else "" for p in one.probabilities),
+        ]
+        for one in found
+    ]
+    write_rows(path, ["path", "label", *columns], rows)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from vit_cls.data.doctor.issues import ISSUE_TYPES, SEVERITIES, UNREADABLE, DatasetReport
 from vit_cls.files import write_text
-from vit_cls.reports.html import render
+from vit_cls.reports.html import embedded, render, write_rows
 
 MOST_SHOWN = 24
 """Offenders of one kind on the page; the table has all of them."""
@@ -47,17 +44,6 @@ def write_doctor_report(
 
     Raises:
         OSError: If the file cannot be written; a file that was there stays.
-
-    Example:
-        >>> import tempfile
-        >>> from vit_cls.data.doctor.issues import Offender, Problem
-        >>> problem = Problem("empty_file", [Offender("cat/1.jpg", "0 bytes")])
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     page = Path(folder) / "report.html"
-        ...     found = DatasetReport("pets", 9, 1, {"": {"cat": 5, "dog": 4}}, [problem])
-        ...     write_doctor_report(page, found, thumbnails={}, versions={})
-        ...     "cat/1.jpg" in page.read_text(encoding="utf-8")
-        True
     """
     severities = [problem.severity for problem in diagnosis.problems]
     context = {
@@ -73,7 +59,7 @@ def write_doctor_report(
             if problem.kind in UNREADABLE
             for offender in problem.offenders
         },
-        "pictures": {name: base64.b64encode(jpeg).decode() for name, jpeg in thumbnails.items()},
+        "pictures": embedded(thumbnails),
         "versions": versions,
     }
     write_text(path, render("doctor.html", context))
@@ -89,10 +75,9 @@ def write_problems_table(path: Path, diagnosis: DatasetReport) -> None:
     Raises:
         OSError: If the file cannot be written; a file that was there stays.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for problem in diagnosis.problems:
-        for offender in problem.offenders:
-            writer.writerow((offender.path, problem.kind, problem.severity, offender.detail))
-    write_text(path, buffer.getvalue())
+    rows = [
+        (offender.path, problem.kind, problem.severity, offender.detail)
+        for problem in diagnosis.problems
+        for offender in problem.offenders
+    ]
+    write_rows(path, COLUMNS, rows)

@@ -7,17 +7,21 @@ import html
 import io
 import math
 import re
+import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vit_cls.files import write_text
+from vit_cls.lab.results import ForestChart
+from vit_cls.reports.lab_words import clean
 from vit_cls.stats.intervals import wilson_interval
 
 if TYPE_CHECKING:
@@ -85,7 +89,6 @@ def line_chart(
         title: What the chart shows; read aloud together with the first and last value of each line.
         series: At most two, each with a point at least.
         percent: Whether values are shares, written as percentages.
-        mark: An epoch to mark by a dotted upright line.
 
     Returns:
         An ``<svg>`` element as wide as its container, the same text for the same arguments. Labels are
@@ -96,7 +99,8 @@ def line_chart(
         >>> svg[: svg.index(">")]  # doctest: +ELLIPSIS
         '<svg class="chart" viewBox="..." role="img" aria-label="Loss: training from 2 to 1.5"'
     """
-    with _drawing() as (axes, text):
+    with drawing() as (figure, text):
+        axes = figure.subplots()
         for line, colour, dashes in zip(series, SERIES, DASHES, strict=False):
             x, y = zip(*line.points, strict=True)
             marker = "o" if len(x) == 1 else None
@@ -105,12 +109,11 @@ def line_chart(
             axes.axvline(mark, color=TEXT, linestyle=":", linewidth=1)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _number(v, percent, digits=6)))
+        set_ticks(axes.yaxis, percent=percent)
         if len(series) > 1:
             axes.legend()
     spoken = "; ".join(
-        f"{line.label} from {_number(line.points[0][1], percent)} to {_number(line.points[-1][1], percent)}"
+        f"{line.label} from {written(line.points[0][1], percent)} to {written(line.points[-1][1], percent)}"
         for line in series
     )
     return inline_svg(text.getvalue(), name, f"{title}: {spoken}")
@@ -120,12 +123,11 @@ def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
     """Draw how often predictions of like confidence are right.
 
     Args:
-        name: Unique in the page, letters and digits alone.
         bins: Bins of confidence; at least one has images.
 
     Returns:
         An ``<svg>`` element like that of `line_chart`: a point with Wilson's 95 % interval for each bin with
-        images, bars for the share of the images in it, and the line where a believable model's points lie.
+        images, bars for the share of the images in it, and the line where a calibrated model's points lie.
 
     Example:
         >>> from vit_cls.stats.metrics import Bin
@@ -135,35 +137,29 @@ def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
     """
     full = [b for b in bins if b.images]
     images = sum(b.images for b in full)
-    with _drawing() as (axes, text):
-        axes.bar(
-            [b.lower for b in full],
-            [b.images / images for b in full],
-            [b.upper - b.lower for b in full],
-            align="edge",
-            color=LINE,
-            alpha=0.6,
-            linewidth=0,
-            label="share of images",
-        )
+    shares = [b.correct / b.images for b in full]
+    bounds = [wilson_interval(b.correct, b.images) for b in full]
+    reach = [
+        [max(0.0, s - low) for s, (low, _) in zip(shares, bounds, strict=True)],
+        [max(0.0, high - s) for s, (_, high) in zip(shares, bounds, strict=True)],
+    ]
+    with drawing() as (figure, text):
+        axes = figure.subplots()
+        left, heights = [b.lower for b in full], [b.images / images for b in full]
+        widths = [b.upper - b.lower for b in full]
+        label = "share of images"
+        axes.bar(left, heights, widths, align="edge", color=LINE, alpha=0.6, linewidth=0, label=label)
         axes.plot([0, 1], [0, 1], color=TEXT, linestyle=":", linewidth=1, label="as it should be")
-        shares = [b.correct / b.images for b in full]
-        bounds = [wilson_interval(b.correct, b.images) for b in full]
-        reach = [
-            [max(0.0, s - low) for s, (low, _) in zip(shares, bounds, strict=True)],
-            [max(0.0, high - s) for s, (_, high) in zip(shares, bounds, strict=True)],
-        ]
         x = [b.confidence for b in full]
-        axes.errorbar(
-            x, shares, reach, color=SERIES[0], marker="o", markersize=4, linewidth=1.2, label="right"
-        )
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
+        axes.errorbar(x, shares, reach, color=SERIES[0], label="right", **style)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
-        _percent_axes(axes)
+        set_ticks(axes.xaxis, percent=True)
+        set_ticks(axes.yaxis, percent=True)
         axes.legend(fontsize=9)
     spoken = "; ".join(
-        f"at {_number(b.confidence, True, 3)} confidence {_number(b.correct / b.images, True, 3)} "
-        f"of {b.images} are right"
-        for b in full
+        f"at {written(b.confidence, True, 3)} confidence {written(share, True, 3)} of {b.images} are right"
+        for b, share in zip(full, shares, strict=True)
     )
     return inline_svg(text.getvalue(), name, f"Reliability: {spoken}")
 
@@ -171,55 +167,119 @@ def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
 def coverage_chart(name: str, curve: Sequence[float]) -> str:
     """Draw the accuracy of the most confident images over the share of images that is answered.
 
-    Args:
-        name: Unique in the page, letters and digits alone.
-        curve: Accuracy of the k most confident images, k = 1 ... n.
-
     Returns:
         An ``<svg>`` element like that of `line_chart`.
 
     Example:
         >>> svg = coverage_chart("c", [1.0, 1.0, 0.75, 0.75])
         >>> svg[svg.index("aria-label") : svg.index(">")]
-        'aria-label="Accuracy at coverage: 100 % of the surest half, 75 % of all"'
+        'aria-label="Accuracy at coverage: 100 % of the most confident half, 75 % of all"'
     """
     n = len(curve)
     kept = sorted({math.ceil(n * i / MOST_POINTS) for i in range(1, MOST_POINTS + 1)})
-    with _drawing() as (axes, text):
+    with drawing() as (figure, text):
+        axes = figure.subplots()
         marker = "o" if n == 1 else None
         axes.plot([k / n for k in kept], [curve[k - 1] for k in kept], color=SERIES[0], marker=marker)
         axes.set(xlim=(0, 1), xlabel="share of images answered", ylabel="accuracy")
-        _percent_axes(axes)
-    half, whole = (_number(curve[k - 1], True) for k in (math.ceil(n / 2), n))
-    return inline_svg(
-        text.getvalue(), name, f"Accuracy at coverage: {half} of the surest half, {whole} of all"
+        set_ticks(axes.xaxis, percent=True)
+        set_ticks(axes.yaxis, percent=True)
+    half, whole = (written(curve[k - 1], True) for k in (math.ceil(n / 2), n))
+    label = f"Accuracy at coverage: {half} of the most confident half, {whole} of all"
+    return inline_svg(text.getvalue(), name, label)
+
+
+def forest_chart(name: str, chart: ForestChart) -> str:
+    """Draw differences below each other, with their intervals and the margin within which none matters.
+
+    Args:
+        chart: At least one row with a finite difference.
+
+    Returns:
+        An ``<svg>`` element like that of `line_chart`.
+
+    Example:
+        >>> svg = forest_chart("f", ForestChart("Difference", [("B minus A", 0.04, (0.01, 0.07))], 0.01))
+        >>> svg[svg.index("aria-label") : svg.index(">")]
+        'aria-label="Difference: B minus A +4.00 points, 95 % interval +1.00 to +7.00"'
+    """
+    rows = [row for row in chart.rows if math.isfinite(row[1])]
+    with drawing(5.6, 1.0 + 0.38 * len(rows)) as (figure, text):
+        axes = figure.subplots()
+        axes.axvspan(-100 * chart.margin, 100 * chart.margin, color=LINE, alpha=0.45, linewidth=0)
+        axes.axvline(0, color=TEXT, linestyle=":", linewidth=1)
+        for place, (_, value, bounds) in enumerate(rows):
+            axes.plot([100 * bound for bound in bounds], [place] * 2, color=SERIES[0], marker="|")
+            axes.plot([100 * value], [place], color=SERIES[0], marker="o")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [wrap(label, 26) for label, _, _ in rows])
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("percentage points")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    spoken = "; ".join(
+        f"{clean(label)} {100 * value:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
+        for label, value, (low, high) in rows
     )
+    return inline_svg(text.getvalue(), name, f"{clean(chart.title)}: {spoken}")
 
 
 @contextlib.contextmanager
-def _drawing() -> Iterator[tuple[Axes, io.StringIO]]:
-    """Axes to draw on, and the text that holds the SVG afterwards."""
+def styled() -> Iterator[None]:
+    """Matplotlib as all charts have it, whatever the user's own settings are."""
+    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
+        # The font that matplotlib measures with lacks some scripts; the page's own fonts have them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
+        # Labels of the widest letters alone can leave the axes no room; the words around them still tell.
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def drawing(width: float = 4.8, height: float = 3.0) -> Iterator[tuple[Figure, io.StringIO]]:
+    """A figure to draw on, its sides in inches, and the text that holds the SVG afterwards."""
     text = io.StringIO()
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(4.8, 3.0), layout="constrained")
-        yield figure.subplots(), text
+    with styled():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, text
         figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
 
 
-def _percent_axes(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(6))
-        axis.set_major_formatter(FuncFormatter(lambda v, _: _number(v, True, digits=6)))
+def set_ticks(axis: Axis, *, percent: bool) -> None:
+    """Six ticks at most, written like all numbers of a chart."""
+    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: written(float(f"{v:.9g}"), percent, digits=6)))
+
+
+def written(value: float, percent: bool, digits: int = 4) -> str:
+    """A number as charts write and say it; what is not finite has no value.
+
+    Example:
+        >>> written(0.5, True), written(1250000, False), written(float("nan"), True)
+        ('50 %', '1.25M', 'no value')
+    """
+    if not math.isfinite(value):
+        return "no value"
+    if percent:
+        return f"{100 * value:.{digits}g} %"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * size or (size > 1e3 and abs(value) >= size):
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def wrap(label: str, width: int) -> str:
+    """A label on two lines of so many characters at most.
+
+    Example:
+        >>> wrap("the mean of all patch tokens of the last block", 20)
+        'the mean of all\\npatch tokens of the…'
+    """
+    return textwrap.fill(clean(label), width, max_lines=2, placeholder="…")
 
 
 def inline_svg(svg: str, name: str, label: str) -> str:
-    """What matplotlib writes for a file of its own, made fit for a page that holds several.
-
-    Args:
-        svg: From matplotlib, drawn in `PAGE_COLOURS` and `MORE_COLOURS`.
-        name: Unique in the page.
-        label: The chart in words.
-    """
+    """What matplotlib writes for a file of its own, made fit for a page that holds several."""
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None
     body = svg[svg.index("</defs>") + len("</defs>") :]  # the first defs is a style sheet for all elements
@@ -256,9 +316,3 @@ def write_figures(folder: Path, charts: Iterable[tuple[str, str]]) -> list[Path]
         files.append(folder / f"{name}.svg")
         write_text(files[-1], f'<?xml version="1.0"?>\n{svg.replace("svg", f"{head} style={style!r}", 1)}\n')
     return files
-
-
-def _number(value: float, percent: bool, digits: int = 4) -> str:
-    if not math.isfinite(value):
-        return "no value"
-    return f"{100 * value:.{digits}g} %" if percent else f"{value:.{digits}g}"

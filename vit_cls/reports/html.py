@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ class ImageCases:
     """Images to look at.
 
     Args:
-        worst: Given a wrong class, the surest first.
+        worst: Given a wrong class, the most confident first.
         uncertain: The least sure ones.
         thumbnails: A small JPEG by path; a file without one is shown by its name.
     """
@@ -87,15 +89,6 @@ def write_fit_report(
     Raises:
         RunError: If the run has no result, for it has not finished.
         OSError: If the file cannot be written; a file that was there stays.
-
-    Example:
-        >>> import tempfile
-        >>> result = {"epochs": 1, "best_epoch": 0, "correct": 9, "images": 12, "top5": 1.0, "seconds": 3.0}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     page = Path(folder) / "report.html"
-        ...     write_fit_report(page, {"result": result}, [{"epoch": 0, "val/acc1": 0.75}], (0.468, 0.911))
-        ...     "9 of 12" in page.read_text(encoding="utf-8")
-        True
     """
     if "result" not in record:
         raise RunError(
@@ -152,23 +145,6 @@ def write_evaluation_report(
 
     Raises:
         OSError: If the file cannot be written; a file that was there stays.
-
-    Example:
-        >>> import tempfile
-        >>> import numpy as np
-        >>> from vit_cls.evaluation.results import ClassMetrics
-        >>> from vit_cls.stats.metrics import Estimate
-        >>> rows = [ClassMetrics("cat", 3, 3, 4), ClassMetrics("dog", 2, 1, 1)]
-        >>> counts = np.array([[3, 0], [1, 1]])
-        >>> top1 = Estimate(0.8, (0.376, 0.964))
-        >>> result = Evaluation(5, 0, 4, {"top1": top1}, rows, counts, 0.2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     page = Path(folder) / "report.html"
-        ...     write_evaluation_report(
-        ...         page, result, model="runs/a", data="pets/test", failures=[], versions={}
-        ...     )
-        ...     "4 of 5" in page.read_text(encoding="utf-8")
-        True
     """
     pairs = result.confused_pairs()
     calibration, cases = result.calibration, cases or ImageCases()
@@ -186,7 +162,7 @@ def write_evaluation_report(
         "calibration": calibration,
         "charts": charts,
         "cases": cases,
-        "pictures": {name: base64.b64encode(jpeg).decode() for name, jpeg in cases.thumbnails.items()},
+        "pictures": embedded(cases.thumbnails),
         "licence": licence,
         "source": source,
         "matrix": _matrix(result) if len(result.per_class) <= MATRIX_CLASSES else None,
@@ -228,11 +204,22 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
     Args:
         template: A file of ``templates/``.
-        context: The values that it names; text in them stays text.
     """
     page = PAGES.get_template(template).render(context)
     # A path that is not valid UTF-8 holds lone surrogates; the page must be valid all the same.
     return page.translate(CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def embedded(thumbnails: Mapping[str, bytes]) -> dict[str, str]:
+    """JPEG files by path as the text of a ``data:`` address."""
+    return {path: base64.b64encode(jpeg).decode() for path, jpeg in thumbnails.items()}
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file; a file that is there is replaced as a whole."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    write_text(path, buffer.getvalue())
 
 
 def _absent(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,24 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
 
 from vit_cls.files import replacing, write_text
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Pictures
-from vit_cls.reports.figures import write_figures
+from vit_cls.reports.figures import styled, wrap, write_figures
 from vit_cls.reports.html import render
 from vit_cls.reports.lab_figures import draw, left_out
-from vit_cls.reports.lab_pictures import (
-    PIXELATED,
-    check_pictures,
-    magnification,
-    picture_sheet,
-    picture_uri,
+from vit_cls.reports.lab_words import (
+    clean,
+    facts,
+    finding_facts,
+    lab_markdown,
+    lab_text,
+    shorten,
+    table_cells,
 )
-from vit_cls.reports.lab_words import clean, facts, finding_facts, lab_markdown, lab_text, table_cells
 
 __all__ = ["lab_text", "write_lab_report"]
 
+SIDE = 96
+"""Pixels; smaller images are magnified by a whole number to about this."""
+PIXELATED = 64
+"""Images up to this side keep their pixels' edges when they are magnified."""
 WIDE_COLUMNS = 10
 """A heat map with more takes the whole width of the page, and can be moved sideways on a phone."""
 
@@ -59,14 +69,6 @@ def write_lab_report(folder: Path, result: LabResult, *, versions: Mapping[str, 
     Raises:
         ValueError: If a table or a figure contradicts itself, such as rows of different lengths.
         OSError: If a file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     result = LabResult("probe linear", "What does CLS know?", "CLS knows more than GAP.")
-        ...     files = write_lab_report(Path(folder), result, versions={})
-        ...     [file.name for file in files], files[2].read_text().splitlines()[0]
-        (['results.json', 'report.html', 'report.md'], 'CLS knows more than GAP.')
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("results.json", "report.html", "report.md")]
@@ -95,7 +97,7 @@ def write_lab_report(folder: Path, result: LabResult, *, versions: Mapping[str, 
             files.append(folder / one.path)
             files[-1].parent.mkdir(exist_ok=True)
             with replacing(files[-1]) as temporary:
-                picture_sheet(figure).save(temporary, "PNG")
+                temporary.write_bytes(picture_sheet(figure))
     return files
 
 
@@ -154,3 +156,84 @@ def _cells(pictures: Pictures) -> dict[str, Any]:
         ]
         rows.append((where if labels else None, cells))
     return {"columns": columns, "rows": rows}
+
+
+def magnification(pictures: Pictures) -> int:
+    """By how much all images of a grid are magnified, a whole number so that pixels stay squares.
+
+    Example:
+        >>> magnification(Pictures("p", ["a"], [[np.zeros((28, 20, 3), np.uint8)]]))
+        3
+    """
+    largest = max(side for row in pictures.rows for one in row if one is not None for side in one.shape[:2])
+    return max(1, SIDE // largest)
+
+
+def check_pictures(pictures: Pictures) -> bool:
+    """Whether there is an image at all, each of which can be drawn.
+
+    Raises:
+        ValueError: If an image is not uint8 of shape ``(height, width, 3)``, or rows, columns and labels do
+            not fit together.
+
+    Example:
+        >>> check_pictures(Pictures("p", ["a"], [[None]]))
+        False
+    """
+    sizes = {len(pictures.columns), *map(len, pictures.rows)}
+    num_labels = len(pictures.rows) if pictures.row_labels is None else len(pictures.row_labels)
+    if len(sizes) > 1 or num_labels != len(pictures.rows):
+        raise ValueError(
+            f"the pictures {pictures.title!r} must have one image or None a column in each row, and one "
+            f"label a row; got {len(pictures.columns)} columns, rows of "
+            f"{sorted(set(map(len, pictures.rows)))} images, {len(pictures.rows)} rows, "
+            f"{num_labels} labels."
+        )
+    images = [one for row in pictures.rows for one in row if one is not None]
+    for one in images:
+        if one.dtype != np.uint8 or one.ndim != 3 or one.shape[2] != 3 or 0 in one.shape:
+            raise ValueError(
+                f"an image of the pictures {pictures.title!r} must be uint8 of shape (height, width, 3); got "
+                f"{one.dtype} of shape {one.shape}. Scale it to 0 ... 255 and put its channels last."
+            )
+    return bool(images)
+
+
+def picture_uri(image: np.ndarray) -> str:
+    """An image, uint8 of shape ``(height, width, 3)``, as a ``data:`` address that a page can show.
+
+    Example:
+        >>> picture_uri(np.zeros((2, 2, 3), np.uint8))[:27]
+        'data:image/png;base64,iVBOR'
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def picture_sheet(pictures: Pictures) -> bytes:
+    """All images of a grid on one sheet, a PNG, with the title and the labels of columns and rows.
+
+    Example:
+        >>> picture_sheet(Pictures("p", ["a", "b"], [[np.zeros((96, 96, 3), np.uint8), None]]))[1:4]
+        b'PNG'
+    """
+    rows, cols = len(pictures.rows), len(pictures.columns)
+    buffer = io.BytesIO()
+    with styled():
+        figure = Canvas(figsize=(1.6 + 1.3 * cols, 0.8 + 1.3 * rows), dpi=100, layout="constrained")
+        grid = figure.subplots(rows, cols, squeeze=False)
+        figure.suptitle(shorten(clean(pictures.title), 16 + 12 * cols), fontsize=11)
+        for i, row in enumerate(pictures.rows):
+            for axes, image in zip(grid[i], row, strict=True):
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+                if image is not None:
+                    axes.imshow(image, interpolation="nearest")
+            if pictures.row_labels:
+                label = wrap(pictures.row_labels[i], 14)
+                grid[i, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axes, column in zip(grid[0], pictures.columns, strict=True):
+            axes.set_title(wrap(column, 16), fontsize=9)
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

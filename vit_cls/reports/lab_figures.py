@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from matplotlib.axis import Axis
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from vit_cls.lab.results import ForestChart, HeatMap, Line, LineChart, ScatterChart
-from vit_cls.reports.chart_parts import SMALL, drawing, set_scale, spread, wrap, written
-from vit_cls.reports.figures import MORE_COLOURS, SERIES, TEXT, inline_svg
-from vit_cls.reports.forest import Row, forest_chart
-from vit_cls.reports.heat_map import heat_map
+from vit_cls.lab.results import MOST_LINES, ForestChart, HeatMap, Line, LineChart, ScatterChart
+from vit_cls.reports.figures import (
+    MORE_COLOURS,
+    SERIES,
+    TEXT,
+    drawing,
+    forest_chart,
+    inline_svg,
+    set_ticks,
+    wrap,
+    written,
+)
 from vit_cls.reports.lab_words import clean, shorten
 
 COLOURS = (*SERIES, *MORE_COLOURS)
@@ -30,16 +43,18 @@ DASHES = (
     (0, (10, 1.5, 3, 1.5)),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-MOST_LINES = len(COLOURS)
 MOST_MARKERS = 12
 """On one line; on a longer one some points have none."""
-DIRECT = 20
-"""Characters up to which labels stand at the ends of their lines; longer ones are a legend below."""
+SMALL = 10
+"""Size of labels inside a chart, in points."""
 LEGEND = 54
-FAR = 14
-"""Points above or below from which a label has a line to what it names."""
-LABEL_GAP = 0.08
-"""Least distance of labels at the ends of lines, as a share of the height of the axes."""
+"""Characters of a label in a legend."""
+MAP_COLOURS = mpl.colormaps["viridis"]
+MOST_WRITTEN = 20
+"""Columns up to which the values are written into the cells of a heat map."""
+MOST_LABELS = 40
+MOST_SPOKEN = 12
+DARK, BRIGHT = "#111111", "#ffffff"
 
 Chart = LineChart | ForestChart | ScatterChart | HeatMap
 
@@ -49,14 +64,13 @@ def draw(name: str, chart: Chart) -> str | None:
 
     Args:
         name: Unique in the page, letters and digits alone: every id in the SVG begins with it.
-        chart: Its labels may hold anything.
 
     Returns:
         An ``<svg>`` element as wide as its container, the same text for the same chart, which says its title
         and its key values aloud; None where there is no finite value to draw.
 
     Raises:
-        ValueError: If a chart has more than eight lines, or the rows of a heat map differ in length.
+        ValueError: If a chart has more than eight lines, or rows and labels of a heat map do not fit.
 
     Example:
         >>> chart = LineChart("Accuracy", "layer", "top-1", [Line("cls", [(1, 0.5), (2, 0.75)])])
@@ -64,24 +78,13 @@ def draw(name: str, chart: Chart) -> str | None:
         >>> svg[svg.index("aria-label") : svg.index(">")]
         'aria-label="Accuracy: cls from 50 % at 1 to 75 % at 2"'
     """
-    with warnings.catch_warnings():
-        # The font that matplotlib measures with lacks some scripts; the page's own fonts have them.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
-        # Labels of the widest letters alone can leave the axes no room; the words around them still tell.
-        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
-        if isinstance(chart, LineChart):
-            return _lines(name, chart)
-        if isinstance(chart, ScatterChart):
-            return _scatter(name, chart)
-        if isinstance(chart, HeatMap):
-            return heat_map(name, chart)
-        rows = [
-            Row("\n".join(wrap(label, 26)), value, bounds)
-            for label, value, bounds in chart.rows
-            if math.isfinite(value)
-        ]
-        return forest_chart(name, clean(chart.title), rows, chart.margin) if rows else None
+    if isinstance(chart, LineChart):
+        return _lines(name, chart)
+    if isinstance(chart, ScatterChart):
+        return _scatter(name, chart)
+    if isinstance(chart, HeatMap):
+        return _heat_map(name, chart)
+    return forest_chart(name, chart) if len(left_out(chart)) < len(chart.rows) else None
 
 
 def left_out(chart: Chart) -> list[str]:
@@ -95,8 +98,9 @@ def left_out(chart: Chart) -> list[str]:
         ['a']
     """
     if isinstance(chart, LineChart):
-        values = [(line.label, [y for _, y in line.points if math.isfinite(y)]) for line in chart.lines]
-        return [clean(label) for label, finite in values if not finite]
+        return [
+            clean(line.label) for line in chart.lines if not any(math.isfinite(y) for _, y in line.points)
+        ]
     if isinstance(chart, ForestChart):
         return [clean(label) for label, value, _ in chart.rows if not math.isfinite(value)]
     if isinstance(chart, ScatterChart):
@@ -113,21 +117,14 @@ def _lines(name: str, chart: LineChart) -> str | None:
     lines = [line for line in chart.lines if any(math.isfinite(y) for _, y in line.points)]
     if not lines:
         return None
-    labels = [clean(line.label) for line in lines] + [clean(label) for label in chart.marks]
-    direct = len(labels) > 1 and max(map(len, labels)) <= DIRECT and len(labels) <= 10
-    rows = 0 if direct or len(labels) == 1 else math.ceil(len(labels) / _legend_columns(labels))
-    with drawing(5.2, 3.1 + 0.21 * rows) as (canvas, axes, text):
+    labels = [line.label for line in lines] + list(chart.marks)
+    with drawing(5.2, 3.1 + _legend_height(labels)) as (figure, text):
+        axes = figure.subplots()
         handles = [_draw_line(axes, place, line) for place, line in enumerate(lines)]
-        for value in chart.marks.values():
-            handles.append(axes.axhline(value, color=TEXT, linestyle=":", linewidth=1))
-        axes.set(xlabel="\n".join(wrap(chart.x_label, 44)), ylabel="\n".join(wrap(chart.y_label, 26)))
-        set_scale(axes, "x", [x for line in lines for x, _ in line.points], log=chart.log_x)
-        set_scale(axes, "y", [], percent=chart.percent)
-        if direct:
-            ends = [[point for point in line.points if math.isfinite(point[1])][-1] for line in lines]
-            _label_ends(axes, ends, list(chart.marks.values()), labels)
-        elif rows:
-            _legend_below(canvas, handles, labels)
+        for value, dashes in zip(chart.marks.values(), itertools.cycle((":", "-.")), strict=False):
+            handles.append(axes.axhline(value, color=TEXT, linestyle=dashes, linewidth=1))
+        _label_axes(axes, chart, [x for line in lines for x, _ in line.points])
+        _legend(figure, handles, labels)
     spoken = [_spoken_line(line, chart.percent) for line in lines]
     spoken += [f"{clean(label)} at {written(value, chart.percent)}" for label, value in chart.marks.items()]
     return inline_svg(text.getvalue(), name, f"{clean(chart.title)}: {'; '.join(spoken)}")
@@ -136,16 +133,10 @@ def _lines(name: str, chart: LineChart) -> str | None:
 def _draw_line(axes: Axes, place: int, line: Line) -> Line2D:
     x, y = zip(*line.points, strict=True)
     every = math.ceil(len(x) / MOST_MARKERS)
+    style: dict[str, Any] = {"color": COLOURS[place], "linestyle": DASHES[place], "marker": MARKERS[place]}
+    # On long lines that coincide all markers are seen.
     (handle,) = axes.plot(
-        x,
-        y,
-        color=COLOURS[place],
-        linestyle=DASHES[place],
-        marker=MARKERS[place],
-        markevery=(place % every, every),  # on long lines that coincide all markers are seen
-        markersize=5,
-        markeredgewidth=0,
-        linewidth=1.6,
+        x, y, markevery=(place % every, every), markersize=5, markeredgewidth=0, linewidth=1.6, **style
     )
     if line.bands is not None:
         low, high = zip(*line.bands, strict=True)
@@ -161,52 +152,50 @@ def _spoken_line(line: Line, percent: bool) -> str:
     return f"{clean(line.label)} from {start} to {written(y1, percent)} at {written(x1, False)}"
 
 
+def _label_axes(axes: Axes, chart: LineChart | ScatterChart, x: Sequence[float]) -> None:
+    axes.set(xlabel=wrap(chart.x_label, 44), ylabel=wrap(chart.y_label, 26))
+    set_ticks(axes.yaxis, percent=chart.percent)
+    set_ticks(axes.xaxis, percent=False)
+    if chart.log_x and min(x) > 0:
+        axes.set_xscale("log")
+        _set_log_ticks(axes.xaxis, sorted(set(x)))
+    elif all(float(one).is_integer() for one in x):
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
+def _set_log_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """At the values themselves where they are few and lie apart."""
+    formatter = FuncFormatter(lambda v, _: written(float(f"{v:.9g}"), False))
+    steps = np.diff(np.log(values))
+    axis.set_minor_locator(NullLocator())
+    if len(values) <= 8 and (steps > 0.08 * steps.sum()).all():
+        axis.set_major_locator(FixedLocator(values))
+    elif max(values) < 20 * min(values):  # hardly a power of ten is on the axis
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(10, numticks=7))
+    axis.set_major_formatter(formatter)
+
+
 def _legend_columns(labels: Sequence[str]) -> int:
-    return 2 if max(map(len, labels)) <= LEGEND // 2 - 3 else 1
+    return 2 if max(len(clean(label)) for label in labels) <= LEGEND // 2 - 3 else 1
 
 
-def _legend_below(canvas: Canvas, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    texts = [shorten(label, LEGEND) for label in labels]
-    canvas.legend(
-        handles,
-        [f" {text}" if text.startswith("_") else text for text in texts],  # matplotlib hides these
-        loc="outside lower left",
-        ncols=_legend_columns(labels),
-        fontsize=SMALL,
-        handlelength=3.6,
-    )
+def _legend_height(labels: Sequence[str]) -> float:
+    """In inches; one label needs no legend."""
+    return 0.21 * math.ceil(len(labels) / _legend_columns(labels)) if len(labels) > 1 else 0.0
 
 
-def _label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float]], marks: Sequence[float], labels: Sequence[str]
-) -> None:
-    """Write each label right of the axes, as near to the end of its line as its neighbours let it."""
-    bottom, top = axes.get_ylim()
-    axes.set(xlim=axes.get_xlim(), ylim=(bottom, top))  # what is written must not move them
-    heights = [*(y for _, y in ends), *marks]
-    places = spread([(y - bottom) / (top - bottom) for y in heights], LABEL_GAP)
-    starts = [(end, axes.transData) for end in ends]
-    starts += [((1.0, value), axes.get_yaxis_transform()) for value in marks]
-    colours = [*COLOURS[: len(ends)], *[TEXT] * len(marks)]
-    for (start, system), label, place, colour in zip(starts, labels, places, colours, strict=True):
-        axes.annotate(
-            label,
-            xy=start,
-            xycoords=system,
-            xytext=(1.05, place),
-            textcoords="axes fraction",
-            color=colour,
+def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    if len(labels) > 1:
+        texts = [shorten(clean(label), LEGEND) for label in labels]
+        figure.legend(
+            handles,
+            [f" {text}" if text.startswith("_") else text for text in texts],  # matplotlib hides these
+            loc="outside lower left",
+            ncols=_legend_columns(labels),
             fontsize=SMALL,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.8,
-                "relpos": (0, 0.5),
-                "shrinkA": 1,
-                "shrinkB": 4,
-            },
+            handlelength=3.6,
         )
 
 
@@ -215,34 +204,43 @@ def _scatter(name: str, chart: ScatterChart) -> str | None:
     if not points:
         return None
     front = pareto_front([(x, y) for _, x, y, _ in points])
-    with drawing(5.2, 3.7) as (canvas, axes, text):
+    labels = [label for label, *_ in points]
+    with drawing(5.2, 3.1 + _legend_height([*labels, "Pareto front"])) as (figure, text):
+        axes = figure.subplots()
         steps = sorted((points[i][1], points[i][2]) for i in front)
         steps.append((max(x for _, x, _, _ in points), steps[-1][1]))
-        axes.plot(*zip(*steps, strict=True), color=SERIES[1], linestyle=DASHES[1], drawstyle="steps-post",
-                  linewidth=1.2, zorder=1)  # fmt: skip
-        for i, (_, x, y, bounds) in enumerate(points):
+        x, y = zip(*steps, strict=True)
+        (stairs,) = axes.plot(
+            x, y, color=TEXT, linestyle=":", drawstyle="steps-post", linewidth=1.2, zorder=1
+        )
+        handles = []
+        for i, (_, cost, gain, bounds) in enumerate(points):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(MARKERS)) % len(MARKERS)]
             if bounds is not None:
-                axes.plot([x, x], bounds, color=SERIES[0], linewidth=1, alpha=0.7, marker="_", markersize=5)
-            fill = SERIES[0] if i in front else "none"
-            axes.plot([x], [y], color=SERIES[0], marker="o", markersize=6, markerfacecolor=fill)
-        axes.set(xlabel="\n".join(wrap(chart.x_label, 44)), ylabel="\n".join(wrap(chart.y_label, 26)))
-        axes.margins(0.24, 0.12)  # room for labels
-        set_scale(axes, "x", [x for _, x, _, _ in points], log=chart.log_x)
-        set_scale(axes, "y", [], percent=chart.percent)
-        _label_points(canvas, axes, points)
+                axes.plot(
+                    [cost, cost], bounds, color=colour, linewidth=1, alpha=0.7, marker="_", markersize=5
+                )
+            fill = colour if i in front else "none"
+            style: dict[str, Any] = {
+                "marker": marker,
+                "markersize": 7,
+                "markerfacecolor": fill,
+                "linestyle": "none",
+            }
+            handles += axes.plot([cost], [gain], color=colour, **style)
+        axes.margins(0.1, 0.12)
+        _label_axes(axes, chart, [cost for _, cost, _, _ in points])
+        _legend(figure, [*handles, stairs], [*labels, "Pareto front"])
     spoken = [
-        f"{clean(label)} {written(y, chart.percent)} at {written(x, False)}"
+        f"{clean(label)} {written(gain, chart.percent)} at {written(cost, False)}"
         + (", on the front" if i in front else "")
-        for i, (label, x, y, _) in enumerate(points)
+        for i, (label, cost, gain, _) in enumerate(points)
     ]
     return inline_svg(text.getvalue(), name, f"{clean(chart.title)}: {'; '.join(spoken)}")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
     """Which points no other one beats: none costs as little or less and gives as much or more.
-
-    Args:
-        points: Cost and gain.
 
     Returns:
         Indices; of equal points the first.
@@ -259,59 +257,88 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
     return front
 
 
-def _label_points(
-    canvas: Canvas, axes: Axes, points: Sequence[tuple[str, float, float, tuple[float, float] | None]]
-) -> None:
-    """Write each label where it meets the fewest points, bars and labels, and stays inside the axes."""
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
-    canvas.draw_without_rendering()  # lays out the axes
-    centres = [axes.transData.transform((x, y)) for _, x, y, _ in points]
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
-    for (_, x, _, bounds), (cx, _) in zip(points, centres, strict=True):
-        if bounds is not None:
-            low, high = (axes.transData.transform((x, bound))[1] for bound in bounds)
-            taken.append(Bbox.from_extents(cx - 2, low, cx + 2, high))
-    frame = axes.get_window_extent()
-    for (label, *_), (cx, cy) in zip(points, centres, strict=True):
-        text = shorten(clean(label), 24)
-        best, dy = _best_place((cx, cy), (0.6 * SMALL * len(text), 1.15 * SMALL), taken, frame)
-        taken.append(best)
-        left = best.x1 < cx
-        leader = {"arrowstyle": "-", "color": TEXT, "linewidth": 0.6, "relpos": (0.5, 0.5), "shrinkB": 3}
-        axes.annotate(
-            text,
-            xy=(cx, cy),
-            xycoords="figure points",
-            xytext=(best.x1 if left else best.x0, (best.y0 + best.y1) / 2),
-            textcoords="figure points",
-            ha="right" if left else "left",
-            fontsize=SMALL,
-            va="center",
-            annotation_clip=False,
-            arrowprops=leader if abs(dy) > FAR else None,
-        ).set_in_layout(False)
+def _heat_map(name: str, chart: HeatMap) -> str | None:
+    """Colours with a bar that tells what they mean, and the numbers where there is room for them."""
+    _check_sizes(chart)
+    values = np.array([list(row) for row in chart.values], dtype=float)
+    values[~np.isfinite(values)] = np.nan
+    if np.isnan(values).all():
+        return None
+    rows, cols = values.shape
+    low, high = chart.limits or (float(np.nanmin(values)), float(np.nanmax(values)))
+    scale = Normalize(low, high if high > low else low + 1e-9)
+    row_names = [wrap(label, 22) for label in chart.row_labels or ()]
+    column_names = [shorten(clean(label), 24) for label in chart.column_labels or ()]
+    cell = 5.4 / cols if cols > MOST_WRITTEN else max(0.34, min(0.8, 3.6 / cols))  # inches
+    longest = max(map(len, column_names), default=0)
+    turned = 0.085 * longest > cell  # they would run into each other
+    widest = max((len(line) for label in row_names for line in label.split("\n")), default=0)
+    width = 1.3 + cols * cell + 0.095 * widest
+    height = 0.35 + (0.075 * longest if turned else 0.2)
+    height += rows * min(max(cell * 0.72, 0.3 if rows <= 30 else 0.0), 0.5)
+    with drawing(width, max(1.6, height)) as (figure, text):
+        axes = figure.subplots()
+        shown = axes.imshow(values, cmap=MAP_COLOURS, norm=scale, interpolation="none", aspect="auto")
+        if cols <= MOST_WRITTEN:
+            _write_values(axes, values, scale, chart.percent, 72 * cell)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.xaxis.tick_top()
+        every_row, every_col = math.ceil(rows / MOST_LABELS), math.ceil(cols / MOST_LABELS)
+        axes.set_yticks(range(0, len(row_names), every_row), row_names[::every_row], fontsize=SMALL)
+        turn: dict[str, Any] = {"rotation": 90 if turned else 0, "fontsize": SMALL}
+        axes.set_xticks(range(0, len(column_names), every_col), column_names[::every_col], **turn)
+        bar = figure.colorbar(shown, ax=axes, pad=0.02, aspect=16, fraction=0.08)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=SMALL)
+        bar.locator = MaxNLocator(4) if high > low else FixedLocator([low])
+        bar.formatter = FuncFormatter(lambda v, _: written(float(f"{v:.6g}"), chart.percent))
+        bar.update_ticks()
+    return inline_svg(text.getvalue(), name, f"{clean(chart.title)}: {_spoken_map(chart, values)}")
 
 
-def _best_place(
-    centre: tuple[float, float], size: tuple[float, float], taken: Sequence[Bbox], frame: Bbox
-) -> tuple[Bbox, float]:
-    """The box for a label near a point, and how far above the point it is."""
-    (cx, cy), (width, height) = centre, size
-    places = [
-        (Bbox.from_bounds(cx + dx - width * back, cy + dy - height / 2, width, height), dy)
-        for dx, back in ((7, 0), (-7, 1), (0, 0.5))
-        for dy in (0, 8, -8, 14, -14, 24, -24, 36, -36)
-        if dx or abs(dy) > 8
-    ]
-
-    def cost(place: tuple[Bbox, float]) -> float:
-        box, dy = place
-        outside = width * height - _shared(box, frame)
-        return sum(_shared(box, other) for other in taken) + 3 * outside + abs(dy)
-
-    return min(places, key=cost)  # the first of equals
+def _check_sizes(chart: HeatMap) -> None:
+    lengths = {len(row) for row in chart.values}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the rows of the heat map {chart.title!r} must have one length; got {sorted(lengths)}. "
+            "Fill cells without a value with NaN."
+        )
+    for name, size in zip(("row_labels", "column_labels"), (len(chart.values), *lengths), strict=False):
+        labels = getattr(chart, name)
+        if labels is not None and len(labels) != size:
+            raise ValueError(f"{name} of the heat map {chart.title!r} must be {size}; got {len(labels)}.")
 
 
-def _shared(one: Bbox, other: Bbox) -> float:
-    both = Bbox.intersection(one, other)
-    return both.width * both.height if both is not None else 0.0
+def _write_values(axes: Axes, values: np.ndarray, scale: Normalize, percent: bool, width: float) -> None:
+    """Write each value into its cell, dark on the bright half of the colours, bright on the dark one."""
+    shown = 100 * values if percent else values
+    largest = float(np.nanmax(np.abs(values)))
+    decimals = 1 if percent else max(0, 2 - int(math.log10(max(largest, 1))))
+    texts = {
+        ij: f"{v + 0.0:.{decimals}f}" for ij, v in np.ndenumerate(shown.round(decimals)) if math.isfinite(v)
+    }
+    size = round(min(SMALL, width / (0.62 * max(map(len, texts.values())))), 1)
+    for (i, j), text in texts.items():
+        ink = DARK if scale(values[i, j]) > 0.5 else BRIGHT
+        axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=size)
+
+
+def _spoken_map(chart: HeatMap, values: np.ndarray) -> str:
+    """Every value where there are few, else the smallest and the largest."""
+
+    def said(i: int, j: int) -> tuple[str, str]:
+        row = clean(chart.row_labels[i]) if chart.row_labels else f"row {i + 1}"
+        column = clean(chart.column_labels[j]) if chart.column_labels else f"column {j + 1}"
+        return f"{row}, {column}", written(float(values[i, j]), chart.percent)
+
+    if values.size <= MOST_SPOKEN:
+        return "; ".join("{}: {}".format(*said(*ij)) for ij in np.ndindex(*values.shape))
+    lowest, highest = (
+        "{1} at {0}".format(*said(*divmod(int(flat), values.shape[1])))
+        for flat in (np.nanargmin(values), np.nanargmax(values))
+    )
+    missing = int(np.isnan(values).sum())
+    rest = f"; {missing} without a value" if missing else ""
+    size = f"{values.shape[0]} rows, {values.shape[1]} columns"
+    return f"{size}; smallest {lowest}; largest {highest}{rest}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from vit_cls.lab.results import LabResult, Table, plain
 from vit_cls.stats.verdicts import Finding, in_points
@@ -19,6 +24,8 @@ LABEL = 21
 """Characters that labels of a finding's numbers take on the terminal, at least."""
 WIDEST_CELL = 44
 """Characters of a cell on the terminal."""
+MOST_COLUMNS = 10_000
+"""A table is as wide as it is; the terminal wraps it."""
 
 
 def clean(text: object) -> str:
@@ -42,10 +49,6 @@ def clean(text: object) -> str:
 def shorten(text: str, width: int) -> str:
     """The beginning of a text, and an ellipsis where something is missing.
 
-    Args:
-        text: Any text.
-        width: The most characters.
-
     Example:
         >>> shorten("attention", 6)
         'atten…'
@@ -59,7 +62,6 @@ def number(value: float | None, *, percent: bool = False, signed: bool = False) 
     Args:
         value: None and what is not finite are a dash.
         percent: Whether it is a share, written in percent without the sign.
-        signed: Whether a plus is written too.
 
     Example:
         >>> number(0.93214), number(0.93214, percent=True), number(12345), number(0.01, signed=True)
@@ -78,9 +80,6 @@ def number(value: float | None, *, percent: bool = False, signed: bool = False) 
 def p_value(p: float) -> str:
     """A p-value for people.
 
-    Args:
-        p: In [0, 1].
-
     Example:
         >>> p_value(0.03125), p_value(1e-9)
         ('0.0312', '< 0.0001')
@@ -90,9 +89,6 @@ def p_value(p: float) -> str:
 
 def finding_facts(finding: Finding) -> list[tuple[str, str]]:
     """Label and value of every number that a finding has.
-
-    Args:
-        finding: Numbers that it lacks are left out.
 
     Example:
         >>> finding_facts(Finding("a", "cannot tell", "b", estimate=0.01, ci95=(-0.02, 0.04), margin=0.01))
@@ -135,9 +131,6 @@ def finding_facts(finding: Finding) -> list[tuple[str, str]]:
 def table_cells(table: Table) -> tuple[list[list[str]], list[bool]]:
     """Every cell of a table as it is written, and for each column whether it holds text.
 
-    Args:
-        table: Rows as long as its columns.
-
     Raises:
         ValueError: If a row has more or fewer cells than there are columns.
 
@@ -178,10 +171,6 @@ def _cell(cell: str | int | float | None, share: bool) -> str:
 
 def facts(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Settings or data as names and texts; what lies deeper has a dot in its name.
-
-    Args:
-        given: Plain data.
-        prefix: Stands before each name.
 
     Example:
         >>> facts({"seeds": [0, 1], "model": {"pool": "cls", "depth": None}})
@@ -242,24 +231,17 @@ def lab_text(result: LabResult) -> str:
 
 def _text_table(table: Table) -> list[str]:
     rows, texts = table_cells(table)
-    grid = [[shorten(clean(cell), WIDEST_CELL) for cell in row] for row in ([*table.columns], *rows)]
-    widths = [max(_columns(row[i]) for row in grid) for i in range(len(texts))]
-    lines = [clean(table.title)]
-    for row in grid:
-        cells = [
-            cell + pad if text else pad + cell
-            for cell, text, pad in (
-                (cell, text, " " * (width - _columns(cell)))
-                for cell, text, width in zip(row, texts, widths, strict=True)
-            )
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return [*lines, *(textwrap.wrap(clean(table.note), 100))]
-
-
-def _columns(text: str) -> int:
-    """How wide a text is on a terminal; a Chinese character takes two columns, an accent none."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    grid = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name, text in zip(table.columns, texts, strict=True):
+        cell = shorten(clean(name), WIDEST_CELL)
+        grid.add_column(Text(cell), justify="left" if text else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(Text(shorten(clean(cell), WIDEST_CELL)) for cell in row))
+    console = Console(file=io.StringIO(), width=MOST_COLUMNS, color_system=None)
+    with console.capture() as shown:
+        console.print(grid)
+    lines = [line.rstrip() for line in shown.get().splitlines()]
+    return [clean(table.title), *lines, *textwrap.wrap(clean(table.note), 100)]
 
 
 def lab_markdown(
@@ -268,9 +250,7 @@ def lab_markdown(
     """The report as Markdown: its first line is the headline.
 
     Args:
-        result: Of a probe or a study.
         figures: Title, note and relative path of each figure; one without a path had nothing to draw.
-        versions: Version by package.
     """
     headline = escape_markdown(result.headline) or DASH
     lines = [
@@ -305,22 +285,16 @@ def lab_markdown(
 
 def _markdown_table(table: Table) -> list[str]:
     rows, texts = table_cells(table)
-    head = [_markdown_cell(name) for name in table.columns]
-    body = [[_markdown_cell(cell) for cell in row] for row in rows]
+    head, *body = (
+        [cell if cell == DASH else escape_markdown(cell).replace("|", r"\|") for cell in map(clean, row)]
+        for row in (table.columns, *rows)
+    )
     rule = [":---" if text else "---:" for text in texts]
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
 
 
-def _markdown_cell(text: str) -> str:
-    text = clean(text)
-    return text if text == DASH else escape_markdown(text).replace("|", r"\|")
-
-
 def escape_markdown(text: object) -> str:
     r"""A text that Markdown shows as it is, and that stays easy to read as text.
-
-    Args:
-        text: Any text; it becomes one line.
 
     Example:
         >>> escape_markdown("p < 0.05 of <b>weight_decay</b> *and* __init__")

@@ -12,17 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_cls.checks import check_range
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, choose_device
-from vit_cls.lab.features import FrozenTokens, freeze
-from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
+from vit_cls.lab.features import FrozenTokens
+from vit_cls.lab.probes.common import (
+    MARGIN,
+    check_margin,
+    checked_parts,
+    described,
+    failures_note,
+    freeze_parts,
+)
 from vit_cls.lab.probes.head_fits import HeadFit, HeadRecipe, check_pooling, fit_head
-from vit_cls.lab.results import Figure, ForestChart, LabResult, ScatterChart, Table
+from vit_cls.lab.results import Figure, LabResult, ScatterChart, Table, forest
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.model.pooling import PoolingContext, make_pooling
+from vit_cls.model.pooling import make_pooling
+from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.stats.least_squares import chosen_classifier
 from vit_cls.stats.random_effects import Mean, mean_interval
 from vit_cls.stats.verdicts import GREATER, Claim, judge_all
@@ -35,12 +44,7 @@ IN_MEMORY = 1 << 28
 
 
 class NormedTokens:
-    """Frozen tokens of one layer after the final norm, by rows.
-
-    Args:
-        frozen: Of one part.
-        layer: Which.
-    """
+    """Frozen tokens of one layer after the final norm, by rows."""
 
     def __init__(self, frozen: FrozenTokens, layer: int) -> None:
         self.labels = frozen.labels
@@ -97,17 +101,14 @@ def attentive(
         https://arxiv.org/abs/2404.08471.
     """
     start = time.perf_counter()
-    if num_seeds < 1:
-        raise ConfigError(f"--num_seeds must be at least 1; got {num_seeds}.")
-    if not 0.0 < margin < 1.0:
-        raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
+    check_range("--num_seeds", num_seeds, at_least=1)
+    check_margin(margin)
     wanted, notes = heads_that_fit(heads, classifier)
     config = config or InferenceConfig()
     recipe = recipe or HeadRecipe()
     recipe = dataclasses.replace(recipe, device=str(choose_device(recipe.device or config.device)))
-    sources, layers = (parts.train, parts.val, parts.test), None if layer is None else [layer]
-    frozen = [freeze(classifier, part, layers=layers, config=config, cache=cache) for part in sources]
-    check_parts(*(one.rows for one in frozen))
+    frozen = freeze_parts(classifier, parts.sources, config, cache, None if layer is None else [layer])
+    checked_parts(*(one.rows for one in frozen))
     layer = frozen[0].depth if layer is None else layer
     train, val, test = (NormedTokens(one, layer) for one in frozen)
     context, classes, seeds = (
@@ -150,7 +151,6 @@ def heads_that_fit(heads: Sequence[str] | None, classifier: ImageClassifier) -> 
 
     Args:
         heads: As the user wrote them; None means `HEADS`.
-        classifier: Whose tokens they read.
 
     Returns:
         Heads, without repetitions: first ``cls``, or ``gap`` where the model has no class token; and notes.
@@ -357,11 +357,5 @@ def _figures(found: _Found) -> list[Figure]:
         )
         for what, field in (("weights of the head", "params"), ("MACs of the head", "macs"))
     ]
-    rows = [
-        (head, one.estimate, one.ci95)
-        for head, one in zip(found.order, found.findings, strict=True)
-        if one.estimate is not None and one.ci95 is not None
-    ]
-    if rows:
-        figures.append(ForestChart(f"Accuracy less that of {found.reference}", rows, found.margin))
-    return figures
+    findings = dict(zip(found.order, found.findings, strict=True))
+    return [*figures, *forest(f"Accuracy less that of {found.reference}", findings, found.margin)]

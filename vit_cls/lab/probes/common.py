@@ -1,16 +1,25 @@
-"""What the probes on frozen tokens have in common: the parts they are given, and how ways are compared."""
+"""What the probes on frozen tokens have in common: the parts they are given, and how pools are compared."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_cls.errors import ConfigError, DataError
-from vit_cls.lab.features import FrozenTokens, Rows
-from vit_cls.lab.reads import layers_of, parse_way, possible_ways, usual_ways
-from vit_cls.lab.results import ForestChart
+from vit_cls.checks import check_range
+from vit_cls.data.dataset import ImageSource
+from vit_cls.data.folders import DIGITS
+from vit_cls.data.partition import Partition
+from vit_cls.data.splits import PARTS
+from vit_cls.errors import DataError
+from vit_cls.inference import InferenceConfig
+from vit_cls.lab.features import FrozenTokens, Rows, freeze
+from vit_cls.lab.reads import layers_of, parse_pool, possible_pools, usual_pools
+from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.stats.intervals import wilson_interval
@@ -20,15 +29,12 @@ MARGIN = 0.01
 """A difference of a point does not matter, unless the user says otherwise."""
 ACCURACY_COLUMNS = ("top-1 (%)", "from (%)", "to (%)", "right", "images")
 """Headers of `accuracy_cells`."""
+READINGS_DIFFER = "Reading {} and reading {} give different test top-1."
+"""What `compare_with` claims of most pools."""
 
 
-def check_parts(train: Rows, val: Rows, test: Rows) -> None:
-    """Refuse parts that do not belong together, or cannot be fitted or tested on.
-
-    Args:
-        train: Rows to fit on.
-        val: Rows to choose by.
-        test: Rows to report on.
+def checked_parts(train: Rows, val: Rows, test: Rows) -> dict[str, Rows]:
+    """The parts by name; refused where they do not belong together, or cannot be fitted or tested on.
 
     Raises:
         DataError: If class lists differ, the training rows are of one class, or there is one test row.
@@ -46,62 +52,79 @@ def check_parts(train: Rows, val: Rows, test: Rows) -> None:
         )
     if len(test.labels) < 2:
         raise DataError("the test part has 1 image; a comparison needs at least two.")
+    return {"train": train, "val": val, "test": test}
 
 
-def chosen_ways(
-    ways: Sequence[str], layout: TokenLayout, depth: int, *, default: Sequence[str] | None = None
-) -> tuple[list[str], list[str]]:
-    """The ways to compare, each once.
+def freeze_parts(
+    classifier: ImageClassifier,
+    sources: Sequence[ImageSource],
+    config: InferenceConfig | None,
+    cache: Path | None,
+    layers: Sequence[int] | None = None,
+) -> tuple[FrozenTokens, FrozenTokens, FrozenTokens]:
+    """Frozen tokens of the images to fit on, to choose by and to report on.
 
     Args:
-        ways: What the user named; none means ``default``, without what the model does not have.
-        layout: The model's tokens.
-        depth: The model's blocks.
-        default: Ways where none are named; None means `usual_ways`.
-
-    Returns:
-        The ways, and notes about those that were left out.
+        cache: A folder that keeps tokens; None keeps none.
+        layers: Which; None means the last alone.
 
     Raises:
-        ConfigError: If a named way is unknown, or reads what the model does not have.
-
-    Example:
-        >>> chosen_ways(["gap", "gap"], TokenLayout(True, 0, (2, 2)), 2)
-        (['gap'], [])
+        ConfigError: If there is no such layer or device.
+        DataError: If no image of a part can be read, or the disk is too small.
     """
-    if not ways:
-        return possible_ways(usual_ways(depth) if default is None else default, layout)
-    for way in ways:
-        parse_way(way, layout, depth)
-    return list(dict.fromkeys(ways)), []
+    train, val, test = (
+        freeze(classifier, source, layers=layers, config=config, cache=cache) for source in sources
+    )
+    return train, val, test
 
 
-def layers_needed(ways: Sequence[str], layout: TokenLayout, depth: int) -> list[int]:
-    """The layers to freeze, ascending, so that some ways can be read after the last block.
+def chosen_pools(
+    pools: Sequence[str], layout: TokenLayout, depth: int, *, default: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """The pools to compare, each once.
 
     Args:
-        ways: As `chosen_ways` gives them.
-        layout: The model's tokens.
-        depth: The model's blocks.
+        pools: What the user named; none means ``default``, without what the model does not have.
+        default: Pools where none are named; None means `usual_pools`.
+
+    Returns:
+        The pools, and notes about those that were left out.
+
+    Raises:
+        ConfigError: If a named pool is unknown, or reads what the model does not have.
+
+    Example:
+        >>> chosen_pools(["gap", "gap"], TokenLayout(True, 0, (2, 2)), 2)
+        (['gap'], [])
+    """
+    if not pools:
+        return possible_pools(usual_pools(depth) if default is None else default, layout)
+    for pool in pools:
+        parse_pool(pool, layout, depth)
+    return list(dict.fromkeys(pools)), []
+
+
+def layers_needed(pools: Sequence[str], layout: TokenLayout, depth: int) -> list[int]:
+    """The layers to freeze, ascending, so that some pools can be read after the last block.
 
     Example:
         >>> layers_needed(["last:2", "gap"], TokenLayout(True, 0, (2, 2)), 12)
         [11, 12]
     """
-    return sorted({one for way in ways for one in layers_of(parse_way(way, layout, depth), depth)})
+    return sorted({one for pool in pools for one in layers_of(parse_pool(pool, layout, depth), depth)})
 
 
-def reference_way(ways: Sequence[str]) -> str:
-    """The way that others are compared with: the class token where it is read, else the mean, else the first.
+def reference_pool(pools: Sequence[str]) -> str:
+    """The pool that others are compared with: the class token where it is read, else the mean or the first.
 
     Args:
-        ways: At least one.
+        pools: At least one.
 
     Example:
-        >>> reference_way(["gap", "cls"]), reference_way(["max", "gap"])
+        >>> reference_pool(["gap", "cls"]), reference_pool(["max", "gap"])
         ('cls', 'gap')
     """
-    return next((way for way in ("cls", "gap") if way in ways), ways[0])
+    return next((pool for pool in ("cls", "gap") if pool in pools), pools[0])
 
 
 def described(model: TokenModel) -> str:
@@ -139,14 +162,11 @@ def accuracy_cells(right: np.ndarray) -> tuple[float, float, float, int, int]:
     return count / images, low, high, count, images
 
 
-def in_words(right: np.ndarray) -> str:
+def accuracy_text(right: np.ndarray) -> str:
     """An accuracy with its counts and interval.
 
-    Args:
-        right: As for `accuracy_cells`.
-
     Example:
-        >>> in_words(np.arange(100) < 96)
+        >>> accuracy_text(np.arange(100) < 96)
         '96 of 100 right (96.0 %, 95 % interval 90.2 to 98.4)'
     """
     share, low, high, count, images = accuracy_cells(right)
@@ -155,64 +175,49 @@ def in_words(right: np.ndarray) -> str:
 
 
 def compare_with(
-    reference: str, scores: Mapping[str, np.ndarray], *, what: str, margin: float, seed: int
-) -> list[Finding]:
-    """Compare every way with one of them, on the same images.
+    reference: str, scores: Mapping[str, np.ndarray], sentence: str, *, margin: float, seed: int
+) -> dict[str, Finding]:
+    """Judge everything that was scored against one of them.
 
     Args:
-        reference: One of the ways.
-        scores: Of each way, bool or float, shape ``(images,)``.
-        what: What the scores say, such as ``test top-1``.
+        reference: A key of ``scores``.
+        scores: By name, all bool or all float, shape ``(images,)`` or ``(seeds, images)``.
+        sentence: The claim, with two gaps: for a name, and for the reference.
         margin: The largest difference that does not matter.
         seed: Of the resampling.
 
     Returns:
-        A finding for each other way, in their order; p-values are adjusted over all of them.
+        A finding for each other name, in their order; p-values are adjusted over all of them.
     """
+    others = [name for name in scores if name != reference]
     claims = [
         Claim(
-            f"Reading {way} and reading {reference} give different {what}.",
-            scores[reference][None],
-            scores[way][None],
-            expect="differs",
+            sentence.format(name, reference),
+            scores[reference],
+            scores[name],
             margin=margin,
-            names=(reference, way),
+            names=(reference, name),
         )
-        for way in scores
-        if way != reference
+        for name in others
     ]
-    return judge_all(claims, seed=seed) if claims else []
+    return dict(zip(others, judge_all(claims, seed=seed), strict=True)) if claims else {}
 
 
-def forest(
-    title: str, labels: Sequence[str], findings: Sequence[Finding], margin: float
-) -> list[ForestChart]:
-    """Differences below each other.
+def sentence_on(name: str, findings: Mapping[str, Finding]) -> str:
+    """What was found of a name, or of the first where there is no finding on it; a space before it."""
+    return "".join(
+        f" {one.sentence}" for one in [findings.get(name, next(iter(findings.values()), None))] if one
+    )
 
-    Args:
-        title: What the chart shows.
-        labels: One a finding.
-        findings: With an estimate and an interval each.
-        margin: The largest difference that does not matter.
 
-    Returns:
-        One chart, or none where there is nothing to show.
-    """
-    rows = [
-        (label, finding.estimate, finding.ci95)
-        for label, finding in zip(labels, findings, strict=True)
-        if finding.estimate is not None and finding.ci95 is not None
-    ]
-    return [ForestChart(title, rows, margin)] if rows else []
+def settings_record(settings: Any, pools: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The settings of a result, as plain data; what was read is called ``ways`` there."""
+    own = {"ways" if name == "pools" else name: value for name, value in asdict(settings).items()}
+    return {**own, "ways": pools, **more}
 
 
 def data_of(origin: str, parts: Mapping[str, Rows]) -> dict[str, Any]:
-    """Where the images came from, for the result.
-
-    Args:
-        origin: Of the partition.
-        parts: Rows of each part, by its name.
-    """
+    """Where the images came from, for the result."""
     return {
         "origin": origin,
         "images": {name: len(rows.labels) for name, rows in parts.items()},
@@ -222,58 +227,103 @@ def data_of(origin: str, parts: Mapping[str, Rows]) -> dict[str, Any]:
 
 
 def predictions_of(test: Rows, preds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Raw predictions, from which every number can be computed again.
-
-    Args:
-        test: The images.
-        preds: Predicted class of each image, by way.
-    """
+    """Predicted class of each image by pool, from which every number can be computed again."""
     return {
         "paths": list(test.paths),
         "labels": test.labels,
         "class_names": list(test.class_names),
-        "preds": {way: np.asarray(values) for way, values in preds.items()},
+        "preds": {pool: np.asarray(values) for pool, values in preds.items()},
     }
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a setting that there is not.
-
-    Args:
-        name: What the user called it.
-        value: What was given.
-        known: What may be.
-
-    Raises:
-        ConfigError: If ``value`` is not known.
-    """
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
 
 
 def check_margin(margin: float) -> None:
     """Refuse a margin that is no share.
 
-    Args:
-        margin: The largest difference that does not matter.
-
     Raises:
         ConfigError: If it is not in (0, 1).
     """
-    if not 0.0 < margin < 1.0:
-        raise ConfigError(
-            f"--margin must be above 0 and below 1, as a share (0.01 is a point); got {margin}."
-        )
+    check_range("--margin", margin, above=0, below=1, hint="0.01 is one point.")
 
 
 def failures_note(parts: Mapping[str, FrozenTokens | Rows]) -> list[str]:
-    """A sentence about files that could not be read, if there are some.
-
-    Args:
-        parts: By name.
-    """
+    """A sentence about files that could not be read, if there are some."""
     failed = {name: len(part.failures) for name, part in parts.items() if part.failures}
     if not failed:
         return []
     counts = ", ".join(f"{count} of {name}" for name, count in failed.items())
     return [f"Files that could not be read are in no number here: {counts}; their reasons are with the data."]
+
+
+RECORD_FILE = "run.json"
+UNKNOWN = (
+    "There is no record of what the model was trained on: where images of the parts below were among it, "
+    "accuracies and choices made on validation are too good."
+)
+
+
+def find_record(model: str | Path) -> dict[str, Any] | None:
+    """The record of the run that a model came from.
+
+    Args:
+        model: What ``--model`` names: a run folder, or a file in it.
+
+    Returns:
+        What ``run.json`` holds; None where there is none, or it cannot be read.
+
+    Example:
+        >>> find_record("vit_tiny_patch16_224")
+    """
+    path = Path(model)
+    folders = [path] if path.is_dir() else list(path.parents)[:2] if path.is_file() else []
+    for folder in folders:  # a checkpoint lies one folder deeper than the model file
+        try:
+            record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def overlap_note(record: Mapping[str, Any] | None, parts: Partition, data: str) -> list[str]:
+    """A sentence on images that are among those that the model was trained on.
+
+    Args:
+        record: Of the run that the model came from, if there is one.
+        parts: The images of the probe.
+        data: What ``--data`` says.
+
+    Returns:
+        One sentence, or none where the record names other images.
+    """
+    if record is None:
+        return [UNKNOWN]
+    if not _same_data(record, parts, data):
+        return []
+    if _test_was_apart(record, parts):
+        return [
+            "The model was trained on this data: it has seen images of the train and validation parts, with "
+            "their labels, so choices made on validation lean towards what it memorised. It has not seen the "
+            "test part."
+        ]
+    return [
+        "The model was trained on this data, and the parts were made anew here: images of the test part may "
+        "have been trained on or have chosen its epoch, so accuracies may be too good. A folder with train/, "
+        "val/ and test/ keeps them apart."
+    ]
+
+
+def _same_data(record: Mapping[str, Any], parts: Partition, data: str) -> bool:
+    told, identity = record.get("data") or {}, record.get("identity") or {}
+    fingerprints = {getattr(parts, part).index.fingerprint() for part in PARTS}
+    if fingerprints & {identity.get("train_fingerprint"), identity.get("val_fingerprint")}:
+        return True
+    if told.get("root") is None:
+        return bool(told.get("name") == DIGITS == data)
+    mine, its = Path(data).resolve(), Path(told["root"]).resolve()
+    return mine == its or its in mine.parents or mine in its.parents
+
+
+def _test_was_apart(record: Mapping[str, Any], parts: Partition) -> bool:
+    """Training never reads a test part; earlier it did where there was no validation part."""
+    validated_on = (record.get("identity") or {}).get("val_fingerprint")
+    return parts.split == "test" and parts.test.index.fingerprint() != validated_on

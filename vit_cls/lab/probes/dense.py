@@ -10,16 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
+from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import FrozenTokens, freeze
-from vit_cls.lab.probes.common import MARGIN, check_parts, described, failures_note
-from vit_cls.lab.probes.patch_fits import Part, fit_by_patch, place_losses, place_targets, tile_losses
+from vit_cls.lab.features import FrozenTokens
+from vit_cls.lab.probes.common import (
+    MARGIN,
+    check_margin,
+    checked_parts,
+    described,
+    failures_note,
+    freeze_parts,
+)
+from vit_cls.lab.probes.patch_tasks import (
+    Mosaics,
+    Part,
+    fit_by_patch,
+    make_mosaics,
+    place_losses,
+    place_targets,
+    subset,
+    tile_losses,
+    tile_of_patches,
+)
 from vit_cls.lab.probes.pixel_decoders import pixels_of
-from vit_cls.lab.probes.tiled import Mosaics, make_mosaics, tile_of_patches
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Line, LineChart, Table
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, one_against_all, r2_scores
@@ -76,8 +92,7 @@ def dense(
         Linear probes of patch tokens: DINOv2, https://arxiv.org/abs/2304.07193, section 7.4.
     """
     start = time.perf_counter()
-    if not 0.0 < margin < 1.0:
-        raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
+    check_margin(margin)
     if k < 2 or max_images < 2 * k * k:
         raise ConfigError(
             f"--k must be at least 2, and --max_images enough for two mosaics; got {k} and {max_images}."
@@ -140,14 +155,14 @@ class _Dense:
         self.k = k
         self.max_images = max_images
         self.seed = seed
-        self.way = "cls" if model.layout.class_token else "gap"
-        self.whole = "class token" if self.way == "cls" else "mean of the patches"
+        self.pool = "cls" if model.layout.class_token else "gap"
+        self.whole = "class token" if self.pool == "cls" else "mean of the patches"
         self.grid_size = model.layout.grid_size
         self.num_patches = model.layout.num_patches
         self.class_names = parts.class_names
         rng = np.random.default_rng(seed)
-        self.sources = [subset(source, max_images, rng) for source in (parts.train, parts.val, parts.test)]
-        self.sizes = [len(source.index) for source in (parts.train, parts.val, parts.test)]
+        self.sources = [subset(source, max_images, rng) for source in parts.sources]
+        self.sizes = [len(source.index) for source in parts.sources]
         self.errors: dict[tuple[int, str], dict[str, np.ndarray]] = {}
         self.totals: dict[str, np.ndarray] = {}
         self.missed: np.ndarray = np.zeros(0)
@@ -158,9 +173,8 @@ class _Dense:
 
     def run(self, config: InferenceConfig | None, cache: Path | None) -> None:
         """Freeze, fit, and keep the errors."""
-        kept: dict[str, Any] = {"layers": self.layers, "config": config, "cache": cache}
-        frozen = [freeze(self.classifier, source, **kept) for source in self.sources]
-        check_parts(*(one.rows for one in frozen))
+        frozen = freeze_parts(self.classifier, self.sources, config, cache, self.layers)
+        checked_parts(*(one.rows for one in frozen))
         self.failed = failures_note(dict(zip(PARTS, frozen, strict=True)))
         self.paths = list(frozen[2].paths)
         colours = [self._colours(one, source) for one, source in zip(frozen, self.sources, strict=True)]
@@ -172,7 +186,7 @@ class _Dense:
             dataclasses.replace(self.classifier.preprocess, crop_pct=1.0, crop_mode="squash"),
             self.classifier.class_names,
         )
-        of_mosaics = [freeze(whole, tiles_of.source, **kept) for tiles_of in mosaics]
+        of_mosaics = freeze_parts(whole, [one.source for one in mosaics], config, cache, self.layers)
         tiles = [self._tile_targets(one) for one in mosaics]
         self.constant = _constant_answer(tiles[2])
         for layer in self.layers:
@@ -205,7 +219,7 @@ class _Dense:
         if read == PATCHES:
             first = frozen.layout.num_prefix_tokens
             return Part(len(frozen), lambda rows: frozen.normed(layer, rows)[:, first:], targets)
-        vectors = frozen.read(self.way, layer)[:, None]
+        vectors = frozen.read(self.pool, layer)[:, None]
         return Part(len(frozen), vectors.__getitem__, targets)
 
     def _colours(self, frozen: FrozenTokens, source: ImageSource) -> np.ndarray:
@@ -220,7 +234,7 @@ class _Dense:
         mean = colours[0].mean(axis=(0, 1))
         self.totals["colour"] = np.square(colours[2] - mean).sum(axis=(1, 2))
 
-    def _mosaics(self, frozen: list[FrozenTokens]) -> list[Mosaics]:
+    def _mosaics(self, frozen: Sequence[FrozenTokens]) -> list[Mosaics]:
         return [
             make_mosaics(
                 source,
@@ -316,9 +330,8 @@ class _Dense:
         for task in self.tasks() if len(self.layers) > 1 else ():
             lines = []
             for read in (PATCHES, self.whole):
-                means = [mean_interval(self.scores(layer, read, task)) for layer in self.layers]
-                points = [(float(n), one.estimate) for n, one in zip(self.layers, means, strict=True)]
-                lines.append(Line(read, points, [one.ci95 for one in means]))
+                means = {layer: mean_interval(self.scores(layer, read, task)) for layer in self.layers}
+                lines.append(Line.of(read, means))
             marks = {"position": {"chance": 1 / self.num_patches}}
             marks["tile"] = {"same answer everywhere": float(self.constant.mean())}
             title = f"{TASKS[task]} by layer"
@@ -346,28 +359,6 @@ class _Dense:
                 f"{int((tile < 0).sum())} of {len(tile)} patches lie in several tiles and do not count."
             )
         return notes + self.failed
-
-
-def subset(source: ImageSource, most: int, rng: np.random.Generator) -> ImageSource:
-    """The same images, or as many of them, drawn at random, in their order.
-
-    Args:
-        source: All images.
-        most: How many at most.
-        rng: Of the draw.
-
-    Raises:
-        ConfigError: If there are more images than that, and they are neither files nor in memory.
-    """
-    if len(source.index) <= most:
-        return source
-    chosen = np.sort(rng.permutation(len(source.index))[:most])
-    index = source.index.subset(chosen)
-    if isinstance(source, FolderSource):
-        return FolderSource(index)
-    if isinstance(source, ArraySource):
-        return ArraySource(index, source.images[chosen])
-    raise ConfigError(f"--max_images {most}: {type(source).__name__} cannot be reduced. Raise it.")
 
 
 def _with_places(places: np.ndarray, colours: np.ndarray) -> Callable[[slice], np.ndarray]:

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 from vit_cls.lab.seeding import seeded
-from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling, num_class_tokens
+from vit_cls.model.pooling import make_pooling, num_class_tokens
+from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.tokens import TokenLayout
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -55,10 +57,8 @@ class HeadRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1; got {self.epochs}.")
-        if self.batch_size < 2:
-            raise ConfigError(f"batch_size must be at least 2, for batch statistics; got {self.batch_size}.")
+        check_range("epochs", self.epochs, at_least=1)
+        check_range("batch_size", self.batch_size, at_least=2, hint="Batch statistics need two.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ConfigError(
                 f"learning_rates must be one or more positive numbers; got {list(self.learning_rates)}."
@@ -100,7 +100,6 @@ class ProbeHead(nn.Module):
 
     Args:
         pooling: Reads its share of the tokens.
-        num_classes: Outputs.
         mean: Of each token's channels over training images, shape ``(tokens, dim)``.
         std: Likewise, positive.
 
@@ -151,10 +150,6 @@ def token_statistics(tokens: Tokens, layout: TokenLayout) -> tuple[Tensor, Tenso
     Only each kind of token (class token, a register, the patches) is standardised, so that patches still
     differ by where they stand.
 
-    Args:
-        tokens: To fit on.
-        layout: Where each kind stands.
-
     Returns:
         Two tensors of shape ``(tokens, dim)``; the second is 1 where a channel does not vary.
     """
@@ -186,10 +181,7 @@ def fit_head(
 
     Args:
         head: As in ``model.pool``.
-        context: The tokens, and the model around them.
         parts: Tokens to fit on, to choose on and to test on; the last are read once, by what was chosen.
-        num_classes: Classes.
-        recipe: How to train.
         seed: Of first weights and of the order of images, the same for every learning rate and head.
 
     Raises:
@@ -215,10 +207,6 @@ def fit_head(
 
 def check_pooling(head: str, pooling: Pooling) -> None:
     """Refuse a pooling that needs more than the last layer's tokens, or another classifier.
-
-    Args:
-        head: As the user wrote it.
-        pooling: What it means.
 
     Raises:
         ConfigError: If it is one of those.

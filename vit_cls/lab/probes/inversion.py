@@ -1,4 +1,4 @@
-"""How much of an image can be had back from its tokens: pixels predicted from the class token and others."""
+"""The probe ``invert``: how much of an image can be reconstructed from its tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls.checks import check_choice
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
-from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import checked_layers
-from vit_cls.lab.probes.common import check_parts, described, failures_note
+from vit_cls.lab.probes.common import check_margin, checked_parts, described, failures_note
 from vit_cls.lab.probes.pixel_decoders import MAX_FLAT, Decoded
 from vit_cls.lab.probes.reconstructions import READS, Reconstructions, Scores
 from vit_cls.lab.results import Figure, LabResult, Line, LineChart, Pictures, Table
@@ -71,14 +71,12 @@ def invert(
         of a linear read-out: Eckart and Young 1936, https://doi.org/10.1007/BF02288367.
     """
     start = time.perf_counter()
-    if decoder not in DECODERS:
-        raise ConfigError(f"--decoder must be one of {', '.join(DECODERS)}; got {decoder!r}.")
-    if not 0.0 < margin < 1.0:
-        raise ConfigError(f"--margin must be between 0 and 1 (both excluded); got {margin:g}.")
+    check_choice("--decoder", decoder, DECODERS)
+    check_margin(margin)
     depth = len(classifier.model.blocks)
     wanted = checked_layers(classifier.model, range(depth + 1) if layers is None else layers)
     probe = Reconstructions(classifier, parts, decoder, seed, config or InferenceConfig(), cache)
-    check_parts(*(one.rows for one in probe.frozen))
+    checked_parts(*(one.rows for one in probe.frozen))
     decoded = probe.decode()
     scores = {name: probe.score(one.images) for name, one in decoded.items()}
     curves = probe.curves(wanted)
@@ -214,11 +212,11 @@ def _figures(
     totals = probe.totals
     lines = [
         Line(
-            READS[way],
+            READS[pool],
             [(layer, r2(errors, totals)) for layer, errors in sorted(by_layer.items())],
             [_interval(errors, totals) for _, errors in sorted(by_layer.items())],
         )
-        for way, by_layer in curves.items()
+        for pool, by_layer in curves.items()
     ]
     marks = {name: r2(scores[name].errors, totals) for name in ("label", "pca")}
     by_layer = LineChart(
@@ -263,7 +261,7 @@ def _pictures(probe: Reconstructions, decoded: dict[str, Decoded]) -> Pictures:
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """Pixels as a picture that can be seen, each pixel a square.
+    """Pixels as a picture large enough for the eye, each pixel a square.
 
     Args:
         image: Shape ``(channels, height, width)``, clipped to [0, 1] here.
@@ -297,7 +295,7 @@ def _values(
             "identified": float(one.identified.mean()),
             "same_class": None if one.agrees is None else float(one.agrees.mean()),
         }
-    by_layer = {way: {k: r2(e, totals) for k, e in sorted(found.items())} for way, found in curves.items()}
+    by_layer = {pool: {k: r2(e, totals) for k, e in sorted(found.items())} for pool, found in curves.items()}
     return values | {"by_layer": by_layer, "chance_identified": 1 / len(totals)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,18 +18,19 @@ from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
     accuracy_cells,
+    accuracy_text,
     check_margin,
-    check_parts,
-    chosen_ways,
+    checked_parts,
+    chosen_pools,
     compare_with,
     data_of,
     failures_note,
-    forest,
-    in_words,
     predictions_of,
-    reference_way,
+    reference_pool,
+    sentence_on,
+    settings_record,
 )
-from vit_cls.lab.results import LabResult, Table
+from vit_cls.lab.results import LabResult, Table, forest
 
 NEIGHBOURS = (20, 10, 100, 200)
 """The usual first: of equal validation accuracies the first is taken."""
@@ -43,7 +44,7 @@ class KnnSettings:
     """Choices of the probe.
 
     Args:
-        ways: What is read; none means the usual ways that the model has.
+        pools: What is read; none means the usual pools that the model has.
         neighbours: Numbers of neighbours to choose from; those above the number of training images are that.
         temperatures: Temperatures to choose from.
         margin: The largest difference of accuracies that does not matter.
@@ -54,7 +55,7 @@ class KnnSettings:
         ConfigError: If a number is out of range.
     """
 
-    ways: Sequence[str] = ()
+    pools: Sequence[str] = ()
     neighbours: Sequence[int] = NEIGHBOURS
     temperatures: Sequence[float] = TEMPERATURES
     margin: float = MARGIN
@@ -73,7 +74,6 @@ def clipped(neighbours: Sequence[int], images: int) -> list[int]:
 
     Args:
         neighbours: Any, above 0.
-        images: Training images.
 
     Example:
         >>> clipped([20, 10, 100, 200], 50)
@@ -89,7 +89,6 @@ def votes(similarities: Tensor, neighbour_labels: Tensor, temperature: float, nu
         similarities: Of the neighbours, shape ``(queries, neighbours)``, the nearest first.
         neighbour_labels: Their classes, int64, of the same shape.
         temperature: A neighbour weighs ``exp(similarity / temperature)``.
-        num_classes: How many classes there are.
 
     Returns:
         Shape ``(queries, classes)``; each row is scaled by the weight of its nearest neighbour, which changes
@@ -122,8 +121,6 @@ def knn_predict(
         train: Features, shape ``(rows, dim)``, and labels, int64, shape ``(rows,)``.
         queries: Features, shape ``(queries, dim)``.
         choices: Numbers of neighbours, at most ``rows``, and temperatures.
-        num_classes: How many classes there are.
-        device: As for `KnnSettings`.
 
     Returns:
         int64, shape ``(queries,)``, for each choice.
@@ -160,14 +157,10 @@ def knn(
     """Let the nearest training images vote; neighbours and temperature are chosen on validation.
 
     Args:
-        train: Frozen tokens of the images that vote.
-        val: Likewise, to choose by.
-        test: Likewise, to report on.
         settings: Choices; None means the defaults.
-        origin: Of the partition, for the result.
 
     Raises:
-        ConfigError: If the model cannot be read that way.
+        ConfigError: If the model cannot be read by a pool.
         DataError: If the parts do not belong together or are too small.
 
     Source:
@@ -175,44 +168,42 @@ def knn(
     """
     started = time.perf_counter()
     settings = settings or KnnSettings()
-    check_parts(train.rows, val.rows, test.rows)
-    ways, notes = chosen_ways(settings.ways, train.layout, train.depth)
+    parts = checked_parts(train.rows, val.rows, test.rows)
+    pools, notes = chosen_pools(settings.pools, train.layout, train.depth)
     counts = clipped(settings.neighbours, len(train))
     choices = [(count, temperature) for count in counts for temperature in settings.temperatures]
     chosen: dict[str, tuple[int, float]] = {}
     val_right: dict[str, int] = {}
     preds: dict[str, np.ndarray] = {}
     classes = len(train.class_names)
-    for way in ways:
-        bank = train.read(way), train.labels
-        said = knn_predict(bank, val.read(way), choices, num_classes=classes, device=settings.device)
+    for pool in pools:
+        bank = train.read(pool), train.labels
+        said = knn_predict(bank, val.read(pool), choices, num_classes=classes, device=settings.device)
         scores = {choice: int((values == val.labels).sum()) for choice, values in said.items()}
-        chosen[way] = best = max(choices, key=lambda choice: scores[choice])
-        val_right[way] = scores[best]
-        preds |= {
-            way: knn_predict(bank, test.read(way), [best], num_classes=classes, device=settings.device)[best]
-        }
-    right = {way: values == test.labels for way, values in preds.items()}
-    parts = {"train": train.rows, "val": val.rows, "test": test.rows}
-    reference, winner = reference_way(ways), max(ways, key=lambda way: val_right[way])
-    findings = compare_with(reference, right, what="k-NN top-1", margin=settings.margin, seed=settings.seed)
-    others = [way for way in ways if way != reference]
-    headline = f"Neighbours by {winner}, the best on {len(val)} validation images: {in_words(right[winner])}."
-    if findings:
-        headline += f" {findings[others.index(winner) if winner in others else 0].sentence}"
+        chosen[pool] = best = max(choices, key=lambda choice: scores[choice])
+        val_right[pool] = scores[best]
+        said = knn_predict(bank, test.read(pool), [best], num_classes=classes, device=settings.device)
+        preds[pool] = said[best]
+    right = {pool: values == test.labels for pool, values in preds.items()}
+    reference, winner = reference_pool(pools), max(pools, key=lambda pool: val_right[pool])
+    claim = "Reading {} and reading {} give different k-NN top-1."
+    findings = compare_with(reference, right, claim, margin=settings.margin, seed=settings.seed)
+    headline = (
+        f"Neighbours by {winner}, the best on {len(val)} validation images: {accuracy_text(right[winner])}."
+    )
     return LabResult(
         "probe knn",
         "By which read of the frozen tokens are the nearest training images of the same class?",
-        headline,
-        findings,
-        [_table(ways, right, chosen, val_right, len(val))],
-        forest(f"k-NN top-1 less that of {reference}", others, findings, settings.margin),
-        {**asdict(settings), "ways": ways, "reference": reference, "neighbours": counts},
+        headline + sentence_on(winner, findings),
+        list(findings.values()),
+        [_table(pools, right, chosen, val_right, len(val))],
+        forest(f"k-NN top-1 less that of {reference}", findings, settings.margin),
+        settings_record(settings, pools, reference=reference) | {"neighbours": counts},
         data_of(origin, parts),
         {
-            "top1": {way: float(values.mean()) for way, values in right.items()},
-            "neighbours": {way: choice[0] for way, choice in chosen.items()},
-            "temperature": {way: choice[1] for way, choice in chosen.items()},
+            "top1": {pool: float(values.mean()) for pool, values in right.items()},
+            "neighbours": {pool: choice[0] for pool, choice in chosen.items()},
+            "temperature": {pool: choice[1] for pool, choice in chosen.items()},
             "val_right": val_right,
             "best_on_val": winner,
         },
@@ -223,7 +214,7 @@ def knn(
 
 
 def _table(
-    ways: Sequence[str],
+    pools: Sequence[str],
     right: dict[str, np.ndarray],
     chosen: dict[str, tuple[int, float]],
     val_right: dict[str, int],
@@ -231,8 +222,8 @@ def _table(
 ) -> Table:
     columns = ["read", *ACCURACY_COLUMNS, "val top-1 (%)", "val right", "neighbours", "temperature"]
     rows: list[list[str | int | float | None]] = [
-        [way, *accuracy_cells(right[way]), val_right[way] / val_images, val_right[way], *chosen[way]]
-        for way in ways
+        [pool, *accuracy_cells(right[pool]), val_right[pool] / val_images, val_right[pool], *chosen[pool]]
+        for pool in pools
     ]
     note = f"Intervals: Wilson's, 95 %. Neighbours and temperature: chosen on {val_images} validation images."
     return Table("Nearest neighbours on frozen reads, test part", columns, rows, note)

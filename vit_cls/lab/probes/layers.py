@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +17,24 @@ from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
     accuracy_cells,
+    accuracy_text,
     check_margin,
-    check_parts,
-    chosen_ways,
+    checked_parts,
+    chosen_pools,
+    compare_with,
     data_of,
     failures_note,
-    in_words,
     predictions_of,
+    settings_record,
 )
-from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
-from vit_cls.lab.reads import layers_of, parse_way
+from vit_cls.lab.probes.linear import Fit, LinearSettings, fit_linear
+from vit_cls.lab.reads import layers_of, parse_pool
 from vit_cls.lab.results import MOST_LINES, LabResult, Line, LineChart, Table
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
-LAYER_WAYS = ("cls", "gap", "max")
+LAYER_POOLS = ("cls", "gap", "max")
 Pair = tuple[str, int]
-"""A way of reading, and the layer."""
+"""A pool, and the layer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LayerSettings:
     """Choices of the probe.
 
     Args:
-        ways: What is read at each layer; none means cls, gap and max, as far as the model has them.
+        pools: What is read at each layer; none means cls, gap and max, as far as the model has them.
         margin: The largest difference of accuracies that does not matter.
         seed: Of the resampling; nothing else is random.
 
@@ -49,7 +50,7 @@ class LayerSettings:
         ConfigError: If the margin is no share.
     """
 
-    ways: Sequence[str] = ()
+    pools: Sequence[str] = ()
     margin: float = MARGIN
     seed: int = 0
 
@@ -71,14 +72,10 @@ def layers(
     is one, but not the tokens.
 
     Args:
-        classifier: The frozen model.
-        partition: Its images.
         settings: Choices; None means the defaults.
-        config: How the model is run; None takes the defaults.
-        cache: A folder that keeps the reads; None keeps none.
 
     Raises:
-        ConfigError: If the model cannot be read that way at every layer.
+        ConfigError: If the model cannot be read by a pool at every layer.
         DataError: If a part is too small.
 
     Source:
@@ -87,16 +84,16 @@ def layers(
     started = time.perf_counter()
     settings = settings or LayerSettings()
     depth, layout = len(classifier.model.blocks), classifier.model.layout
-    ways, notes = chosen_ways(settings.ways, layout, depth, default=LAYER_WAYS)
-    for way in ways:
-        layers_of(parse_way(way, layout, depth), 0)
+    pools, notes = chosen_pools(settings.pools, layout, depth, default=LAYER_POOLS)
+    for pool in pools:
+        layers_of(parse_pool(pool, layout, depth), 0)
     reads, rows = {}, {}
     for part in PARTS:
         source = getattr(partition, part)
         reads[part], rows[part] = freeze_reads(
-            classifier, source, range(depth + 1), ways, config=config, cache=cache
+            classifier, source, range(depth + 1), pools, config=config, cache=cache
         )
-    check_parts(*rows.values())
+    checked_parts(*rows.values())
     labels = {part: one.labels for part, one in rows.items()}
     fits: dict[Pair, Fit] = {}
     preds: dict[Pair, np.ndarray] = {}
@@ -110,22 +107,30 @@ def layers(
         )
         preds[pair] = fits[pair].predict(test)
     right = {pair: values == labels["test"] for pair, values in preds.items()}
-    findings = _findings(right, ways[0], depth, settings)
-    headline = f"Reading {ways[0]} after the last of {depth} blocks: {in_words(right[ways[0], depth])}."
+    # Each layer against the last, the nearest to it first.
+    scores = {_place(pools[0], layer, depth): right[pools[0], layer] for layer in reversed(range(depth + 1))}
+    claim = "Reading {} and {} give different test top-1."
+    last = _place(pools[0], depth, depth)
+    findings = list(compare_with(last, scores, claim, margin=settings.margin, seed=settings.seed).values())
+    headline = (
+        f"Reading {pools[0]} after the last of {depth} blocks: {accuracy_text(right[pools[0], depth])}."
+    )
     return LabResult(
         "probe layers",
         "After which block can a linear classifier read the class off the tokens?",
         f"{headline} {findings[0].sentence}",
         findings,
         [_table(right, fits, len(labels["val"]))],
-        [_chart(right, ways, depth)],
-        {**asdict(settings), "ways": ways, "layers": list(range(depth + 1))},
+        [_chart(right, pools, depth)],
+        settings_record(settings, pools, layers=list(range(depth + 1))),
         data_of(partition.origin, rows),
         {
-            "top1": {way: [float(right[way, layer].mean()) for layer in range(depth + 1)] for way in ways},
-            "strength": {way: [fits[way, layer].strength for layer in range(depth + 1)] for way in ways},
+            "top1": {
+                pool: [float(right[pool, layer].mean()) for layer in range(depth + 1)] for pool in pools
+            },
+            "strength": {pool: [fits[pool, layer].strength for layer in range(depth + 1)] for pool in pools},
         },
-        predictions_of(rows["test"], {f"{way} {layer}": values for (way, layer), values in preds.items()}),
+        predictions_of(rows["test"], {f"{pool} {layer}": values for (pool, layer), values in preds.items()}),
         [*notes, NOTE, *failures_note(rows)],
         time.perf_counter() - started,
     )
@@ -138,41 +143,22 @@ NOTE = (
 )
 
 
-def _place(way: str, layer: int, depth: int) -> str:
+def _place(pool: str, layer: int, depth: int) -> str:
     if layer == 0:
-        return f"{way} before the first block"
-    return f"{way} after {'the last block' if layer == depth else f'block {layer}'}"
-
-
-def _findings(
-    right: Mapping[Pair, np.ndarray], way: str, depth: int, settings: LayerSettings
-) -> list[Finding]:
-    """Each layer against the last, the nearest to it first."""
-    last = _place(way, depth, depth)
-    claims = [
-        Claim(
-            f"Reading {_place(way, layer, depth)} and {last} give different test top-1.",
-            right[way, depth][None],
-            right[way, layer][None],
-            expect="differs",
-            margin=settings.margin,
-            names=(last, _place(way, layer, depth)),
-        )
-        for layer in reversed(range(depth))
-    ]
-    return judge_all(claims, seed=settings.seed)
+        return f"{pool} before the first block"
+    return f"{pool} after {'the last block' if layer == depth else f'block {layer}'}"
 
 
 def _table(right: Mapping[Pair, np.ndarray], fits: Mapping[Pair, Fit], val_images: int) -> Table:
     rows: list[list[str | int | float | None]] = [
         [
-            way,
+            pool,
             layer,
             *accuracy_cells(values),
-            fits[way, layer].val_right / val_images,
-            fits[way, layer].strength,
+            fits[pool, layer].val_right / val_images,
+            fits[pool, layer].strength,
         ]
-        for (way, layer), values in right.items()
+        for (pool, layer), values in right.items()
     ]
     columns = ["read", "layer", *ACCURACY_COLUMNS, "val top-1 (%)", "penalty"]
     note = (
@@ -182,13 +168,13 @@ def _table(right: Mapping[Pair, np.ndarray], fits: Mapping[Pair, Fit], val_image
     return Table("Ridge probes by layer, test part", columns, rows, note)
 
 
-def _chart(right: Mapping[Pair, np.ndarray], ways: Sequence[str], depth: int) -> LineChart:
+def _chart(right: Mapping[Pair, np.ndarray], pools: Sequence[str], depth: int) -> LineChart:
     lines = []
-    for way in ways[:MOST_LINES]:
-        cells = [accuracy_cells(right[way, layer]) for layer in range(depth + 1)]
+    for pool in pools[:MOST_LINES]:
+        cells = [accuracy_cells(right[pool, layer]) for layer in range(depth + 1)]
         points = [(float(layer), one[0]) for layer, one in enumerate(cells)]
-        lines.append(Line(way, points, [(one[1], one[2]) for one in cells]))
+        lines.append(Line(pool, points, [(one[1], one[2]) for one in cells]))
     note = "Test top-1 of ridge probes; bands are Wilson's 95 % intervals. 0 is before the first block."
-    if len(ways) > MOST_LINES:
-        note += f" Drawn: the first {MOST_LINES} of {len(ways)} reads; the others are in the table."
+    if len(pools) > MOST_LINES:
+        note += f" Drawn: the first {MOST_LINES} of {len(pools)} reads; the others are in the table."
     return LineChart("What can be read off each layer", "block", "test top-1", lines, note=note)

@@ -3,55 +3,213 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 
 import numpy as np
 
+from vit_cls.checks import check_choice
 from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
+    MARGIN,
+    READINGS_DIFFER,
     accuracy_cells,
-    check_parts,
-    chosen_ways,
+    accuracy_text,
+    check_margin,
+    checked_parts,
+    chosen_pools,
     compare_with,
     data_of,
     failures_note,
-    forest,
-    in_words,
     predictions_of,
-    reference_way,
+    reference_pool,
+    sentence_on,
+    settings_record,
 )
-from vit_cls.lab.probes.linear_fits import Fit, LinearSettings, fit_linear
-from vit_cls.lab.results import LabResult, Table
+from vit_cls.lab.results import LabResult, Table, forest
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.stats.least_squares import PENALTIES, chosen_classifier, one_against_all, ridge_fits
+
+PROTOCOLS = ("ours", "dinov2", "mae")
+SOLVERS = ("ridge", "logistic")
+STRENGTHS = tuple(float(10.0**power) for power in range(-4, 4))
+"""The C of logistic regression: the loss of all images is multiplied by it, so it depends on their number."""
+NORM_EPS = 1e-6
+"""Of MAE's BatchNorm before the linear layer, ``main_linprobe.py``."""
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """Choices of the probe.
+
+    Args:
+        pools: What is read; none means the usual pools that the model has, or those of the protocol.
+        protocol: ``ours``; ``dinov2``: class tokens of the last 1 or 4 blocks, with and without the mean of
+            the patches, the best of the four on validation; ``mae``: BatchNorm without parameters, then
+            logistic regression.
+        solver: ``ridge`` (closed form) or ``logistic`` (L-BFGS).
+        refit: Whether the classifier is fitted again, on train and validation, with the strength chosen.
+        margin: The largest difference of accuracies that does not matter.
+        seed: Of the resampling; nothing else is random.
+        max_steps: Steps that L-BFGS may take.
+
+    Raises:
+        ConfigError: If a choice is unknown or the margin is no share.
+    """
+
+    pools: Sequence[str] = ()
+    protocol: str = "ours"
+    solver: str = "ridge"
+    refit: bool = False
+    margin: float = MARGIN
+    seed: int = 0
+    max_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        check_choice("--protocol", self.protocol, PROTOCOLS)
+        check_choice("--solver", self.solver, SOLVERS)
+        check_margin(self.margin)
+
+    @property
+    def ridge(self) -> bool:
+        """Whether classifiers are fitted in closed form."""
+        return self.solver == "ridge" and self.protocol != "mae"
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """What is chosen from: penalties of ridge, or values of C."""
+        return PENALTIES if self.ridge else STRENGTHS
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear classifier of one read, chosen on validation.
+
+    Args:
+        weight: Shape ``(features, classes)``.
+        bias: Shape ``(classes,)``.
+        strength: The penalty of ridge, or the C of logistic regression.
+        val_right: Validation images that it classifies right.
+        converged: Whether the solver did.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    strength: float
+    val_right: int
+    converged: bool = True
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """The class of each row.
+
+        Args:
+            features: Shape ``(rows, features)``.
+        """
+        scores = np.asarray(features, dtype=np.float64) @ self.weight + self.bias
+        return scores.argmax(axis=1)
+
+
+def fit_linear(
+    train: tuple[np.ndarray, np.ndarray],
+    val: tuple[np.ndarray, np.ndarray],
+    *,
+    num_classes: int,
+    settings: LinearSettings,
+) -> Fit:
+    """Fit a classifier for each strength, and choose by validation accuracy.
+
+    Args:
+        train: Features, shape ``(rows, features)``, and labels, int64, shape ``(rows,)``.
+    """
+    if settings.ridge:
+        best = chosen_classifier(*train, *val, num_classes=num_classes)
+        fit = Fit(best.weight, best.bias, best.penalty, 0)
+    else:
+        fit = _chosen_logistic(train, val, num_classes, settings)
+    right = int((fit.predict(val[0]) == val[1]).sum())
+    if settings.refit:
+        both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
+        fit = _fit_again(both, fit.strength, num_classes, settings)
+    return Fit(fit.weight, fit.bias, fit.strength, right, fit.converged)
+
+
+def _fit_again(
+    data: tuple[np.ndarray, np.ndarray], strength: float, num_classes: int, settings: LinearSettings
+) -> Fit:
+    if settings.ridge:
+        (again,) = ridge_fits(data[0], one_against_all(data[1], num_classes), [strength])
+        return Fit(again.weight, again.bias, strength, 0)
+    return _logistic(data, [strength], num_classes, settings)[0]
+
+
+def _chosen_logistic(
+    train: tuple[np.ndarray, np.ndarray],
+    val: tuple[np.ndarray, np.ndarray],
+    num_classes: int,
+    settings: LinearSettings,
+) -> Fit:
+    """The C with the highest validation accuracy; of equal ones the smallest, the strongest penalty."""
+    fits = _logistic(train, STRENGTHS, num_classes, settings)
+    return max(fits, key=lambda fit: (int((fit.predict(val[0]) == val[1]).sum()), -fit.strength))
+
+
+def _logistic(
+    data: tuple[np.ndarray, np.ndarray],
+    strengths: Sequence[float],
+    num_classes: int,
+    settings: LinearSettings,
+) -> list[Fit]:
+    """One fit a strength, each from where the one before ended."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    x = np.asarray(data[0], dtype=np.float64)
+    mean, variance = x.mean(axis=0), x.var(axis=0)
+    eps = NORM_EPS if settings.protocol == "mae" else 1e-12
+    scale = np.sqrt(variance + eps)
+    z = (x - mean) / scale
+    model = LogisticRegression(solver="lbfgs", max_iter=settings.max_steps, warm_start=True)
+    fits = []
+    for strength in strengths:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            model.set_params(C=strength).fit(z, data[1])
+        coefficients, intercept = model.coef_, model.intercept_
+        if len(model.classes_) == 2:  # scikit-learn keeps the score of the second alone
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercept = np.concatenate([-intercept, intercept]) / 2
+        weight = np.zeros((x.shape[1], num_classes))
+        bias = np.full(num_classes, -np.inf)  # a class without training images is never predicted
+        weight[:, model.classes_] = coefficients.T / scale[:, None]
+        bias[model.classes_] = intercept - mean @ weight[:, model.classes_]
+        slow = any(issubclass(one.category, ConvergenceWarning) for one in caught)
+        fits.append(Fit(weight, bias, strength, 0, converged=not slow))
+    return fits
+
 
 DINOV2_BLOCKS = (1, 4)
 
 
-def linear_ways(settings: LinearSettings, layout: TokenLayout, depth: int) -> tuple[list[str], list[str]]:
+def linear_pools(settings: LinearSettings, layout: TokenLayout, depth: int) -> tuple[list[str], list[str]]:
     """What the probe reads, so that the layers it needs can be frozen.
 
-    Args:
-        settings: Of the probe.
-        layout: The model's tokens.
-        depth: The model's blocks.
-
     Returns:
-        The ways, and notes about those that were left out.
+        The pools, and notes about those that were left out.
 
     Raises:
-        ConfigError: If a named way is unknown, or reads what the model does not have.
+        ConfigError: If a named pool is unknown, or reads what the model does not have.
 
     Example:
-        >>> linear_ways(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 12)[0]
+        >>> linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 12)[0]
         ['cls', 'cls+gap', 'last:4', 'last:4+gap']
     """
-    if settings.protocol != "dinov2" or settings.ways:
-        return chosen_ways(settings.ways, layout, depth)
+    if settings.protocol != "dinov2" or settings.pools:
+        return chosen_pools(settings.pools, layout, depth)
     blocks = sorted({min(count, depth) for count in DINOV2_BLOCKS})
     tokens = ["cls" if count == 1 else f"last:{count}" for count in blocks]
-    return chosen_ways([f"{one}{mean}" for one in tokens for mean in ("", "+gap")], layout, depth)
+    return chosen_pools([f"{one}{mean}" for one in tokens for mean in ("", "+gap")], layout, depth)
 
 
 def linear(
@@ -65,14 +223,11 @@ def linear(
     """Fit a linear classifier on each read, choose on validation, test once.
 
     Args:
-        train: Frozen tokens to fit on; the layers that `linear_ways` reads.
         val: Likewise, to choose the strength (and with ``dinov2`` the read) by.
-        test: Likewise, to report on.
         settings: Choices; None means the defaults.
-        origin: Of the partition, for the result.
 
     Raises:
-        ConfigError: If the model cannot be read that way.
+        ConfigError: If the model cannot be read by a pool.
         DataError: If the parts do not belong together or are too small.
 
     Source:
@@ -82,36 +237,32 @@ def linear(
     """
     started = time.perf_counter()
     settings = settings or LinearSettings()
-    check_parts(train.rows, val.rows, test.rows)
-    ways, notes = linear_ways(settings, train.layout, train.depth)
-    fits = {way: _fit(way, train, val, settings) for way in ways}
-    best = max(ways, key=lambda way: fits[way].val_right)  # of equal ones the first
-    reference = reference_way(ways)
-    tested = [way for way in ways if settings.protocol != "dinov2" or way in (reference, best)]
-    preds = {way: fits[way].predict(test.read(way)) for way in tested}
-    right = {way: values == test.labels for way, values in preds.items()}
-    findings = compare_with(reference, right, what="test top-1", margin=settings.margin, seed=settings.seed)
-    others = [way for way in tested if way != reference]
-    headline = f"Reading {best}, the best on {len(val)} validation images: {in_words(right[best])}."
-    if findings:
-        headline += f" {findings[others.index(best) if best in others else 0].sentence}"
-    slow = [way for way in ways if not fits[way].converged]
+    parts = checked_parts(train.rows, val.rows, test.rows)
+    pools, notes = linear_pools(settings, train.layout, train.depth)
+    fits = {pool: fit_pool(pool, train, val, settings) for pool in pools}
+    best = max(pools, key=lambda pool: fits[pool].val_right)  # of equal ones the first
+    reference = reference_pool(pools)
+    tested = [pool for pool in pools if settings.protocol != "dinov2" or pool in (reference, best)]
+    preds = {pool: fits[pool].predict(test.read(pool)) for pool in tested}
+    right = {pool: values == test.labels for pool, values in preds.items()}
+    findings = compare_with(reference, right, READINGS_DIFFER, margin=settings.margin, seed=settings.seed)
+    headline = f"Reading {best}, the best on {len(val)} validation images: {accuracy_text(right[best])}."
+    slow = [pool for pool in pools if not fits[pool].converged]
     if slow:
         notes.append(f"L-BFGS had not converged after {settings.max_steps} steps for {', '.join(slow)}.")
-    parts = {"train": train.rows, "val": val.rows, "test": test.rows}
     return LabResult(
         "probe linear",
         "Which read of the frozen tokens does a linear classifier get the most out of?",
-        headline,
-        findings,
-        [_table(ways, fits, right, settings, len(val))],
-        forest(f"Test top-1 less that of {reference}", others, findings, settings.margin),
-        {**asdict(settings), "ways": ways, "reference": reference, "strengths": settings.strengths},
+        headline + sentence_on(best, findings),
+        list(findings.values()),
+        [_table(pools, fits, right, settings, len(val))],
+        forest(f"Test top-1 less that of {reference}", findings, settings.margin),
+        settings_record(settings, pools, reference=reference, strengths=settings.strengths),
         data_of(origin, parts),
         {
-            "top1": {way: float(values.mean()) for way, values in right.items()},
-            "strength": {way: fit.strength for way, fit in fits.items()},
-            "val_right": {way: fit.val_right for way, fit in fits.items()},
+            "top1": {pool: float(values.mean()) for pool, values in right.items()},
+            "strength": {pool: fit.strength for pool, fit in fits.items()},
+            "val_right": {pool: fit.val_right for pool, fit in fits.items()},
             "best_on_val": best,
         },
         predictions_of(test.rows, preds),
@@ -120,17 +271,18 @@ def linear(
     )
 
 
-def _fit(way: str, train: FrozenTokens, val: FrozenTokens, settings: LinearSettings) -> Fit:
+def fit_pool(pool: str, train: FrozenTokens, val: FrozenTokens, settings: LinearSettings) -> Fit:
+    """`fit_linear` on what a pool reads of frozen tokens."""
     return fit_linear(
-        (train.read(way), train.labels),
-        (val.read(way), val.labels),
+        (train.read(pool), train.labels),
+        (val.read(pool), val.labels),
         num_classes=len(train.class_names),
         settings=settings,
     )
 
 
 def _table(
-    ways: Sequence[str],
+    pools: Sequence[str],
     fits: Mapping[str, Fit],
     right: Mapping[str, np.ndarray],
     settings: LinearSettings,
@@ -139,14 +291,14 @@ def _table(
     strength, grid = "penalty" if settings.ridge else "C", settings.strengths
     rows = [
         [
-            way,
-            *(accuracy_cells(right[way]) if way in right else (None,) * 5),
-            fits[way].val_right / val_images,
-            fits[way].val_right,
-            fits[way].strength,
-            fits[way].weight.size + fits[way].bias.size,
+            pool,
+            *(accuracy_cells(right[pool]) if pool in right else (None,) * 5),
+            fits[pool].val_right / val_images,
+            fits[pool].val_right,
+            fits[pool].strength,
+            fits[pool].weight.size + fits[pool].bias.size,
         ]
-        for way in ways
+        for pool in pools
     ]
     columns = ["read", *ACCURACY_COLUMNS, "val top-1 (%)", "val right", strength, "parameters"]
     unit = ", in multiples of the mean variance of the standardised features" if settings.ridge else ""
@@ -154,7 +306,7 @@ def _table(
         f"Intervals: Wilson's, 95 %. The {strength} was chosen on {val_images} validation images from "
         f"{len(grid)} values, {grid[0]:g} to {grid[-1]:g}{unit}."
     )
-    if len(right) < len(ways):
+    if len(right) < len(pools):
         note += " A dash: not tested, for it was not chosen."
     return Table("Linear classifiers on frozen reads, test part", columns, rows, note)
 

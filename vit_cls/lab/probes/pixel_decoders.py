@@ -64,7 +64,6 @@ def working_size(image_hw: tuple[int, int], grid_size: tuple[int, int]) -> tuple
 
     Args:
         image_hw: The model's input, in pixels.
-        grid_size: Patch rows and columns.
 
     Returns:
         Height and width: the input's where it is that small and patches tile it, else the largest multiple of
@@ -87,10 +86,7 @@ def pixels_of(
     """The pixels that the model saw, reduced to a size by averaging areas.
 
     Args:
-        source: The images.
         positions: Which ones, int, shape ``(n,)``; each can be read.
-        preprocess: The model's.
-        size: Height and width of the result.
 
     Returns:
         float64 in [0, 1], shape ``(n, 3, height, width)``.
@@ -126,7 +122,6 @@ def ridge_decoded_by_patch(
 
     Args:
         token: Of a part (0, 1, 2: as in ``y``) and a place in the sequence, shape ``(images, dim)``.
-        layout: Where tokens stand.
         y: Pixels, each of shape ``(images, channels, height, width)``, the grid dividing both sides.
     """
     rows, cols = layout.grid_size
@@ -175,8 +170,6 @@ class ConvDecoder(nn.Module):
     The last layer starts at zero, so that training starts from the mean image.
 
     Args:
-        dim: Width of a vector or of a token.
-        grid_size: Patch rows and columns.
         mean: The mean image, shape ``(channels, height, width)``; the grid divides both sides.
         by_patch: Whether there is a vector for every patch, or one for the image.
     """
@@ -221,8 +214,6 @@ def conv_decoded(x: Triple, y: Triple, grid_size: tuple[int, int], *, seed: int)
     Args:
         x: Vectors, each of shape ``(images, features)``, or ``(images, patches, features)``.
         y: Pixels, each of shape ``(images, channels, height, width)``.
-        grid_size: Patch rows and columns; they divide height and width.
-        seed: Of first weights and of batches.
     """
     axes = tuple(range(x[0].ndim - 1))
     mean, scale = x[0].mean(axis=axes), scale_of(x[0].var(axis=axes, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Test images as they are had back from each read of frozen tokens, and how near they come."""
+"""Test images reconstructed from each read of frozen tokens, and how near they come."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sklearn.decomposition import PCA
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import FrozenTokens, freeze, freeze_reads
+from vit_cls.lab.features import FrozenTokens, freeze_reads
+from vit_cls.lab.probes.common import freeze_parts
 from vit_cls.lab.probes.pixel_decoders import (
     MAX_FLAT,
     Decoded,
@@ -63,15 +64,10 @@ class Scores:
 
 
 class Reconstructions:
-    """Frozen tokens and pixels of the three parts, and what can be had back from the ones of the others.
+    """Frozen tokens and pixels of the three parts, and the reconstructions of the pixels from the tokens.
 
     Args:
-        classifier: Whose tokens are read.
-        parts: Images to fit on, to choose by and to report on.
         decoder: ``ridge`` or ``conv``.
-        seed: Of the random encoder and of the network's training.
-        config: How the model is run.
-        cache: A folder that keeps tokens; None keeps none.
     """
 
     def __init__(
@@ -87,12 +83,9 @@ class Reconstructions:
         self.parts = parts
         self.decoder = decoder
         self.seed = seed
-        self.config = config
-        self.cache = cache
-        self.sources = (parts.train, parts.val, parts.test)
-        self.frozen: list[FrozenTokens] = [
-            freeze(classifier, source, config=config, cache=cache) for source in self.sources
-        ]
+        self.config, self.cache = config, cache
+        self.sources = parts.sources
+        self.frozen = freeze_parts(classifier, self.sources, config, cache)
         self.layout = classifier.model.layout
         hw = classifier.preprocess.img_size
         self.size = working_size(hw, self.layout.grid_size)
@@ -120,8 +113,8 @@ class Reconstructions:
             found["random"] = self._from(self._random_class_tokens())
         return found | self._baselines()
 
-    def _read(self, way: str) -> Triple:
-        train, val, test = (one.read(way) for one in self.frozen)
+    def _read(self, pool: str) -> Triple:
+        train, val, test = (one.read(pool) for one in self.frozen)
         return train, val, test
 
     def _from(self, x: Triple) -> Decoded:
@@ -162,9 +155,9 @@ class Reconstructions:
         return train, val, test
 
     def _reads(
-        self, classifier: ImageClassifier, source: ImageSource, layers: Sequence[int], ways: Sequence[str]
+        self, classifier: ImageClassifier, source: ImageSource, layers: Sequence[int], pools: Sequence[str]
     ) -> dict[tuple[str, int], np.ndarray]:
-        return freeze_reads(classifier, source, layers, ways, config=self.config, cache=self.cache)[0]
+        return freeze_reads(classifier, source, layers, pools, config=self.config, cache=self.cache)[0]
 
     def _baselines(self) -> dict[str, Decoded]:
         train, _, test = self.pixels
@@ -220,12 +213,12 @@ class Reconstructions:
         Args:
             layers: Where; 0 is before the first block.
         """
-        ways = ["cls", "gap"] if self.layout.class_token else ["gap"]
-        train, val, test = (self._reads(self.classifier, source, layers, ways) for source in self.sources)
-        found: dict[str, dict[int, np.ndarray]] = {way: {} for way in ways}
-        for way, layer in train:
-            x = (train[way, layer], val[way, layer], test[way, layer])
+        pools = ["cls", "gap"] if self.layout.class_token else ["gap"]
+        train, val, test = (self._reads(self.classifier, source, layers, pools) for source in self.sources)
+        found: dict[str, dict[int, np.ndarray]] = {pool: {} for pool in pools}
+        for pool, layer in train:
+            x = (train[pool, layer], val[pool, layer], test[pool, layer])
             images = ridge_decoded(x, self.pixels).images
             errors = np.square(images - self.pixels[2]).reshape(len(images), -1).sum(axis=1)
-            found[way][layer] = errors
+            found[pool][layer] = errors
         return found

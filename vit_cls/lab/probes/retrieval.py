@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vit_cls.checks import check_choice
 from vit_cls.errors import DataError
 from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     MARGIN,
-    check_choice,
     check_margin,
-    check_parts,
-    chosen_ways,
+    checked_parts,
+    chosen_pools,
+    compare_with,
     data_of,
     failures_note,
-    forest,
-    reference_way,
+    reference_pool,
+    settings_record,
 )
-from vit_cls.lab.results import LabResult, Table
+from vit_cls.lab.results import LabResult, Table, forest
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
-from vit_cls.stats.verdicts import Claim, Finding, judge_all
+from vit_cls.stats.verdicts import Finding
 
 GALLERIES = ("test", "train")
 CHANGES = ("raw", "centred", "whitened")
@@ -36,7 +37,7 @@ class RetrievalSettings:
     """Choices of the probe.
 
     Args:
-        ways: What is read; none means the usual ways that the model has.
+        pools: What is read; none means the usual pools that the model has.
         gallery: What is searched: ``test``, the other test images, or ``train``.
         margin: The largest difference of mean average precisions that does not matter.
         seed: Kept with the result; nothing here is random.
@@ -45,7 +46,7 @@ class RetrievalSettings:
         ConfigError: If a choice is unknown or the margin is no share.
     """
 
-    ways: Sequence[str] = ()
+    pools: Sequence[str] = ()
     gallery: str = "test"
     margin: float = MARGIN
     seed: int = 0
@@ -67,8 +68,6 @@ def rank_changed(
     Args:
         train: Features, shape ``(rows, dim)``.
         test: Features of the queries, shape ``(queries, dim)``.
-        labels: Of both, in this order.
-        gallery: As for `RetrievalSettings`.
     """
     whitening = fit_whitening(train)
     changes = {
@@ -95,52 +94,47 @@ def retrieval(
     """Search for images of each test image's class, by cosine similarity.
 
     Args:
-        train: Frozen tokens; means and whitenings are fitted on them.
-        test: Likewise; the queries.
         settings: Choices; None means the defaults.
-        origin: Of the partition, for the result.
 
     Raises:
-        ConfigError: If the model cannot be read that way.
+        ConfigError: If the model cannot be read by a pool.
         DataError: If the parts do not belong together, or fewer than two queries have a positive.
     """
     started = time.perf_counter()
     settings = settings or RetrievalSettings()
-    check_parts(train.rows, test.rows, test.rows)
-    ways, notes = chosen_ways(settings.ways, train.layout, train.depth)
+    checked_parts(train.rows, test.rows, test.rows)
+    pools, notes = chosen_pools(settings.pools, train.layout, train.depth)
     labels = train.labels, test.labels
     found = {
-        (way, change): rankings
-        for way in ways
+        (pool, change): rankings
+        for pool in pools
         for change, rankings in rank_changed(
-            train.read(way), test.read(way), labels, gallery=settings.gallery
+            train.read(pool), test.read(pool), labels, gallery=settings.gallery
         ).items()
     }
-    first = found[ways[0], "raw"]
+    first = found[pools[0], "raw"]
     if len(first.queries) < 2:
         raise DataError(
             f"only {len(first.queries)} of {len(test)} test images have another image of their class in the "
             "gallery; a comparison needs at least two. Give more test images, or --gallery train."
         )
-    reference = reference_way(ways)
-    names, findings = _findings(found, ways, reference, settings)
+    reference = reference_pool(pools)
+    findings = _findings(found, pools, reference, settings)
     means = {key: float(one.average_precision.mean()) for key, one in found.items()}
     mean = f"{100 * means[reference, 'raw']:.1f} % over {len(first.queries)} queries"
-    headline = f"Mean average precision by {reference}: {mean}."
-    if findings:
-        headline += f" {findings[0].sentence}"
+    headline = f"Mean average precision by {reference}: {mean}. {next(iter(findings.values())).sentence}"
     parts = {"train": train.rows, "test": test.rows}
     return LabResult(
         "probe retrieval",
         "By which read of the frozen tokens are images of the same class found?",
         headline,
-        findings,
+        list(findings.values()),
         [_table(found)],
-        forest(f"Mean average precision less that of {reference}", names, findings, settings.margin),
-        {**asdict(settings), "ways": ways, "reference": reference, "changes": CHANGES},
+        forest(f"Mean average precision less that of {reference}", findings, settings.margin),
+        settings_record(settings, pools, reference=reference, changes=CHANGES),
         {**data_of(origin, parts), "queries_without_positive": first.without_positive},
         {
-            "map": {f"{way} {change}": value for (way, change), value in means.items()},
+            "map": {f"{pool} {change}": value for (pool, change), value in means.items()},
             "map_by_chance": float(first.chance.mean()),
         },
         _predictions(test, found),
@@ -151,41 +145,35 @@ def retrieval(
 
 def _findings(
     found: Mapping[tuple[str, str], Rankings],
-    ways: Sequence[str],
+    pools: Sequence[str],
     reference: str,
     settings: RetrievalSettings,
-) -> tuple[list[str], list[Finding]]:
-    """Each way as it is, then the reference changed, against the reference as it is."""
-    base = found[reference, "raw"].average_precision
-    compared = [(way, "raw") for way in ways if way != reference]
+) -> dict[str, Finding]:
+    """Each pool as it is, then the reference changed, against the reference as it is; by label."""
+    compared = [(pool, "raw") for pool in pools if pool != reference]
     compared.sort(key=lambda pair: pair[0] != "gap")  # what is claimed most often comes first
     compared += [(reference, change) for change in CHANGES[1:]]
-    names = [way if change == "raw" else f"{change} {way}" for way, change in compared]
-    claims = [
-        Claim(
-            f"Searching by {name} and by {reference} gives different mean average precision.",
-            base[None],
-            found[pair].average_precision[None],
-            expect="differs",
-            margin=settings.margin,
-            names=(reference, name),
-        )
-        for name, pair in zip(names, compared, strict=True)
-    ]
-    labels = [way if change == "raw" else f"{way}, {change}" for way, change in compared]
-    return labels, judge_all(claims, seed=settings.seed)
+    scores = {reference: found[reference, "raw"].average_precision}
+    scores |= {
+        pool if change == "raw" else f"{change} {pool}": found[pool, change].average_precision
+        for pool, change in compared
+    }
+    claim = "Searching by {} and by {} gives different mean average precision."
+    findings = compare_with(reference, scores, claim, margin=settings.margin, seed=settings.seed)
+    labels = [pool if change == "raw" else f"{pool}, {change}" for pool, change in compared]
+    return dict(zip(labels, findings.values(), strict=True))
 
 
 def _table(found: Mapping[tuple[str, str], Rankings]) -> Table:
     recalls = [f"recall@{k} (%)" for k in RECALL_AT]
     columns = ["read", "features", "mAP (%)", "from (%)", "to (%)", "R-precision (%)", *recalls, "queries"]
     rows: list[list[str | int | float | None]] = []
-    for (way, change), one in found.items():
+    for (pool, change), one in found.items():
         mean = mean_interval(one.average_precision)
         low, high = max(0.0, mean.ci95[0]), min(1.0, mean.ci95[1])
         recall = one.recall.mean(axis=0).tolist()
         rows.append(
-            [way, change, mean.estimate, low, high, float(one.r_precision.mean()), *recall, len(one.queries)]
+            [pool, change, mean.estimate, low, high, float(one.r_precision.mean()), *recall, len(one.queries)]
         )
     first = next(iter(found.values()))
     rows.append(
@@ -212,7 +200,7 @@ def _predictions(test: FrozenTokens, found: Mapping[tuple[str, str], Rankings]) 
         "labels": test.labels[first.queries],
         "class_names": list(test.class_names),
         "average_precision": {
-            f"{way} {change}": one.average_precision for (way, change), one in found.items()
+            f"{pool} {change}": one.average_precision for (pool, change), one in found.items()
         },
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,19 +12,20 @@ from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
     MARGIN,
+    READINGS_DIFFER,
     accuracy_cells,
     check_margin,
-    check_parts,
+    checked_parts,
+    compare_with,
     data_of,
     failures_note,
-    forest,
     predictions_of,
+    settings_record,
 )
-from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
-from vit_cls.lab.reads import possible_ways
-from vit_cls.lab.results import HeatMap, LabResult, Table
+from vit_cls.lab.probes.linear import LinearSettings, fit_pool
+from vit_cls.lab.reads import possible_pools
+from vit_cls.lab.results import HeatMap, LabResult, Table, forest
 from vit_cls.stats.random_effects import mean_interval
-from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
 SINGLE = "the average single patch"
 NOTE = (
@@ -64,11 +65,7 @@ def tokens(
     """Fit a ridge probe on every patch token of its own, and on cls and gap.
 
     Args:
-        train: Frozen tokens after the last block, to fit on.
-        val: Likewise, to choose penalties by.
-        test: Likewise, to report on.
         settings: Choices; None means the defaults.
-        origin: Of the partition, for the result.
 
     Raises:
         DataError: If the parts do not belong together or are too small.
@@ -78,43 +75,38 @@ def tokens(
     """
     started = time.perf_counter()
     settings = settings or TokenSettings()
-    check_parts(train.rows, val.rows, test.rows)
-    pooled, notes = possible_ways(["cls", "gap"], train.layout)
+    parts = checked_parts(train.rows, val.rows, test.rows)
+    pooled, notes = possible_pools(["cls", "gap"], train.layout)
     patches = [f"token:{patch}" for patch in range(train.layout.num_patches)]
     preds, strengths = {}, {}
-    for way in [*pooled, *patches]:
-        fit = fit_linear(
-            (train.read(way), train.labels),
-            (val.read(way), val.labels),
-            num_classes=len(train.class_names),
-            settings=LinearSettings(),
-        )
-        preds[way], strengths[way] = fit.predict(test.read(way)), fit.strength
-    right = {way: values == test.labels for way, values in preds.items()}
+    for pool in [*pooled, *patches]:
+        fit = fit_pool(pool, train, val, LinearSettings())
+        preds[pool], strengths[pool] = fit.predict(test.read(pool)), fit.strength
+    right = {pool: values == test.labels for pool, values in preds.items()}
     single = np.mean([right[patch] for patch in patches], axis=0)
-    findings = _findings(right, single, pooled, settings)
-    parts = {"train": train.rows, "val": val.rows, "test": test.rows}
+    scores = {SINGLE: single, **{pool: right[pool].astype(np.float64) for pool in pooled}}
+    findings = compare_with(SINGLE, scores, READINGS_DIFFER, margin=settings.margin, seed=settings.seed)
     means = np.array([right[patch].mean() for patch in patches])
     low, high = mean_interval(single).ci95
     headline = (
         f"A single patch token of {len(patches)} gives {100 * single.mean():.1f} % on average (95 % interval "
         f"{100 * max(low, 0.0):.1f} to {100 * min(high, 1.0):.1f}, {len(test)} images; from "
-        f"{100 * means.min():.1f} to {100 * means.max():.1f} % by patch). {findings[0].sentence}"
+        f"{100 * means.min():.1f} to {100 * means.max():.1f} % by patch). {findings[pooled[0]].sentence}"
     )
     return LabResult(
         "probe tokens",
         "Does a single patch token know what the class token, or the mean of all patches, knows?",
         headline,
-        findings,
+        list(findings.values()),
         [_table(right, single, pooled, patches)],
         [
-            _heat_map(means, train.grid_size, {way: float(right[way].mean()) for way in pooled}),
-            *forest("Test top-1 less that of the average single patch", pooled, findings, settings.margin),
+            _heat_map(means, train.grid_size, {pool: float(right[pool].mean()) for pool in pooled}),
+            *forest("Test top-1 less that of the average single patch", findings, settings.margin),
         ],
-        {**asdict(settings), "ways": [*pooled, *patches]},
+        settings_record(settings, [*pooled, *patches]),
         data_of(origin, parts),
         {
-            "top1": {way: float(values.mean()) for way, values in right.items()},
+            "top1": {pool: float(values.mean()) for pool, values in right.items()},
             "mean_single_patch": float(single.mean()),
             "strength": strengths,
         },
@@ -124,23 +116,6 @@ def tokens(
     )
 
 
-def _findings(
-    right: Mapping[str, np.ndarray], single: np.ndarray, pooled: Sequence[str], settings: TokenSettings
-) -> list[Finding]:
-    claims = [
-        Claim(
-            f"Reading {way} and reading {SINGLE} give different test top-1.",
-            single[None],
-            right[way].astype(np.float64)[None],
-            expect="differs",
-            margin=settings.margin,
-            names=(SINGLE, way),
-        )
-        for way in pooled
-    ]
-    return judge_all(claims, seed=settings.seed)
-
-
 def _table(
     right: Mapping[str, np.ndarray], single: np.ndarray, pooled: Sequence[str], patches: Sequence[str]
 ) -> Table:
@@ -148,7 +123,7 @@ def _table(
     low, high = mean_interval(single).ci95
     counts = [int(right[patch].sum()) for patch in patches]
     worst, best = patches[int(np.argmin(counts))], patches[int(np.argmax(counts))]
-    rows: list[list[str | int | float | None]] = [[way, *accuracy_cells(right[way])] for way in pooled]
+    rows: list[list[str | int | float | None]] = [[pool, *accuracy_cells(right[pool])] for pool in pooled]
     rows.append([SINGLE, float(single.mean()), max(low, 0.0), min(high, 1.0), None, len(single)])
     rows.append([f"worst patch ({worst})", *accuracy_cells(right[worst])])
     rows.append([f"best patch ({best})", *accuracy_cells(right[best])])
@@ -157,7 +132,7 @@ def _table(
 
 
 def _heat_map(means: np.ndarray, grid_size: tuple[int, int], pooled: Mapping[str, float]) -> HeatMap:
-    shown = ", ".join(f"{way} {100 * value:.1f} %" for way, value in pooled.items())
+    shown = ", ".join(f"{pool} {100 * value:.1f} %" for pool, value in pooled.items())
     note = f"One cell a patch, as the image lies. For comparison: {shown}."
     grid = means.reshape(grid_size)  # patches are in raster order
     return HeatMap("Test top-1 of a probe on each single patch", grid.tolist(), note=note)

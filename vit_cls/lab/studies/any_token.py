@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.lab.results import Figure, ForestChart, LabResult, Table
-from vit_cls.lab.studies.frozen_patches import (
+from vit_cls.lab.results import Figure, LabResult, Table, forest
+from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.studies.patch_tokens import (
+    CLS,
+    GAP,
+    TOKENS,
     FrozenReads,
+    chosen_patches,
     frozen_claims,
     frozen_table,
+    grid_of,
     heat_maps,
     read_frozen,
 )
-from vit_cls.lab.studies.heads import head_settings
-from vit_cls.lab.studies.named_patches import CLS, GAP, TOKENS, chosen_patches, grid_of
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.random_effects import paired_difference
@@ -129,14 +133,13 @@ class AnyTokenStudy(Study):
             for name, pool in self.pools.items()
         }
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        arms = [*self.scratch().values(), *self.finetuned().values()]
-        return [trial for trials in arms for trial in trials]
+    def arms(self) -> dict[str, dict[str, list[Trial]]]:
+        """Trials by mode and read-out, a seed each."""
+        return {SCRATCH: self.scratch(), FINETUNED: self.finetuned()}
 
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
-        arms = self._arms()
+        arms = self._compared()
         right = {mode: {k: answers.correct(t) for k, t in one.items()} for mode, one in arms.items()}
         reads = self._frozen(answers)
         margin = self.setup.margin
@@ -145,18 +148,15 @@ class AnyTokenStudy(Study):
         # Each mode is a question of its own, and is adjusted for the number of its own claims.
         findings = {mode: judge_all(claims, seed=self.setup.seed) for mode, claims in groups.items()}
         everything = {**self.scratch(), **{f"{FINETUNED} {k}": t for k, t in self.finetuned().items()}}
-        return LabResult(
-            kind="study any-token",
-            question=self.question,
-            headline=self._headline(right, reads, findings),
-            findings=[one for group in findings.values() for one in group],
+        return self.result(
+            answers,
+            self._headline(right, reads, findings),
+            [one for group in findings.values() for one in group],
             tables=[
                 *(self._table(mode, answers, arms[mode], right[mode]) for mode in arms),
                 *([frozen_table(list(reads.values()))] if reads else []),
             ],
             figures=self._figures(right, reads),
-            settings=self.settings(),
-            data=self.data_record(answers, self.trials()),
             values={
                 "patches": self.patches,
                 "top1": {
@@ -172,7 +172,7 @@ class AnyTokenStudy(Study):
             notes=self._notes(reads),
         )
 
-    def _arms(self) -> dict[str, dict[str, list[Trial]]]:
+    def _compared(self) -> dict[str, dict[str, list[Trial]]]:
         """Trials of the trained modes, by mode and read-out; cls first."""
         found: dict[str, dict[str, list[Trial]]] = {}
         if SCRATCH in self.modes:
@@ -261,13 +261,13 @@ class AnyTokenStudy(Study):
     ) -> list[Figure]:
         found: list[Figure] = []
         for mode, arms in right.items():
-            rows = []
-            for name in arms:
-                if name != CLS:
-                    one = paired_difference(arms[CLS], arms[name], seed=self.setup.seed)
-                    rows.append((f"{self._words(name)} minus cls", one.estimate, one.ci95))
+            differences = {
+                f"{self._words(name)} minus cls": paired_difference(arms[CLS], rows, seed=self.setup.seed)
+                for name, rows in arms.items()
+                if name != CLS
+            }
             title = f"{'Trained' if mode == SCRATCH else 'Fine-tuned'}: difference to the class token"
-            found.append(ForestChart(title, rows, self.setup.margin))
+            found += forest(title, differences, self.setup.margin)
         return [*found, *heat_maps(list(reads.values()))]
 
     def _notes(self, reads: Mapping[str, FrozenReads]) -> list[str]:

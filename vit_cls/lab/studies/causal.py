@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vit_cls.lab.results import LabResult, Line, LineChart
-from vit_cls.lab.studies.arms import (
+from vit_cls.lab.results import LabResult, Line, LineChart, forest
+from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.studies.study import (
     LAST_EPOCH,
     ONE_RATE,
     PAIRED,
+    Answers,
+    Study,
     arms_table,
-    difference_chart,
     train_arms,
 )
-from vit_cls.lab.studies.heads import head_settings
-from vit_cls.lab.studies.study import Answers, Study
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.random_effects import mean_interval, paired_difference
 from vit_cls.stats.verdicts import EQUAL, EQUIVALENT, LESS, SUPPORTED, Claim, Finding, judge_all
 
 FREE, FREE_LAST = "bidirectional, cls first", "bidirectional, cls last"
@@ -62,10 +62,6 @@ class CausalStudy(Study):
             },
         )
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        return [trial for trials in self.arms().values() for trial in trials]
-
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
         arms = self.arms()
@@ -75,20 +71,19 @@ class CausalStudy(Study):
         targets = answers.probs(arms[FIRST][0])[1]
         findings = self._findings(right, change, spread, targets)
         majority = float(np.bincount(targets).max() / len(targets))
-        pairs = {f"{arm} minus {FREE}": (right[FREE], right[arm]) for arm in (FIRST, MIDDLE, LAST)}
-        pairs[f"{CAUSAL_GAP} minus {GAP}"] = right[GAP], right[CAUSAL_GAP]
-        return LabResult(
-            kind="study causal",
-            question=self.question,
-            headline=self._headline(findings, right),
-            findings=findings,
+        costs = {
+            f"{arm} minus {free}": paired_difference(right[free], right[arm], seed=self.setup.seed)
+            for arm, free in ((FIRST, FREE), (MIDDLE, FREE), (LAST, FREE), (CAUSAL_GAP, GAP))
+        }
+        return self.result(
+            answers,
+            self._headline(findings, right),
+            findings,
             tables=[arms_table("Places of the class token", answers, arms)],
             figures=[
                 self._curve(answers, arms, right, majority),
-                difference_chart("What the mask costs", pairs, self.setup.margin, seed=self.setup.seed),
+                *forest("What the mask costs", costs, self.setup.margin),
             ],
-            settings=self.settings(),
-            data=self.data_record(answers, self.trials()),
             values={
                 "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
                 "bidirectional_largest_change": change,
@@ -152,9 +147,7 @@ class CausalStudy(Study):
     ) -> LineChart:
         patches = answers.model(arms[FIRST][0]).model.layout.num_patches
         places = {FIRST: 0, MIDDLE: patches // 2, LAST: patches}
-        means = {arm: mean_interval(right[arm]) for arm in places}
-        points = [(float(places[arm]), one.estimate) for arm, one in means.items()]
-        line = Line("causal, cls", points, [one.ci95 for one in means.values()])
+        line = Line.of("causal, cls", {place: mean_interval(right[arm]) for arm, place in places.items()})
         marks = {"bidirectional cls": float(right[FREE].mean()), "majority class": majority}
         return LineChart(
             "What the class token may see",
@@ -169,11 +162,6 @@ class CausalStudy(Study):
 def largest_change(answers: Answers, ones: Sequence[Trial], others: Sequence[Trial]) -> float:
     """The largest difference of a probability between two arms, over seeds, test images and classes.
 
-    Args:
-        answers: Of the models.
-        ones: Trials of the one arm, a seed each.
-        others: Trials of the other, of the same seeds.
-
     Raises:
         RunError: If a training failed.
     """
@@ -183,10 +171,6 @@ def largest_change(answers: Answers, ones: Sequence[Trial], others: Sequence[Tri
 
 def largest_spread(answers: Answers, trials: Sequence[Trial]) -> float:
     """The largest difference of a probability between two test images, over seeds and classes.
-
-    Args:
-        answers: Of the models.
-        trials: Of one arm, a seed each.
 
     Raises:
         RunError: If a training failed.
@@ -198,10 +182,8 @@ def sees_nothing(claim: str, right: np.ndarray, targets: np.ndarray, spread: flo
     """What follows where a model gives one answer to all images: the share of one class is all it can get.
 
     Args:
-        claim: As a sentence.
         right: Which images it had right, bool, shape ``(seeds, images)``.
         targets: True classes, shape ``(images,)``.
-        spread: See `largest_spread`.
     """
     seeds, images = right.shape
     most = int(np.bincount(targets).max())
@@ -222,7 +204,6 @@ def same_function(claim: str, right: np.ndarray, margin: float) -> Finding:
     """What is said of two arms whose every probability is equal to the bit.
 
     Args:
-        claim: As a sentence.
         right: Which images either had right, bool, shape ``(seeds, images)``.
         margin: The largest difference that does not matter; here there is none at all.
     """

@@ -30,7 +30,7 @@ FROM_TO = ("from (%)", "to (%)")
 
 
 @dataclass(frozen=True)
-class Seen:
+class ArmTokens:
     """What the models of one arm showed, a seed each.
 
     Args:
@@ -52,41 +52,28 @@ class Seen:
         return np.stack([pair_cosine(one.layers).T for one in self.tokens], axis=1)
 
     def against_seeds(self, seed: int) -> AgainstSeeds | None:
-        """Cosines within the models against those between them; None for one seed.
-
-        Args:
-            seed: Of the permutations.
-        """
+        """Cosines within the models against those between them; None for one seed."""
         return against_seeds(np.stack([one.output for one in self.tokens]), seed=seed)
 
     def other_image_cosine(self, seed: int) -> float:
-        """Cosine of a token with itself on another image, the mean over seeds.
-
-        Args:
-            seed: Which images are paired.
-        """
+        """Cosine of a token with itself on another image, the mean over seeds."""
         return float(np.mean([image_cosine(one.output, seed=seed) for one in self.tokens]))
 
 
 def collapse(cosine: Mean) -> str:
-    """Whether tokens are parallel, as far as the interval of their cosine tells.
-
-    Args:
-        cosine: Mean over pairs, images and seeds.
-    """
+    """Whether tokens are parallel, as far as the interval of their cosine tells."""
     low, high = cosine.ci95
     return "yes" if low > COLLAPSED else "no" if high < COLLAPSED else "cannot tell"
 
 
-def alike_table(seen: Mapping[str, Seen], *, seed: int) -> Table:
+def alike_table(measured: Mapping[str, ArmTokens], *, seed: int) -> Table:
     """Cosines and attention of the class tokens of each arm.
 
     Args:
-        seen: By arm.
         seed: Which images are paired for comparison; also of the permutations.
     """
     rows: list[list[Any]] = []
-    for arm, one in seen.items():
+    for arm, one in measured.items():
         mean, seeds = mean_interval(one.cosines), one.cosines.mean(axis=1)
         likeness = [*_bounded(mean), collapse(mean), float(seeds.min()), float(seeds.max())]
         others = [one.other_image_cosine(seed), float(one.layer_cosines[0].mean())]
@@ -108,21 +95,16 @@ def alike_table(seen: Mapping[str, Seen], *, seed: int) -> Table:
     )
 
 
-def knowledge_table(seen: Mapping[str, Seen], *, seed: int) -> Table:
-    """What each class token of each arm says on its own.
-
-    Args:
-        seen: By arm.
-        seed: Of the permutations.
-    """
+def knowledge_table(measured: Mapping[str, ArmTokens], *, seed: int) -> Table:
+    """What each class token of each arm says on its own."""
     rows: list[list[Any]] = []
-    for arm, one in seen.items():
+    for arm, one in measured.items():
         right = np.stack([each.right for each in one.answers])  # (seeds, images, K)
         tokens, single = right.mean(axis=1), mean_interval(right.mean(axis=2))
         differ = mean_interval(np.stack([each.disagreement for each in one.answers]))
         oracle = mean_interval(np.asarray(right.any(axis=2)))
-        surest = np.stack([each.surest for each in one.answers])
-        bits = information_test(surest, one.answers[0].targets, seed=seed)
+        most_confident = np.stack([each.most_confident for each in one.answers])
+        bits = information_test(most_confident, one.answers[0].targets, seed=seed)
         own = [*_bounded(single, 0.0), float(tokens.min()), float(tokens.max())]
         counts = [single.seeds, single.images]
         rows.append(
@@ -148,14 +130,10 @@ def knowledge_table(seen: Mapping[str, Seen], *, seed: int) -> Table:
     )
 
 
-def layer_chart(seen: Mapping[str, Seen]) -> LineChart:
-    """Cosine of the class tokens, block by block.
-
-    Args:
-        seen: By arm.
-    """
+def layer_chart(measured: Mapping[str, ArmTokens]) -> LineChart:
+    """Cosine of the class tokens, block by block."""
     lines = []
-    for arm, one in list(seen.items())[:MOST_LINES]:
+    for arm, one in list(measured.items())[:MOST_LINES]:
         means = [_bounded(mean_interval(values)) for values in one.layer_cosines]
         points = [(float(layer), estimate) for layer, (estimate, _, _) in enumerate(means)]
         lines.append(Line(arm, points, [(low, high) for _, low, high in means]))
@@ -172,12 +150,7 @@ def layer_chart(seen: Mapping[str, Seen]) -> LineChart:
 
 
 def cosine_map(arm: str, tokens: ClassTokens) -> HeatMap:
-    """Cosine of each output token with each, averaged over images.
-
-    Args:
-        arm: Its name.
-        tokens: Of one of its models.
-    """
+    """Cosine of each output token with each, averaged over images."""
     matrix = cosine_matrix(tokens.output).mean(axis=0)
     labels = [f"token {k + 1}" for k in range(len(matrix))]
     note = "Mean over the test images, of the first seed's model."
@@ -185,17 +158,13 @@ def cosine_map(arm: str, tokens: ClassTokens) -> HeatMap:
     return HeatMap(title, matrix.tolist(), labels, labels, percent=False, limits=(-1.0, 1.0), note=note)
 
 
-def token_pictures(source: ImageSource, seen: Mapping[str, ClassTokens]) -> Pictures | None:
-    """Where each class token of some models looks, beside some images.
-
-    Args:
-        source: The images that were watched.
-        seen: Class tokens by the name of their model.
+def token_pictures(source: ImageSource, measured: Mapping[str, ClassTokens]) -> Pictures | None:
+    """Where each class token of some models attends to, beside some images.
 
     Returns:
         Maps with their highest value white, from one image of each class on; None where no weights are known.
     """
-    shown = {name: one for name, one in seen.items() if one.maps is not None}
+    shown = {name: one for name, one in measured.items() if one.maps is not None}
     if not shown:
         return None
     first = next(iter(shown.values()))
@@ -235,8 +204,8 @@ def _bounded(mean: Mean, least: float = -1.0) -> tuple[float, float, float]:
     return mean.estimate, max(least, low), min(1.0, high)
 
 
-def _overlap(seen: Seen) -> list[float | None]:
-    found = [one.overlap for one in seen.tokens]
+def _overlap(measured: ArmTokens) -> list[float | None]:
+    found = [one.overlap for one in measured.tokens]
     values = [one for one in found if one is not None]
     if len(values) < len(found):
         return [None] * 3

@@ -1,4 +1,4 @@
-"""Several class tokens of one model: how parallel they are, where they look, and what each of them knows."""
+"""Several class tokens of one model: how parallel they are, what they attend to, what each of them knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.attention import attention_module, capture_attention
 from vit_cls.lab.features import Rows
-from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
+from vit_cls.lab.probes.linear import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.pooling_tokens import ClassTokenPool, MultiClassTokenPool
@@ -38,8 +38,6 @@ class ClassTokens:
         overlap: Jensen-Shannon divergence of the tokens' attention to the patches in the last block, the mean
             over heads and pairs, in units of log 2, shape ``(images,)``; None where weights are not known.
         maps: That attention, the mean over heads, shape ``(images, K, patches)``; rows sum to 1.
-        rows: Which images.
-        preprocess: The model's, for showing them.
         grid_size: Patch rows and columns.
     """
 
@@ -57,12 +55,11 @@ class ClassTokens:
         return int(self.output.shape[1])
 
 
-def watch_class_tokens(classifier: ImageClassifier, source: ImageSource) -> ClassTokens:
+def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> ClassTokens:
     """Run a model over images and keep its class tokens and their attention.
 
     Args:
         classifier: With a class token at least; is moved to the device and put in evaluation mode.
-        source: The images.
 
     Raises:
         ConfigError: If the model has no class token.
@@ -72,7 +69,7 @@ def watch_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Clas
     model = classifier.model
     layout = model.layout
     if not layout.class_token:
-        raise ConfigError("the model has no class token to look at. Choose one that has: model.pool cls.")
+        raise ConfigError("the model has no class token. Choose one that has: model.pool cls.")
     count = layout.num_class_tokens
     kept: list[Tensor] = []
     overlaps: list[Tensor] = []
@@ -146,7 +143,6 @@ def image_cosine(tokens: np.ndarray, *, seed: int) -> float:
 
     Args:
         tokens: Shape ``(images, K, dim)``, at least two images.
-        seed: Which images are paired.
 
     Example:
         >>> round(image_cosine(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), seed=0), 6)
@@ -180,7 +176,6 @@ def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
 
     Args:
         outputs: Of models of different seeds on the same images, shape ``(seeds, images, K, dim)``.
-        seed: Of the permutations.
 
     Returns:
         None for fewer than two seeds.
@@ -208,9 +203,9 @@ def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
     dealt = np.array([within(rng.permutation(len(model))) for _ in range(PERMUTATIONS)])
     # Sums in another order differ by rounding: what is equal shall count as equal.
     p = permutation_p(within(np.arange(len(model))) - 1e-12, dealt)
-    ways = math.factorial(seeds * count) // (math.factorial(count) ** seeds * math.factorial(seeds))
+    divisions = math.factorial(seeds * count) // (math.factorial(count) ** seeds * math.factorial(seeds))
     return AgainstSeeds(
-        float(cosines[model[:, None] != model].mean()), p, max(1 / ways, 1 / (1 + len(dealt)))
+        float(cosines[model[:, None] != model].mean()), p, max(1 / divisions, 1 / (1 + len(dealt)))
     )
 
 
@@ -247,13 +242,13 @@ class TokenAnswers:
 
     Args:
         preds: Class by each token, int, shape ``(images, K)``.
-        surest: The token with the highest score for any class, int, shape ``(images,)``.
+        most_confident: The token with the highest score for any class, int, shape ``(images,)``.
         targets: True classes, shape ``(images,)``.
         read_by: ``own head``, or ``ridge`` where the head reads no single token.
     """
 
     preds: np.ndarray
-    surest: np.ndarray
+    most_confident: np.ndarray
     targets: np.ndarray
     read_by: str
 
@@ -275,11 +270,6 @@ def token_answers(classifier: ImageClassifier, parts: Partition, test: ClassToke
 
     A head whose width is that of a token reads each token as it reads their mean. Else each token gets a
     ridge classifier, whose penalty is chosen on validation.
-
-    Args:
-        classifier: The model.
-        parts: Its images.
-        test: Its class tokens on the test part.
     """
     model = classifier.model
     if type(model.pool) in (ClassTokenPool, MultiClassTokenPool):
@@ -287,7 +277,7 @@ def token_answers(classifier: ImageClassifier, parts: Partition, test: ClassToke
             head = copy.deepcopy(model.head).to("cpu", torch.float32)
             scores = head(torch.from_numpy(test.output)).softmax(dim=-1).numpy()
         return _answers(scores, test, "own head")
-    train, val = (watch_class_tokens(classifier, part) for part in (parts.train, parts.val))
+    train, val = (collect_class_tokens(classifier, part) for part in (parts.train, parts.val))
     columns = []
     for k in range(test.count):
         fit = fit_linear(
@@ -332,11 +322,6 @@ def _information(cells: np.ndarray, classes: int) -> float:
 
 def information_test(tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tuple[float, float, float]:
     """Whether token and class depend on each other, by permuting the labels for all seeds alike.
-
-    Args:
-        tokens: As for `mutual_information`.
-        labels: As for `mutual_information`.
-        seed: Of the permutations.
 
     Returns:
         Mutual information in bits, its mean under permutation, and the p-value of no dependence.

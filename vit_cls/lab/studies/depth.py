@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import MOST_LINES, LabResult, Line, LineChart
-from vit_cls.lab.studies.arms import (
+from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, forest
+from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.studies.recipe import Recipe
+from vit_cls.lab.studies.study import (
     LAST_EPOCH,
     ONE_RATE,
     PAIRED,
+    Answers,
+    Setup,
+    Study,
     arms_table,
-    difference_chart,
     headline,
     refuse_pretrained,
     train_arms,
 )
-from vit_cls.lab.studies.heads import head_settings
-from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.model.pooling import num_class_tokens
 from vit_cls.stats.random_effects import mean_interval
@@ -94,12 +94,6 @@ class DepthStudy(Study):
             for head in self.heads
         }
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        return [
-            trial for by_depth in self.arms().values() for trials in by_depth.values() for trial in trials
-        ]
-
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
         arms = self.arms()
@@ -110,15 +104,12 @@ class DepthStudy(Study):
         slopes = {head: depth_slopes(by_depth) for head, by_depth in right.items()}
         findings = judge_all(self._claims(right, slopes), seed=self.setup.seed)
         flat = {f"{head}, depth {d}": trials for head, by in arms.items() for d, trials in by.items()}
-        return LabResult(
-            kind="study depth",
-            question=self.question,
-            headline=self._headline(findings, right, answers, arms),
-            findings=findings,
+        return self.result(
+            answers,
+            self._headline(findings, right, answers, arms),
+            findings,
             tables=[arms_table("Heads and depths", answers, flat)],
-            figures=[self._curves(right), self._steps(right)],
-            settings=self.settings(),
-            data=self.data_record(answers, self.trials()),
+            figures=[self._curves(right), *self._steps(findings)],
             values={
                 "top1": {h: {str(d): r.mean(axis=1) for d, r in by.items()} for h, by in right.items()},
                 "gain_per_doubling": {head: rows.mean(axis=1) for head, rows in slopes.items()},
@@ -177,21 +168,21 @@ class DepthStudy(Study):
     def _curves(self, right: dict[str, dict[int, np.ndarray]]) -> LineChart:
         lines = []
         for head, by_depth in right.items():
-            means = {depth: mean_interval(rows) for depth, rows in by_depth.items()}
-            points = [(float(depth), one.estimate) for depth, one in means.items()]
-            lines.append(Line(head, points, [one.ci95 for one in means.values()]))
+            lines.append(Line.of(head, {depth: mean_interval(rows) for depth, rows in by_depth.items()}))
         note = (
             "Mean over seeds and images, with 95 % intervals; differences are paired and closer than these."
         )
         return LineChart("Accuracy over depth", "encoder blocks", "test accuracy", lines, note=note)
 
-    def _steps(self, right: dict[str, dict[int, np.ndarray]]) -> Any:
-        pairs = {
-            f"{head}: {high} minus {low}": (by_depth[low], by_depth[high])
-            for head, by_depth in right.items()
+    def _steps(self, findings: Sequence[Finding]) -> list[ForestChart]:
+        """The findings on heads come before those on steps."""
+        labels = [
+            f"{head}: {high} minus {low}"
+            for head in self.heads
             for low, high in zip(self.depths, self.depths[1:], strict=False)
-        }
-        return difference_chart("What each step adds", pairs, self.setup.margin, seed=self.setup.seed)
+        ]
+        steps = dict(zip(labels, findings[len(self.heads) - 1 :], strict=True))
+        return forest("What each step adds", steps, self.setup.margin)
 
 
 def depth_slopes(right: dict[int, np.ndarray]) -> np.ndarray:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError, RunError
-from vit_cls.lab.results import ForestChart, HeatMap, LabResult, Line, LineChart, ScatterChart, Table
+from vit_cls.lab.probes.common import compare_with
+from vit_cls.lab.results import HeatMap, LabResult, Line, LineChart, ScatterChart, Table, forest
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.model.pooling import needs_class_token, num_class_tokens
@@ -24,7 +26,7 @@ class HeadsStudy(Study):
     """Poolings on the same encoder, each at its own best learning rate.
 
     Per seed all heads start from the same encoder and see the same images in the same order. A head's
-    learning rate is the one with the best mean validation accuracy; the test images are looked at with that
+    learning rate is the one with the best mean validation accuracy; the test images are read with that
     one, and with the shared one to show what a comparison at one rate would have said.
 
     Args:
@@ -49,24 +51,23 @@ class HeadsStudy(Study):
         if len(self.heads) < 2:
             given = ", ".join(self.heads) or "none"
             raise ConfigError(f"--heads needs two or more, such as cls,gap; got {given}.")
-        if lr_grid not in LR_FACTORS:
-            raise ConfigError(f"--lr_grid must be one of {', '.join(map(str, LR_FACTORS))}; got {lr_grid}.")
+        check_choice("--lr_grid", lr_grid, LR_FACTORS)
         for head in self.heads:
             num_class_tokens(head, 1)  # refuses what is no pooling
 
     @property
-    def arms(self) -> list[str]:
+    def names(self) -> list[str]:
         """A name for each head; of equal ones the later are numbered."""
         return [
             head if head not in self.heads[:i] else f"{head} ({self.heads[:i].count(head) + 1})"
             for i, head in enumerate(self.heads)
         ]
 
-    def grid(self) -> dict[str, dict[float, list[Trial]]]:
+    def arms(self) -> dict[str, dict[float, list[Trial]]]:
         """Trials by arm and factor of the learning rate, a seed each."""
         setup = self.setup
         found: dict[str, dict[float, list[Trial]]] = {}
-        for arm, head in zip(self.arms, self.heads, strict=True):
+        for arm, head in zip(self.names, self.heads, strict=True):
             found[arm] = {
                 factor: [
                     setup.trial(
@@ -82,13 +83,9 @@ class HeadsStudy(Study):
             }
         return found
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        return [trial for rates in self.grid().values() for trials in rates.values() for trial in trials]
-
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
-        grid = self.grid()
+        grid = self.arms()
         usable = {
             arm: {f: t for f, t in rates.items() if not any(answers.failed(one) for one in t)}
             for arm, rates in grid.items()
@@ -101,17 +98,15 @@ class HeadsStudy(Study):
         chosen = {arm: usable[arm][factor] for arm, factor in tuned.items()}
         shared = {arm: rates[1.0] for arm, rates in usable.items() if 1.0 in rates}
         right = {arm: answers.correct(trials) for arm, trials in chosen.items()}
-        findings = compare_with_first(right, self.setup.margin, self.setup.seed)
+        first, margin, seed = self.names[0], self.setup.margin, self.setup.seed
+        findings = list(compare_with(first, right, "{} and {} differ.", margin=margin, seed=seed).values())
         best = max(chosen, key=lambda arm: answers.val_accuracy(chosen[arm]))
-        return LabResult(
-            kind="study heads",
-            question=self.question,
-            headline=self._headline(right, findings, best),
-            findings=findings,
+        return self.result(
+            answers,
+            self._headline(right, findings, best),
+            findings,
             tables=self._tables(answers, chosen, shared, tuned),
             figures=self._figures(answers, usable, chosen, findings, right),
-            settings=self.settings(),
-            data=self.data_record(answers, self.trials()),
             values={
                 "tuned_lr": {arm: self._lr(factor) for arm, factor in tuned.items()},
                 "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
@@ -231,7 +226,11 @@ class HeadsStudy(Study):
             for a in arms
         ]
         return [
-            difference_forest(f"Difference to {arms[0]}", findings, arms, self.setup.margin),
+            *forest(
+                f"Difference to {arms[0]}",
+                {f"{arm} minus {arms[0]}": one for arm, one in zip(arms[1:], findings, strict=True)},
+                self.setup.margin,
+            ),
             LineChart(
                 "Response to the learning rate",
                 "learning rate",
@@ -270,7 +269,6 @@ def head_settings(head: str, *, pretrained: bool) -> dict[str, Any]:
     """Settings of ``fit``'s ``model`` for a pooling.
 
     Args:
-        head: A row of the table of poolings.
         pretrained: Whether the weights have a class token, which is then kept even where it is not read.
 
     Example:
@@ -281,44 +279,5 @@ def head_settings(head: str, *, pretrained: bool) -> dict[str, Any]:
 
 
 def best_rate(answers: Answers, rates: dict[float, list[Trial]]) -> float:
-    """The factor with the best mean validation accuracy; of equals the one nearest to 1.
-
-    Args:
-        answers: Of the models.
-        rates: Trials by factor.
-    """
+    """The factor with the best mean validation accuracy; of equals the one nearest to 1."""
     return max(rates, key=lambda factor: (answers.val_accuracy(rates[factor]), -abs(np.log(factor))))
-
-
-def compare_with_first(right: dict[str, np.ndarray], margin: float, seed: int) -> list[Finding]:
-    """Judge each arm's difference to the first.
-
-    Args:
-        right: Which test images each arm classified right, bool, shape ``(seeds, images)``.
-        margin: The largest difference that does not matter.
-        seed: Of the resampling.
-    """
-    (first, reference), *others = right.items()
-    claims = [
-        Claim(f"{arm} and {first} differ.", reference, rows, margin=margin, names=(first, arm))
-        for arm, rows in others
-    ]
-    return judge_all(claims, seed=seed)
-
-
-def difference_forest(
-    title: str, findings: Sequence[Finding], arms: Sequence[str], margin: float
-) -> ForestChart:
-    """Draw what `compare_with_first` found.
-
-    Args:
-        title: What the chart shows.
-        findings: One for each arm but the first.
-        arms: The first is what others are compared with.
-        margin: The largest difference that does not matter.
-    """
-    rows = [
-        (f"{arm} minus {arms[0]}", float(finding.estimate or 0.0), finding.ci95 or (0.0, 0.0))
-        for arm, finding in zip(arms[1:], findings, strict=True)
-    ]
-    return ForestChart(title, rows, margin)

@@ -12,13 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vit_cls.checks import check_choice
 from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.loader import load_once
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
 from vit_cls.data.transforms import eval_reader
-from vit_cls.errors import ConfigError, DataError, did_you_mean
+from vit_cls.errors import ConfigError, DataError
 from vit_cls.lab.results import Pictures
 
 DISTRACTORS = ("classes", "noise")
@@ -35,7 +36,6 @@ class MosaicSource(ArraySource):
     """Canvases in memory, and what stands where on them.
 
     Args:
-        index: The images that are to be classified; labels are theirs.
         images: One canvas for each, uint8, shape ``(images, 3, height, width)``.
         tiles: Which tiles show the image, row by row, int64, shape ``(images, relevant)``.
         failures: Why an image is on no canvas, neither as target nor as distractor, by its relative path.
@@ -65,7 +65,6 @@ def mosaic_parts(
     All draws are a function of ``seed`` and the image's path.
 
     Args:
-        parts: The images.
         side: Tiles along each side, at least 2.
         relevant: Tiles that show the image, from 1 to ``side * side``.
         tile: Side of a tile in pixels: the centre square of an image is resized to it. None keeps square
@@ -73,7 +72,6 @@ def mosaic_parts(
         distractors: ``classes``: the first half of the classes, by name, are to be told apart, and the other
             tiles show images of the second half, drawn from the same part with replacement. ``noise``: all
             classes are to be told apart, and the other tiles are uniform noise.
-        seed: Of the draws.
 
     Returns:
         The same parts, each a `MosaicSource`. Files that cannot be read are left out; ``origin`` counts them.
@@ -112,12 +110,6 @@ def mosaic_parts(
 def relevant_tiles(path: str, *, side: int, relevant: int, seed: int = 0) -> np.ndarray:
     """The tiles that show the image itself: where its evidence lies, known without any annotation.
 
-    Args:
-        path: Relative path of the image.
-        side: Tiles along each side.
-        relevant: How many tiles show it.
-        seed: Of the draws.
-
     Returns:
         Positions of the tiles, row by row, int64, shape ``(relevant,)``; fewer are the first of more.
 
@@ -132,10 +124,6 @@ def relevant_tiles(path: str, *, side: int, relevant: int, seed: int = 0) -> np.
 def roles(class_names: Sequence[str], distractors: str) -> tuple[list[str], list[str]]:
     """The classes to be told apart, and those that the other tiles show.
 
-    Args:
-        class_names: All classes.
-        distractors: One of `DISTRACTORS`.
-
     Returns:
         Both in the order of the names; the second is empty for noise.
 
@@ -146,11 +134,7 @@ def roles(class_names: Sequence[str], distractors: str) -> tuple[list[str], list
         >>> roles(["d", "a", "c", "b", "e"], "classes")
         (['a', 'b'], ['c', 'd', 'e'])
     """
-    if distractors not in DISTRACTORS:
-        raise ConfigError(
-            f"--distractors must be one of {', '.join(DISTRACTORS)}; got {distractors!r}."
-            f"{did_you_mean(distractors, DISTRACTORS)}"
-        )
+    check_choice("--distractors", distractors, DISTRACTORS)
     names = sorted(class_names)
     if distractors == "noise":
         return names, []
@@ -164,11 +148,7 @@ def roles(class_names: Sequence[str], distractors: str) -> tuple[list[str], list
 
 
 def tile_side(parts: Partition) -> int:
-    """Side of a tile in pixels where none is given: that of square images in memory, else `TILE`.
-
-    Args:
-        parts: The images.
-    """
+    """Side of a tile in pixels where none is given: that of square images in memory, else `TILE`."""
     if isinstance(parts.train, ArraySource):
         height, width = parts.train.images.shape[-2:]
         if height == width:
@@ -182,8 +162,6 @@ def with_image(canvas: np.ndarray, tile: np.ndarray, where: np.ndarray, side: in
     Args:
         canvas: Shape ``(channels, height, width)``; is not changed.
         tile: The image, in the size of a tile, shape ``(channels, height / side, width / side)``.
-        where: Positions of the tiles, row by row.
-        side: Tiles along each side.
 
     Example:
         >>> with_image(np.zeros((1, 2, 2), int), np.full((1, 1, 1), 7), np.array([2]), 2)[0].tolist()
@@ -199,9 +177,6 @@ def example_pictures(source: MosaicSource, counts: Sequence[int], *, side: int, 
 
     Args:
         source: Mosaics with as few relevant tiles as any of ``counts``; ``side`` and ``seed`` are theirs.
-        counts: How many tiles show the image, for each column.
-        side: Tiles along each side.
-        seed: Of the draws.
     """
     labels = source.index.labels
     chosen = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)[:EXAMPLES]]

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vit_cls.lab.features import logits_of
-from vit_cls.lab.results import LabResult, Table
-from vit_cls.lab.studies.arms import (
+from vit_cls.lab.results import LabResult, Table, forest
+from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.studies.study import (
     LAST_EPOCH,
     ONE_RATE,
     PAIRED,
+    Answers,
+    Setup,
+    Study,
     arms_table,
-    difference_chart,
     headline,
     refuse_pretrained,
     train_arms,
 )
-from vit_cls.lab.studies.heads import head_settings
-from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.random_effects import mean_interval, paired_difference
-from vit_cls.stats.verdicts import DIFFERS, EQUAL, LESS, Claim, Finding, judge_all
+from vit_cls.stats.verdicts import DIFFERS, EQUAL, LESS, Claim, judge_all
 
 LEARNED, UNPLACED = "cls, learned", "cls, class token without"
 FIXED, NONE = "cls, sincos2d", "cls, none"
@@ -72,34 +73,23 @@ class PositionStudy(Study):
             },
         )
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        return [trial for trials in self.arms().values() for trial in trials]
-
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
         arms = self.arms()
         right = {arm: answers.correct(trials) for arm, trials in arms.items()}
         shuffled = {arm: [without_order(answers, trial) for trial in trials] for arm, trials in arms.items()}
         findings = judge_all(self._claims(right), seed=self.setup.seed)
-        pairs = {f"{arm} minus {LEARNED}": (right[LEARNED], right[arm]) for arm in (UNPLACED, FIXED, NONE)}
-        pairs[f"{GAP_NONE} minus {GAP_LEARNED}"] = right[GAP_LEARNED], right[GAP_NONE]
-        return LabResult(
-            kind="study position",
-            question=self.question,
-            headline=self._headline(findings),
-            findings=findings,
+        labels = [f"{arm} minus {LEARNED}" for arm in (UNPLACED, FIXED, NONE)]
+        differences = dict(zip([*labels, f"{GAP_NONE} minus {GAP_LEARNED}"], findings, strict=False))
+        return self.result(
+            answers,
+            headline(findings[0], findings[2].sentence),
+            findings,
             tables=[
                 arms_table("Kinds of positions", answers, arms, "Names are those of the positions."),
                 self._order_table(right, shuffled),
             ],
-            figures=[
-                difference_chart(
-                    "Difference to learned positions", pairs, self.setup.margin, seed=self.setup.seed
-                )
-            ],
-            settings=self.settings(),
-            data=self.data_record(answers, self.trials()),
+            figures=forest("Difference to learned positions", differences, self.setup.margin),
             values={
                 "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
                 "top1_shuffled_patches": {
@@ -139,9 +129,6 @@ class PositionStudy(Study):
         words = "larger", "smaller"
         return [*claims, Claim(text, losses[0], losses[1], DIFFERS, margin, names, words=words)]
 
-    def _headline(self, findings: Sequence[Finding]) -> str:
-        return headline(findings[0], findings[2].sentence)
-
     def _order_table(
         self, right: Mapping[str, np.ndarray], shuffled: Mapping[str, list[tuple[np.ndarray, float]]]
     ) -> Table:
@@ -164,10 +151,6 @@ class PositionStudy(Study):
 
 def without_order(answers: Answers, trial: Trial) -> tuple[np.ndarray, float]:
     """What a trained model answers when the patches come in a random order.
-
-    Args:
-        answers: Of the models.
-        trial: A finished one; its seed gives the order.
 
     Returns:
         Which test images it has right then, bool, shape ``(images,)``; and the largest change of a

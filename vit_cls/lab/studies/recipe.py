@@ -83,11 +83,7 @@ class Recipe:
         return dataclasses.replace(usual, **given)
 
     def part(self, keys: tuple[str, ...]) -> dict[str, Any]:
-        """Some of the settings, those that are null left out.
-
-        Args:
-            keys: Names of fields.
-        """
+        """Some of the settings, those that are null left out."""
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
-from vit_cls.lab.refinement import Refinement, check_reads_class_token, refinement
 from vit_cls.lab.results import LabResult, Line, LineChart, Table
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.study import Answers, Setup, Study
+from vit_cls.lab.studies.refinement import Refinement, check_reads_class_token, refinement
+from vit_cls.lab.studies.study import Answers, Setup, Study, train_arms
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.random_effects import Mean, mean_interval
 from vit_cls.stats.verdicts import EQUIVALENT, LESS, SUPPORTED, Claim, Finding, judge_all
@@ -49,21 +50,20 @@ class RefineStudy(Study):
         super().__init__(setup)
         self.model = model
         self.permutations = permutations
-        if permutations < 1:
-            raise ConfigError(f"--permutations must be at least 1; got {permutations}.")
+        check_range("--permutations", permutations, at_least=1)
         if model is not None and setup.recipe != Recipe().resolved(setup.data):
             raise ConfigError(
                 f"--recipe says how models are trained, but --model {model} is given, so that nothing is. "
                 "Leave one of the two out."
             )
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`; none where the user gave a model, which is looked at before anything begins."""
+    def arms(self) -> dict[str, list[Trial]]:
+        """See `Study.arms`; none where the user gave a model, which is checked before anything begins."""
         if self.model is not None:
             check_reads_class_token(load(self.model).model)
-            return []
+            return {}
         model = head_settings("cls", pretrained=self.setup.recipe.pretrained is not None)
-        return [self.setup.trial("cls", seed, model=model) for seed in self.setup.all_seeds]
+        return train_arms(self.setup, {"cls": model})
 
     def settings(self) -> dict[str, Any]:
         """See `Study.settings`; without a recipe where nothing is trained."""
@@ -87,14 +87,12 @@ class RefineStudy(Study):
         ]
         findings = judge_all(claims, seed=self.setup.seed)
         used = [layer for layer, one in enumerate(findings, 1) if one.verdict == SUPPORTED]
-        return LabResult(
-            kind="study refine",
-            question=self.question,
-            headline=headline(curves, findings, used),
-            findings=findings,
+        return self.result(
+            answers,
+            headline(curves, findings, used),
+            findings,
             tables=[_shuffle_table(curves, findings), _layer_table(curves)],
             figures=[_curve_chart(curves), _kl_chart(curves)],
-            settings=self.settings(),
             data=self._data(answers, measured),
             values=_values(curves, measured, used),
             predictions=_predictions(measured),
@@ -175,11 +173,7 @@ class Curves:
 
     @classmethod
     def of(cls, measured: Sequence[Refinement]) -> Curves:
-        """Put models together that answered for the same images.
-
-        Args:
-            measured: A model each.
-        """
+        """Put models together that answered for the same images."""
         targets = measured[0].targets
         assert all(np.array_equal(one.rows.positions, measured[0].rows.positions) for one in measured)
 
@@ -218,13 +212,7 @@ def _interval(scores: np.ndarray, most: float = 1.0) -> tuple[Mean, tuple[float,
 
 
 def headline(curves: Curves, findings: Sequence[Finding], used: Sequence[int]) -> str:
-    """What may be said in one sentence.
-
-    Args:
-        curves: Of the models.
-        findings: One for each layer from 1.
-        used: The layers whose finding is supported.
-    """
+    """What may be said in one sentence."""
     depth = curves.depth
     if not used:
         return f"{findings[-1].verdict.capitalize()}: {findings[-1].sentence}"

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.environment import cpu_count
@@ -52,8 +53,7 @@ class Spread:
     shards: int = 1
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ConfigError(f"--jobs must be at least 1; got {self.jobs}.")
+        check_range("--jobs", self.jobs, at_least=1)
         if not 1 <= self.shard <= self.shards:
             raise ConfigError(f"--shard i/n needs i from 1 to n; got {self.shard}/{self.shards}.")
 
@@ -62,7 +62,6 @@ class Spread:
         """From what the user wrote.
 
         Args:
-            jobs: Processes.
             shard: ``i/n``, or None.
 
         Raises:
@@ -81,12 +80,7 @@ class Spread:
 
 
 def trial_folder(study: Path, trial: Trial) -> Path:
-    """Where a trial goes.
-
-    Args:
-        study: Folder of the study.
-        trial: The trial.
-    """
+    """Where a trial goes."""
     return study / "trials" / trial.key
 
 
@@ -185,12 +179,7 @@ def _run_spread(trials: Sequence[Trial], study: Path, train: TrainFunction, jobs
 
 
 def is_done_key(study: Path, key: str) -> bool:
-    """Whether the trial of that key has come to its end.
-
-    Args:
-        study: Folder of the study.
-        key: Of the trial.
-    """
+    """Whether the trial of that key has come to its end."""
     return (study / "trials" / key / DONE).is_file()
 
 
@@ -199,11 +188,6 @@ def run_trial(trial: Trial, study: Path, train: TrainFunction) -> float:
 
     A training that fails, such as by a learning rate that is too high, is an answer too: it is noted with its
     reason. What was wrong before it began, such as weights that do not exist, is not: it raises.
-
-    Args:
-        trial: The trial.
-        study: Folder of the study.
-        train: Trains it.
 
     Returns:
         Seconds it took.

@@ -10,19 +10,19 @@ import numpy as np
 
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.lab.results import Figure, ForestChart, LabResult, Table
+from vit_cls.lab.results import Figure, LabResult, Table, forest
 from vit_cls.lab.studies.class_token_views import (
     COLLAPSED,
     FROM_TO,
-    Seen,
+    ArmTokens,
     alike_table,
     cosine_map,
     knowledge_table,
     layer_chart,
     token_pictures,
 )
-from vit_cls.lab.studies.class_tokens import token_answers, watch_class_tokens
-from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
+from vit_cls.lab.studies.class_tokens import collect_class_tokens, token_answers
+from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study, train_arms
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.metrics import METRICS, Scored
 from vit_cls.stats.random_effects import paired_difference
@@ -94,42 +94,33 @@ class SpecialiseStudy(Study):
         counts = [count for count in self.counts if count > 1]
         return {f"{word} {k}": f"{VARIANTS[word]}:{k}" for word in self.variants for k in counts}
 
-    def grid(self) -> dict[str, list[Trial]]:
+    def arms(self) -> dict[str, list[Trial]]:
         """Trials by arm, a seed each."""
         models: dict[str, dict[str, Any]] = {ONE: {"pool": "cls"}, REGISTER: {"pool": "cls", "reg_tokens": 1}}
         models |= {arm: {"pool": pool} for arm, pool in self.several.items()}
-        return {
-            arm: [self.setup.trial(arm, seed, model=model) for seed in self.setup.all_seeds]
-            for arm, model in models.items()
-        }
-
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        return [trial for trials in self.grid().values() for trial in trials]
+        return train_arms(self.setup, models)
 
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
-        grid = self.grid()
+        grid = self.arms()
         right = {arm: answers.correct(trials) for arm, trials in grid.items()}
         parts = {seed: grid[ONE][0].data.parts(seed) for seed in self.setup.all_seeds}
-        seen = {arm: look(answers, grid[arm], parts) for arm in self.several}
-        findings = self._findings(seen, right)
-        return LabResult(
-            kind="study specialise",
-            question=self.question,
-            headline=self._headline(findings),
-            findings=findings,
+        measured = {arm: measure_arm(answers, grid[arm], parts) for arm in self.several}
+        findings = self._findings(measured, right)
+        return self.result(
+            answers,
+            self._headline(findings),
+            findings,
             tables=[
-                alike_table(seen, seed=self.setup.seed),
-                knowledge_table(seen, seed=self.setup.seed),
+                alike_table(measured, seed=self.setup.seed),
+                knowledge_table(measured, seed=self.setup.seed),
                 self._accuracy(answers, grid, right),
             ],
-            figures=self._figures(seen, right, parts[self.setup.seed]),
-            settings=self.settings() | {"cosine_margin": COSINE_MARGIN},
-            data=self.data_record(answers, self.trials()),
-            values=self._values(seen, right),
+            figures=self._figures(measured, right, parts[self.setup.seed]),
+            more_settings={"cosine_margin": COSINE_MARGIN},
+            values=self._values(measured, right),
             predictions=answers.predictions(grid),
-            notes=self._notes(seen),
+            notes=self._notes(measured),
         )
 
     def _headline(self, findings: Sequence[Finding]) -> str:
@@ -137,13 +128,13 @@ class SpecialiseStudy(Study):
         parallel, gain = findings[0], findings[len(self.counts) - 1]
         return f"{parallel.verdict.capitalize()}: {parallel.sentence} {gain.sentence}"
 
-    def _findings(self, seen: dict[str, Seen], right: dict[str, np.ndarray]) -> list[Finding]:
+    def _findings(self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray]) -> list[Finding]:
         counts, margin = [count for count in reversed(self.counts) if count > 1], self.setup.margin
         parallel = [
             Claim(
                 f"{k} class tokens read by their mean end parallel: their cosine is above {COLLAPSED}.",
-                np.zeros_like(seen[f"mean {k}"].cosines),
-                seen[f"mean {k}"].cosines,
+                np.zeros_like(measured[f"mean {k}"].cosines),
+                measured[f"mean {k}"].cosines,
                 expect=GREATER,
                 margin=COSINE_MARGIN,
                 names=("0", f"the cosine of {k} tokens"),
@@ -167,8 +158,8 @@ class SpecialiseStudy(Study):
         lower = [
             Claim(
                 f"The diverse head lowers the cosine of {k} class tokens.",
-                seen[f"mean {k}"].cosines,
-                seen[f"diverse {k}"].cosines,
+                measured[f"mean {k}"].cosines,
+                measured[f"diverse {k}"].cosines,
                 expect=LESS,
                 margin=COSINE_MARGIN,
                 names=(f"the cosine of mean {k}", f"that of diverse {k}"),
@@ -180,7 +171,8 @@ class SpecialiseStudy(Study):
         ]
         found = judge_all([*parallel, *gains, *lower], seed=self.setup.seed)
         spoken = [
-            _spoken(one, k, seen[f"mean {k}"], self.setup.seed) for one, k in zip(found, counts, strict=False)
+            _with_sentence(one, k, measured[f"mean {k}"], self.setup.seed)
+            for one, k in zip(found, counts, strict=False)
         ]
         return [*spoken, *found[len(spoken) :]]
 
@@ -208,42 +200,46 @@ class SpecialiseStudy(Study):
             "Test images. Intervals of differences are paired and not adjusted for their number.",
         )
 
-    def _figures(self, seen: dict[str, Seen], right: dict[str, np.ndarray], parts: Partition) -> list[Figure]:
-        gains = []
-        for other in (ONE, REGISTER):
-            for arm in seen:
-                found = paired_difference(right[other], right[arm], seed=self.setup.seed)
-                gains.append((f"{arm} minus {other}", found.estimate, found.ci95))
+    def _figures(
+        self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray], parts: Partition
+    ) -> list[Figure]:
+        gains = {
+            f"{arm} minus {other}": paired_difference(right[other], right[arm], seed=self.setup.seed)
+            for other in (ONE, REGISTER)
+            for arm in measured
+        }
         most = [f"{word} {self.counts[-1]}" for word in ("mean", "diverse") if word in self.variants]
-        first = {arm: seen[arm].tokens[0] for arm in most}
+        first = {arm: measured[arm].tokens[0] for arm in most}
         figures: list[Figure] = [
-            layer_chart(seen),
-            ForestChart("Accuracy against one class token", gains, self.setup.margin),
+            layer_chart(measured),
+            *forest("Accuracy against one class token", gains, self.setup.margin),
             *(cosine_map(arm, tokens) for arm, tokens in first.items()),
         ]
         pictures = token_pictures(parts.test, first)
         return figures if pictures is None else [*figures, pictures]
 
-    def _values(self, seen: dict[str, Seen], right: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _values(self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray]) -> dict[str, Any]:
         return {
             "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
-            "output_cosine": {arm: one.cosines.mean(axis=1) for arm, one in seen.items()},
-            "layer_cosine": {arm: one.layer_cosines.mean(axis=2).T for arm, one in seen.items()},
-            "other_image_cosine": {arm: one.other_image_cosine(self.setup.seed) for arm, one in seen.items()},
+            "output_cosine": {arm: one.cosines.mean(axis=1) for arm, one in measured.items()},
+            "layer_cosine": {arm: one.layer_cosines.mean(axis=2).T for arm, one in measured.items()},
+            "other_image_cosine": {
+                arm: one.other_image_cosine(self.setup.seed) for arm, one in measured.items()
+            },
             "token_top1": {
-                arm: [each.right.mean(axis=0) for each in one.answers] for arm, one in seen.items()
+                arm: [each.right.mean(axis=0) for each in one.answers] for arm, one in measured.items()
             },
             "independent_models": {
                 arm: None if (found := one.against_seeds(self.setup.seed)) is None else vars(found)
-                for arm, one in seen.items()
+                for arm, one in measured.items()
             },
             "attention_apart": {
                 arm: [None if each.overlap is None else each.overlap.mean() for each in one.tokens]
-                for arm, one in seen.items()
+                for arm, one in measured.items()
             },
         }
 
-    def _notes(self, seen: dict[str, Seen]) -> list[str]:
+    def _notes(self, measured: dict[str, ArmTokens]) -> list[str]:
         assert self.setup.recipe.lr is not None
         notes = [
             f"One learning rate for all arms, {self.setup.recipe.lr:g}, not tuned.",
@@ -261,18 +257,13 @@ class SpecialiseStudy(Study):
                 "Whether class tokens of one model are more parallel than those of independent models takes "
                 "two seeds at least, and was not tested."
             )
-        if any(each.overlap is None for one in seen.values() for each in one.tokens):
+        if any(each.overlap is None for one in measured.values() for each in one.tokens):
             notes.append("Attention weights are not known for this architecture, and were left out.")
         return notes
 
 
-def look(answers: Answers, trials: Sequence[Trial], parts: dict[int, Partition]) -> Seen:
+def measure_arm(answers: Answers, trials: Sequence[Trial], parts: dict[int, Partition]) -> ArmTokens:
     """Watch the class tokens of the models of one arm.
-
-    Args:
-        answers: Of the models.
-        trials: Of one arm, a seed each.
-        parts: The images by seed; validation images differ.
 
     Raises:
         RunError: If a training failed.
@@ -280,9 +271,9 @@ def look(answers: Answers, trials: Sequence[Trial], parts: dict[int, Partition])
     tokens, said = [], []
     for trial in trials:
         model = answers.model(trial)
-        tokens.append(watch_class_tokens(model, parts[trial.seed].test))
+        tokens.append(collect_class_tokens(model, parts[trial.seed].test))
         said.append(token_answers(model, parts[trial.seed], tokens[-1]))
-    return Seen(tokens, said)
+    return ArmTokens(tokens, said)
 
 
 def _ece(answers: Answers, trial: Trial) -> float:
@@ -290,12 +281,12 @@ def _ece(answers: Answers, trial: Trial) -> float:
     return METRICS["ece"].estimate(Scored(probs.astype(np.float64), targets, trial.seed)).value
 
 
-def _spoken(finding: Finding, count: int, seen: Seen, seed: int) -> Finding:
+def _with_sentence(finding: Finding, count: int, measured: ArmTokens, seed: int) -> Finding:
     """A claim on one quantity, not on a difference: a sentence of its own, and what to compare it with."""
     low, high = finding.ci95 or (0.0, 0.0)
     seeds, images = finding.counts["seeds"], finding.counts["images"]
     place = {SUPPORTED: "above", REFUTED: "below"}.get(finding.verdict, "not told from")
-    found = seen.against_seeds(seed)
+    found = measured.against_seeds(seed)
     others = (
         "" if found is None else f", tokens of independent models {found.independent:.3f} (p {found.p:.3g})"
     )
@@ -304,6 +295,6 @@ def _spoken(finding: Finding, count: int, seen: Seen, seed: int) -> Finding:
         f"the mean cosine of {count} class tokens after the final norm is {finding.estimate:.3f} (95 % "
         f"interval {low:.3f} to {min(1.0, high):.3f}; {seeds} seed{'s' if seeds > 1 else ''}, {images:,} "
         f"images), {place} {COLLAPSED:g}; the same token on another image has "
-        f"{seen.other_image_cosine(seed):.3f}{others}{needed}."
+        f"{measured.other_image_cosine(seed):.3f}{others}{needed}."
     )
     return dataclasses.replace(finding, sentence=sentence)

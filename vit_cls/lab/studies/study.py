@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError, RunError
-from vit_cls.lab.results import LabResult
+from vit_cls.lab.probes.common import check_margin
+from vit_cls.lab.results import LabResult, Table
 from vit_cls.lab.studies.recipe import DATA_KEYS, MODEL_KEYS, OPTIM_KEYS, Recipe
 from vit_cls.lab.studies.runner import trial_folder
 from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, Trial, TrialData
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import Finding
 from vit_cls.weights.factory import load
 
 ARM_COLUMNS = ("top-1 (%)", "from (%)", "to (%)", "lowest seed (%)", "highest seed (%)", "seeds", "images")
@@ -53,14 +56,9 @@ class Setup:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds must be at least 1; got {self.seeds}.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed must be 0 or more; got {self.seed}.")
-        if not 0 < self.margin < 1:
-            raise ConfigError(
-                f"--margin must lie between 0 and 1, as 0.01 for one point; got {self.margin:g}."
-            )
+        check_range("--seeds", self.seeds, at_least=1)
+        check_range("--seed", self.seed, at_least=0)
+        check_margin(self.margin)
         object.__setattr__(self, "recipe", self.recipe.resolved(self.data))
 
     @property
@@ -89,14 +87,10 @@ class Setup:
         """One training by the recipe, but for what is given.
 
         Args:
-            arm: See `Trial`.
-            seed: See `Trial`.
             model: Settings of ``fit``'s ``model`` on top of the recipe's.
             optim: Settings of ``fit``'s ``optim`` on top of the recipe's.
             data: The images; None takes them as they are.
-            lr_factor: The learning rate over the recipe's.
             epochs: How long; None takes the recipe's.
-            variant: See `Trial`.
             after: The trial whose model it starts from, with that model's architecture.
         """
         recipe = self.recipe
@@ -130,29 +124,18 @@ class Answers:
         self._positions: np.ndarray | None = None
 
     def note(self, trial: Trial) -> dict[str, Any]:
-        """What the trial left about itself: costs, seconds, counts, ``error`` where it failed.
-
-        Args:
-            trial: A finished one.
-        """
+        """What the trial left about itself: costs, seconds, counts, ``error`` where it failed."""
         if trial.key not in self._notes:
             text = (trial_folder(self.folder, trial) / DONE).read_text(encoding="utf-8")
             self._notes[trial.key] = json.loads(text)
         return self._notes[trial.key]
 
     def failed(self, trial: Trial) -> str | None:
-        """Why a training failed, or None.
-
-        Args:
-            trial: A finished one.
-        """
+        """Why a training failed, or None."""
         return self.note(trial).get("error")
 
     def model(self, trial: Trial) -> ImageClassifier:
         """The trained classifier, in evaluation mode on the CPU.
-
-        Args:
-            trial: A finished one.
 
         Raises:
             RunError: If its training failed.
@@ -164,7 +147,6 @@ class Answers:
         """Probabilities and true classes.
 
         Args:
-            trial: A finished one.
             part: ``val`` or ``test``.
 
         Returns:
@@ -183,7 +165,6 @@ class Answers:
         """Which images each model classified right.
 
         Args:
-            trials: Of one arm, a seed each.
             part: ``val`` or ``test``. Validation images differ from seed to seed.
 
         Returns:
@@ -198,9 +179,6 @@ class Answers:
     def val_accuracy(self, trials: Sequence[Trial]) -> float:
         """Mean share of right validation images; what choices are made by.
 
-        Args:
-            trials: Of one arm, a seed each.
-
         Raises:
             RunError: If a training failed.
         """
@@ -210,9 +188,6 @@ class Answers:
     def cells(self, trials: Sequence[Trial]) -> list[float | int]:
         """Cells of a table under `ARM_COLUMNS`, on the test images.
 
-        Args:
-            trials: Of one arm, a seed each.
-
         Raises:
             RunError: If a training failed.
         """
@@ -221,11 +196,7 @@ class Answers:
         return [mean.estimate, *mean.ci95, float(seeds.min()), float(seeds.max()), mean.seeds, mean.images]
 
     def predictions(self, arms: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
-        """Per-image predictions on the test images, from which every statistic can be done again.
-
-        Args:
-            arms: Trials of each arm.
-        """
+        """Per-image predictions on the test images, from which every statistic can be done again."""
         first = next(iter(arms.values()))[0]
         parts = first.data.parts(first.seed)
         with np.load(trial_folder(self.folder, first) / ANSWERS, allow_pickle=False) as arrays:
@@ -277,15 +248,16 @@ class Study(ABC):
         self.setup = setup
 
     @abstractmethod
+    def arms(self) -> Mapping[str, Any]:
+        """Trials, a seed each, by arm; where more than the arm is varied, by that inside of it."""
+
     def trials(self) -> list[Trial]:
         """Every training that the study takes, each once; those that others start from come first."""
+        return list(_flat(self.arms()))
 
     @abstractmethod
     def analyse(self, answers: Answers) -> LabResult:
         """The answer, once all trials are done.
-
-        Args:
-            answers: Of the models.
 
         Raises:
             RunError: If a training that cannot be done without failed.
@@ -309,15 +281,105 @@ class Study(ABC):
             **self.options,
         }
 
-    def data_record(self, answers: Answers, trials: Sequence[Trial]) -> dict[str, Any]:
-        """Where the images came from, how many there were, and which could not be read.
+    def result(
+        self,
+        answers: Answers,
+        headline: str,
+        findings: Sequence[Finding],
+        *,
+        data: Mapping[str, Any] | None = None,
+        more_settings: Mapping[str, Any] | None = None,
+        **contents: Any,
+    ) -> LabResult:
+        """What the study has to say.
 
         Args:
-            answers: Of the models.
-            trials: Of the study.
+            data: Where the images came from; None means what the trials noted.
+            more_settings: On top of `settings`.
+            contents: Other fields of `LabResult`.
         """
+        return LabResult(
+            kind=f"study {self.name}",
+            question=self.question,
+            headline=headline,
+            findings=findings,
+            settings={**self.settings(), **(more_settings or {})},
+            data=self.data_record(answers, self.trials()) if data is None else data,
+            **contents,
+        )
+
+    def data_record(self, answers: Answers, trials: Sequence[Trial]) -> dict[str, Any]:
+        """Where the images came from, how many there were, and which could not be read."""
         note = answers.note(trials[0])
         failures: dict[str, str] = {}
         for trial in trials:
             failures |= answers.note(trial).get("failures", {})
         return {"origin": note["origin"], **note["data"], "failed": len(failures), "failures": failures}
+
+
+def _flat(arms: Any) -> Iterator[Trial]:
+    if isinstance(arms, Trial):
+        yield arms
+    else:
+        for one in arms.values() if isinstance(arms, Mapping) else arms:
+            yield from _flat(one)
+
+
+PAIRED = "Per seed all start from the same encoder weights and see the same images in the same order."
+ONE_RATE = (
+    "All are trained at one learning rate, which need not suit them alike: --recipe.lr tries another; "
+    "`vit-cls study heads` tunes it for each head."
+)
+LAST_EPOCH = "The model after the last epoch counts; no epoch was selected."
+
+
+def train_arms(setup: Setup, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Trial]]:
+    """One training for each arm and seed, at the recipe's learning rate.
+
+    Args:
+        setup: What all studies share.
+        arms: Settings of ``fit``'s ``model`` by arm, on top of the recipe's.
+
+    Returns:
+        Trials by arm, a seed each; the seeds are the same for all.
+    """
+    return {
+        arm: [setup.trial(arm, seed, model=model) for seed in setup.all_seeds] for arm, model in arms.items()
+    }
+
+
+def arms_table(title: str, answers: Answers, arms: Mapping[str, Sequence[Trial]], note: str = "") -> Table:
+    """How every arm does on the test images, and what it costs.
+
+    Raises:
+        RunError: If a training failed.
+    """
+    rows: list[list[Any]] = []
+    for arm, trials in arms.items():
+        notes = [answers.note(trial) for trial in trials]
+        seconds = float(np.median([one["seconds"] for one in notes]))
+        val = answers.val_accuracy(trials)
+        rows.append([arm, *answers.cells(trials), val, notes[0].get("parameters"), seconds])
+    columns = ["arm", *ARM_COLUMNS, "validation (%)", "parameters", "seconds"]
+    return Table(title, columns, rows, f"Test images; seconds of one training. {note}".rstrip())
+
+
+def headline(finding: Finding, more: str = "") -> str:
+    """First line of a report."""
+    return f"{finding.verdict.capitalize()}: {finding.sentence} {more}".rstrip()
+
+
+def refuse_pretrained(setup: Setup, study: str, why: str) -> None:
+    """Say no to weights that the study would have to take apart.
+
+    Args:
+        setup: What all studies share.
+
+    Raises:
+        ConfigError: If ``--recipe.pretrained`` was given.
+    """
+    if setup.recipe.pretrained is not None:
+        raise ConfigError(
+            f"study {study} trains from fresh weights, since {why}; got --recipe.pretrained "
+            f"{setup.recipe.pretrained}. Leave it out."
+        )

@@ -38,11 +38,7 @@ class TrialData:
     mosaic: Mapping[str, Any] | None = None
 
     def parts(self, seed: int) -> Partition:
-        """The three parts under a seed.
-
-        Args:
-            seed: Which images are for validation.
-        """
+        """The three parts under a seed."""
         parts = partition_data(
             self.data, seed=seed, val_fraction=self.val_fraction, test_fraction=self.test_fraction
         )

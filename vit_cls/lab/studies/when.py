@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, Table
+from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, Table, forest
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.mosaics import TILE, MosaicSource, example_pictures, roles
 from vit_cls.lab.studies.recipe import RECIPES
@@ -116,19 +116,11 @@ class WhenStudy(Study):
         return sorted({tiles, max(1, tiles // 4), 2, 1}, reverse=True)
 
     def share(self, relevant: int) -> float:
-        """The relevant share of the canvas.
-
-        Args:
-            relevant: Tiles that show the image.
-        """
+        """The relevant share of the canvas."""
         return relevant / self.side**2
 
     def mosaic(self, relevant: int) -> dict[str, Any]:
-        """Arguments of `mosaic_parts`.
-
-        Args:
-            relevant: Tiles that show the image.
-        """
+        """Arguments of `mosaic_parts`."""
         return {
             "side": self.side,
             "relevant": relevant,
@@ -137,7 +129,7 @@ class WhenStudy(Study):
             "seed": self.setup.seed,
         }
 
-    def grid(self) -> Grid:
+    def arms(self) -> Grid:
         """Trials by head and number of relevant tiles, a seed each."""
         setup = self.setup
         sizes = {"img_size": self.side * self.tile, "patch_size": self.patch_size, "crop_pct": 1.0}
@@ -158,13 +150,9 @@ class WhenStudy(Study):
                 ]
         return found
 
-    def trials(self) -> list[Trial]:
-        """See `Study.trials`."""
-        return [trial for counts in self.grid().values() for trials in counts.values() for trial in trials]
-
     def analyse(self, answers: Answers) -> LabResult:
         """See `Study.analyse`."""
-        grid = self.grid()
+        grid = self.arms()
         right = {
             head: {count: answers.correct(trials) for count, trials in counts.items()}
             for head, counts in grid.items()
@@ -184,14 +172,13 @@ class WhenStudy(Study):
         record = self.data_record(answers, [first])
         record |= {"classes": parts.class_names, "failed": len(failures), "failures": failures}
         arms = {self._arm(head, count): t for head, counts in grid.items() for count, t in counts.items()}
-        return LabResult(
-            kind="study when",
-            question=self.question,
-            headline=self._headline(main, slopes, {h: self._val_slope(answers, t) for h, t in grid.items()}),
-            findings=[*main, *levels],
+        return self.result(
+            answers,
+            self._headline(main, slopes, {h: self._val_slope(answers, t) for h, t in grid.items()}),
+            [*main, *levels],
             tables=self._tables(answers, grid, slopes, (main, levels)),
-            figures=[self._curves(right, chance), self._forest(main), pictures],
-            settings=self.settings() | {"relevant_tiles": self.relevant, "patch_size": self.patch_size},
+            figures=[self._curves(right, chance), *self._forest(main), pictures],
+            more_settings={"relevant_tiles": self.relevant, "patch_size": self.patch_size},
             data=record,
             values={
                 "relevant_share": [self.share(count) for count in self.relevant],
@@ -330,10 +317,8 @@ class WhenStudy(Study):
     def _curves(self, right: dict[str, dict[int, np.ndarray]], chance: float) -> LineChart:
         lines = []
         for head, rows in list(right.items())[:MOST_LINES]:
-            means = [(self.share(count), mean_interval(rows[count])) for count in reversed(self.relevant)]
-            lines.append(
-                Line(head, [(x, mean.estimate) for x, mean in means], [mean.ci95 for _, mean in means])
-            )
+            means = {self.share(count): mean_interval(rows[count]) for count in reversed(self.relevant)}
+            lines.append(Line.of(head, means))
         return LineChart(
             "Accuracy over the relevant share",
             "share of the tiles that show the image",
@@ -344,17 +329,13 @@ class WhenStudy(Study):
             note=f"Bands are 95 % intervals over seeds and images. {MOST_LINES} heads at most are drawn.",
         )
 
-    def _forest(self, main: Sequence[Finding]) -> ForestChart:
-        others = [head for head in self.heads if head != GAP]
-        rows = [
-            (f"{head} minus {GAP}", float(one.estimate or 0.0), _ends(one))
-            for head, one in zip(others, main, strict=True)
-        ]
-        return ForestChart(
+    def _forest(self, main: Sequence[Finding]) -> list[ForestChart]:
+        others = [f"{head} minus {GAP}" for head in self.heads if head != GAP]
+        return forest(
             "Growth of the advantage with each halving of the relevant share",
-            rows,
+            dict(zip(others, main, strict=True)),
             self.setup.margin / math.log2(self.side**2),
-            note="Above 0, the head's advantage is larger where less of the input is relevant.",
+            "Above 0, the head's advantage is larger where less of the input is relevant.",
         )
 
     def _notes(self, right: dict[str, dict[int, np.ndarray]], chance: float) -> list[str]:

@@ -60,7 +60,6 @@ class Verification:
     Args:
         checks: By the name of the identity, in the order of `IDENTITIES`.
         settings: Precision, device, images and seed.
-        seconds: Wall time.
     """
 
     checks: Mapping[str, Check]
@@ -103,9 +102,6 @@ class Verification:
 
 def what(name: str) -> str:
     """What must hold, as a sentence.
-
-    Args:
-        name: A row of `IDENTITIES`.
 
     Example:
         >>> what("rollout-rows")

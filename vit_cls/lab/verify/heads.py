@@ -52,9 +52,6 @@ def _filled(subject: Subject, pool: Pooling) -> Any:
 def one_query_attention_equals_ep(subject: Subject) -> Check:
     """Attention of one learned query with h heads is h queries in the space of the tokens.
 
-    Args:
-        subject: The model; random weights of its width.
-
     Source:
         Efficient probing, https://arxiv.org/abs/2506.10178, and ``q . (W_k x) = (W_k^T q) . x``.
     """
@@ -76,11 +73,7 @@ def one_query_attention_equals_ep(subject: Subject) -> Check:
 
 
 def zero_query_equals_gap(subject: Subject) -> Check:
-    """Attention pooling with zero queries is the mean of the patches, times the values' matrix.
-
-    Args:
-        subject: The model; random weights of its width.
-    """
+    """Attention pooling with zero queries is the mean of the patches, times the values' matrix."""
     tokens, context = subject.patches, _context(subject)
     pool = EfficientProbePool(context, context.num_heads)
     _filled(subject, pool).query.zero_()
@@ -112,9 +105,6 @@ def absorbed_map_equals_plain(subject: Subject) -> Check:
 def gem_p1_is_mean(subject: Subject) -> Check:
     """Generalised mean pooling with exponent 1 is the mean of the positive part.
 
-    Args:
-        subject: The model.
-
     Source:
         GeM, https://arxiv.org/abs/1711.02512.
     """
@@ -127,9 +117,6 @@ def gem_large_p_is_max(subject: Subject) -> Check:
 
     Of N positive values it falls short of the maximum by no more than ``max * (1 - N ** (-1 / p))``: the sum
     of their powers is at least that of the largest.
-
-    Args:
-        subject: The model.
 
     Source:
         GeM, https://arxiv.org/abs/1711.02512.
@@ -146,9 +133,6 @@ def lse_limits(subject: Subject) -> Check:
 
     It exceeds the mean by no more than ``r (max - min) ** 2 / 8`` (Hoeffding's lemma) and falls short of the
     maximum by no more than ``log(N) / r``.
-
-    Args:
-        subject: The model.
     """
     tokens = subject.patches
     mean, high, low = tokens.mean(dim=1), tokens.amax(dim=1), tokens.amin(dim=1)

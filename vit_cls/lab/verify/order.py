@@ -32,11 +32,7 @@ from vit_cls.model.token_model import TokenModel
 
 
 def prepend_equals_append(subject: Subject) -> Check:
-    """The class token may stand behind the patches, with its position embedding, and nothing changes.
-
-    Args:
-        subject: The model.
-    """
+    """The class token may stand behind the patches, with its position embedding, and nothing changes."""
     need_class_token(subject)
     need_symmetry(subject)
     count = subject.layout.num_tokens
@@ -45,11 +41,7 @@ def prepend_equals_append(subject: Subject) -> Check:
 
 
 def class_token_anywhere(subject: Subject) -> Check:
-    """The class token may stand between any two patches, elsewhere for each image, and nothing changes.
-
-    Args:
-        subject: The model.
-    """
+    """The class token may stand between any two patches, elsewhere for each image, and nothing changes."""
     need_class_token(subject)
     need_symmetry(subject)
     count, images = subject.layout.num_tokens, len(subject.tokens)
@@ -62,11 +54,7 @@ def class_token_anywhere(subject: Subject) -> Check:
 
 
 def patch_permutation_equivariance(subject: Subject) -> Check:
-    """Patches in another order, with their position embeddings, give the same outputs in that order.
-
-    Args:
-        subject: The model.
-    """
+    """Patches in another order, with their position embeddings, give the same outputs in that order."""
     need_symmetry(subject)
     first, patches = subject.layout.num_prefix_tokens, subject.layout.num_patches
     shuffled = first + torch.randperm(patches, generator=subject.generator("permutation"))
@@ -81,26 +69,19 @@ def _reordered(subject: Subject, order: Tensor) -> Check:
 def identical_class_tokens_stay_identical(subject: Subject) -> Check:
     """A second class token that starts like the first ends like it: copies cannot specialise.
 
-    Args:
-        subject: The model.
-
     Source:
         The collapse of equal class tokens: DeiT, https://arxiv.org/abs/2012.12877, section 4.
     """
     need_class_token(subject)
     need_symmetry(subject)
-    twin = subject.tokens[:, :1]
-    with changed_tokens(subject.model, 0, insert_tokens(subject.layout.num_tokens, twin)):
+    second = subject.tokens[:, :1]
+    with changed_tokens(subject.model, 0, insert_tokens(subject.layout.num_tokens, second)):
         found = subject.model.run_blocks(subject.tokens)
     return subject.relative(found[:, -1], found[:, 0])
 
 
 def shuffle_at_input(subject: Subject) -> Check:
-    """Exchanging the class tokens of images before block 1 changes nothing: they are all the same yet.
-
-    Args:
-        subject: The model.
-    """
+    """Exchanging the class tokens of images before block 1 changes nothing: they are all the same yet."""
     need_class_token(subject)
     order = torch.arange(len(subject.inputs)).roll(1)
     with changed_tokens(subject.model, 0, shuffle_token(0, order)):
@@ -109,11 +90,7 @@ def shuffle_at_input(subject: Subject) -> Check:
 
 
 def shuffle_at_output(subject: Subject) -> Check:
-    """An image that gets the class token of another after the last block gets its logits.
-
-    Args:
-        subject: The model.
-    """
+    """An image that gets the class token of another after the last block gets its logits."""
     need_class_token(subject)
     if subject.config.pool != "cls":
         raise NotApplicableError(f"the head reads more than the class token (pool {subject.config.pool})")
@@ -128,11 +105,7 @@ def shuffle_at_output(subject: Subject) -> Check:
 
 
 def block_1_query_constant(subject: Subject) -> Check:
-    """The class token asks the same question of every image in block 1: its query does not depend on them.
-
-    Args:
-        subject: The model.
-    """
+    """The class token asks the same question of every image in block 1: its query does not depend on them."""
     need_class_token(subject)
     call = subject.call(0)
     tokens = call.args[0][:, :1]
@@ -143,11 +116,7 @@ def block_1_query_constant(subject: Subject) -> Check:
 
 
 def class_token_sees_image_in_block_1(subject: Subject) -> Check:
-    """After block 1 the class token differs between images: its first block already reads them.
-
-    Args:
-        subject: The model.
-    """
+    """After block 1 the class token differs between images: its first block already reads them."""
     need_class_token(subject)
     config: Any = subject.config
     if getattr(config, "causal", False) and config.class_position == "first":
@@ -156,11 +125,7 @@ def class_token_sees_image_in_block_1(subject: Subject) -> Check:
 
 
 def causal_prepend_no_gradient(subject: Subject) -> Check:
-    """Under a causal mask a class token in front of the patches is the same for all images: no gradient.
-
-    Args:
-        subject: The model; a copy of it gets the mask.
-    """
+    """Under a causal mask a class token in front of the patches is the same for all images: no gradient."""
     model = _causal(subject, "first")
     found = [_class_token_and_gradient(subject, model, image) for image in subject.inputs[:2].split(1)]
     (one, gradient), (other, other_gradient) = found
@@ -168,11 +133,7 @@ def causal_prepend_no_gradient(subject: Subject) -> Check:
 
 
 def causal_append_has_gradient(subject: Subject) -> Check:
-    """Under a causal mask a class token behind the patches sees them: its gradient is not zero.
-
-    Args:
-        subject: The model; a copy of it gets the mask.
-    """
+    """Under a causal mask a class token behind the patches sees them: its gradient is not zero."""
     model = _causal(subject, "last")
     return greater(largest(_class_token_and_gradient(subject, model, subject.inputs[:1])[1]))
 

@@ -27,29 +27,17 @@ MAX_PATH_MACS = 2e10
 
 
 def batch_independence(subject: Subject) -> Check:
-    """The logits of an image do not depend on the images that it shares a batch with.
-
-    Args:
-        subject: The model.
-    """
+    """The logits of an image do not depend on the images that it shares a batch with."""
     return subject.relative(torch.cat([alone.logits for alone in subject.alone]), subject.logits)
 
 
 def evaluation_is_deterministic(subject: Subject) -> Check:
-    """The same images give the same logits again, to the last bit.
-
-    Args:
-        subject: The model.
-    """
+    """The same images give the same logits again, to the last bit."""
     return exact(largest(subject.model(subject.inputs) - subject.logits))
 
 
 def normalisation(subject: Subject) -> Check:
-    """The classifier of uint8 pixels x is the model of ``(x / 255 - mean) / std``.
-
-    Args:
-        subject: The model.
-    """
+    """The classifier of uint8 pixels x is the model of ``(x / 255 - mean) / std``."""
     return subject.relative(subject.classifier(subject.images), subject.logits)
 
 
@@ -58,9 +46,6 @@ def integrated_gradients_completeness(subject: Subject) -> Check:
 
     The residual is how far that factor is from 16, relative to it. The path leads from the image a part of
     the way to the mean image; always in float64.
-
-    Args:
-        subject: The model.
 
     Source:
         Completeness: https://arxiv.org/abs/1703.01365; the midpoint rule has an error of second order.

@@ -31,11 +31,7 @@ from vit_cls.lab.verify.subject import (
 
 
 def last_block_class_token_only(subject: Subject) -> Check:
-    """The last block, computed for the read tokens alone, gives what the whole block gives for them.
-
-    Args:
-        subject: The model.
-    """
+    """The last block, computed for the read tokens alone, gives what the whole block gives for them."""
     need_native(subject, "compute every token")
     model, pool = subject.model, subject.model.pool
     full = subject.layers[-1]
@@ -51,9 +47,6 @@ def gradient_at_last_patches(subject: Subject) -> Check:
 
     With a class token as the only one read, that of the patches is exactly zero: gradient methods must look
     at the input of the last block. With a mean over the patches it is not zero.
-
-    Args:
-        subject: The model.
     """
     model, pool, first = subject.model, subject.model.pool, subject.layout.num_prefix_tokens
     if getattr(pool, "num_layers", 1) > 1:
@@ -73,11 +66,7 @@ def gradient_at_last_patches(subject: Subject) -> Check:
 
 
 def attention_rows_sum_to_one(subject: Subject) -> Check:
-    """Attention is a mean: its rows sum to 1, and values that are all 1 come out as 1.
-
-    Args:
-        subject: The model.
-    """
+    """Attention is a mean: its rows sum to 1, and values that are all 1 come out as 1."""
     sums = torch.stack([weights.sum(dim=-1) for weights in subject.attention])
     residual = largest(sums - 1)
     for end in (0, -1):
@@ -105,10 +94,10 @@ def _with_constant_values(attn: Any) -> Any:
 
 def _copy(attn: Any) -> Any:
     """A copy without the hooks of the original."""
-    twin = copy.deepcopy(attn)
-    twin._forward_hooks.clear()
-    twin._forward_pre_hooks.clear()
-    return twin.requires_grad_(False)
+    copied = copy.deepcopy(attn)
+    copied._forward_hooks.clear()
+    copied._forward_pre_hooks.clear()
+    return copied.requires_grad_(False)
 
 
 def _biased(layer: nn.Linear, last: int) -> nn.Linear:
@@ -125,9 +114,6 @@ def _biased(layer: nn.Linear, last: int) -> nn.Linear:
 def rollout_rows(subject: Subject) -> Check:
     """Rows of attention rollout sum to 1.
 
-    Args:
-        subject: The model.
-
     Source:
         https://arxiv.org/abs/2005.00928.
     """
@@ -135,20 +121,13 @@ def rollout_rows(subject: Subject) -> Check:
 
 
 def one_layer_rollout(subject: Subject) -> Check:
-    """Rollout of one layer without the residual connection is that layer's attention.
-
-    Args:
-        subject: The model.
-    """
+    """Rollout of one layer without the residual connection is that layer's attention."""
     last = subject.attention[-1:]
     return exact(largest(rollout(last, alpha=1.0) - last[0]))
 
 
 def value_contributions(subject: Subject) -> Check:
     """What a token sends to another, summed over the tokens, plus the bias is the attention's output.
-
-    Args:
-        subject: The model; its last block.
 
     Source:
         Value-weighted attention: https://arxiv.org/abs/2004.10102, equation 6.
@@ -166,11 +145,7 @@ def value_contributions(subject: Subject) -> Check:
 
 
 def uniform_attention(subject: Subject) -> Check:
-    """Zero queries attend to all alike: entropy log N, the mean distance of the grid, the mean value.
-
-    Args:
-        subject: The model; a copy of its first block's attention.
-    """
+    """Zero queries attend to all alike: entropy log N, the mean distance of the grid, the mean value."""
     need_symmetry_of_scores(subject)
     call = subject.call(0)
     attn = _without_queries(call.attn)
@@ -192,9 +167,6 @@ def uniform_attention(subject: Subject) -> Check:
 
 def need_symmetry_of_scores(subject: Subject) -> None:
     """Leave a check about scores of zero, if something is added to them; rotary positions add nothing.
-
-    Args:
-        subject: The model.
 
     Raises:
         NotApplicableError: If attention is causal or has relative positions.
@@ -221,9 +193,6 @@ def _without_queries(attn: Any) -> Any:
 
 def lens_equals_logits(subject: Subject) -> Check:
     """The head, applied to the tokens after the last block, gives the model's logits.
-
-    Args:
-        subject: The model.
 
     Source:
         Class lens: https://arxiv.org/abs/2310.18969.

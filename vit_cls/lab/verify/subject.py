@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 from vit_cls.lab.attention import attention_module, capture_attention
 from vit_cls.lab.interventions import capture_tokens
@@ -106,10 +107,7 @@ class Subject:
     """A classifier with random images, and what it makes of them, each computed once.
 
     Args:
-        classifier: Stays as it is; a copy is examined.
         images: How many, at least 2.
-        seed: Of the images and of everything else that is drawn.
-        device: Where the copy runs.
         dtype: float64 or float32.
 
     Raises:
@@ -127,8 +125,7 @@ class Subject:
     ) -> None:
         if images < 2:
             raise ConfigError(f"--images must be at least 2, to compare one with another; got {images}.")
-        if seed < 0:
-            raise ConfigError(f"--seed must be at least 0; got {seed}.")
+        check_range("--seed", seed, at_least=0)
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self.classifier = copy.deepcopy(classifier).to(self.device, dtype).eval().requires_grad_(False)
         self.model = self.classifier.model
@@ -140,11 +137,7 @@ class Subject:
         """uint8, shape ``(images, channels, height, width)``."""
 
     def generator(self, name: str) -> torch.Generator:
-        """A generator of its own for each use, on the CPU.
-
-        Args:
-            name: Of the use.
-        """
+        """A generator of its own for each use, on the CPU."""
         # torch's generator on the CPU looks at 32 bits of a seed.
         return torch.Generator().manual_seed(zlib.crc32(f"{name} {self.seed}".encode()))
 
@@ -153,8 +146,6 @@ class Subject:
 
         Args:
             name: Of the use; the same name draws the same numbers.
-            shape: Of the result.
-            std: Standard deviation.
         """
         drawn = torch.randn(shape, generator=self.generator(name), dtype=torch.float64) * std
         return drawn.to(self.device, self.dtype)
@@ -237,9 +228,6 @@ class Subject:
     def call(self, end: int) -> AttentionCall:
         """How the attention of the first or of the last block was called.
 
-        Args:
-            end: 0 or -1.
-
         Raises:
             NotApplicableError: If the blocks have no ordinary attention.
         """
@@ -270,7 +258,6 @@ class Subject:
         """The largest difference, over the largest value.
 
         Args:
-            found: One side.
             expected: The other, of the same shape.
         """
         return Check(relative_residual(found, expected), RELATIVE, self.tolerance)
@@ -284,7 +271,6 @@ def relative_residual(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest absolute value; 0 where both are zero.
 
     Args:
-        found: One side.
         expected: The other, of the same shape.
 
     Example:
@@ -297,20 +283,12 @@ def relative_residual(found: Tensor, expected: Tensor) -> float:
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest absolute value.
-
-    Args:
-        tensor: Not empty.
-    """
+    """The largest absolute value."""
     return float(tensor.abs().max())
 
 
 def exact(residual: float) -> Check:
-    """A check whose two sides must agree to the last bit.
-
-    Args:
-        residual: Of the two sides.
-    """
+    """A check whose two sides must agree to the last bit."""
     return Check(residual, EXACT, 0.0)
 
 
@@ -318,7 +296,6 @@ def greater(quantity: float, than: float = 0.0) -> Check:
     """A check that something is there.
 
     Args:
-        quantity: What was measured.
         than: What it must exceed.
     """
     return Check(quantity, GREATER, than)
@@ -326,9 +303,6 @@ def greater(quantity: float, than: float = 0.0) -> Check:
 
 def need_class_token(subject: Subject) -> None:
     """Leave a check that is about the class token.
-
-    Args:
-        subject: The model.
 
     Raises:
         NotApplicableError: If it has none.
@@ -340,10 +314,6 @@ def need_class_token(subject: Subject) -> None:
 def need_native(subject: Subject, what: str) -> Any:
     """The configuration of a native model.
 
-    Args:
-        subject: The model.
-        what: What other models do not offer.
-
     Raises:
         NotApplicableError: If it is an adapted one.
     """
@@ -354,9 +324,6 @@ def need_native(subject: Subject, what: str) -> Any:
 
 def need_symmetry(subject: Subject) -> None:
     """Leave a check that permutes tokens, if the blocks themselves know an order.
-
-    Args:
-        subject: The model.
 
     Raises:
         NotApplicableError: If attention is causal, or uses rotary or relative positions.

@@ -8,16 +8,87 @@ from typing import Any
 
 import numpy as np
 
-from vit_cls.data.splits import PARTS
+from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import freeze
+from vit_cls.lab.probes.common import freeze_parts
 from vit_cls.lab.probes.tokens import SINGLE
 from vit_cls.lab.probes.tokens import tokens as probe_tokens
+from vit_cls.lab.reads import parse_pool
 from vit_cls.lab.results import HeatMap, Table
+from vit_cls.lab.studies.recipe import MODEL_KEYS, Recipe
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers
 from vit_cls.lab.studies.trials import Trial
+from vit_cls.model.tokens import TokenLayout
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import EQUAL, GREATER, Claim
+from vit_cls.weights.factory import architecture_of
+
+CLS, GAP = "cls", "gap"
+TOKENS = (CLS, "first", "corner", "centre", "random", GAP)
+
+
+def grid_of(recipe: Recipe) -> tuple[int, int]:
+    """Patch rows and columns of the models that a recipe makes.
+
+    Raises:
+        ConfigError: If its settings do not fit together.
+        ModelFileError: If the weights cannot be had.
+    """
+    settings = recipe.part(MODEL_KEYS)
+    name, pretrained = settings.pop("name"), settings.pop("pretrained", None)
+    rows, columns = architecture_of(name, pretrained, **settings).grid_size
+    return rows, columns
+
+
+def chosen_patches(
+    tokens: Sequence[str], grid_size: tuple[int, int], seed: int
+) -> tuple[dict[str, int], list[str]]:
+    """Patches by name, and what was left out because another name has it already.
+
+    Args:
+        tokens: As the user wrote them, each once; ``cls`` and ``gap`` are no patches.
+        seed: Of the patch that is drawn. It is none of the other names' where there is another.
+
+    Returns:
+        The number of each patch in raster order, and a sentence for each that was left out.
+
+    Raises:
+        ConfigError: If a token is unknown, or has no such number.
+
+    Example:
+        >>> chosen_patches(["cls", "first", "corner", "centre", "token:2"], (4, 4), 0)
+        ({'first': 0, 'corner': 15, 'centre': 5, 'token:2': 2}, [])
+        >>> chosen_patches(["first", "centre"], (2, 2), 0)
+        ({'first': 0}, ['centre is patch 0 of 2x2, as first is'])
+    """
+    rows, columns = grid_size
+    named = {
+        "first": 0,
+        "corner": rows * columns - 1,
+        "centre": (rows - 1) // 2 * columns + (columns - 1) // 2,
+    }
+    others = sorted(set(range(rows * columns)) - set(named.values())) or [0]
+    named["random"] = others[int(np.random.default_rng(seed).integers(len(others)))]
+    found: dict[str, int] = {}
+    left_out: list[str] = []
+    for token in tokens:
+        if token in (CLS, GAP):
+            continue
+        if token not in named and not token.startswith("token:"):
+            known = [*TOKENS, "token:K"]
+            raise ConfigError(
+                f"--tokens must be some of {', '.join(known)}; got {token!r}.{did_you_mean(token, known)}"
+            )
+        if token not in named:
+            layout = TokenLayout(False, 0, grid_size)
+            named[token] = parse_pool(token, layout, 1, name="--tokens")[0].number or 0
+        patch = named[token]
+        same = next((name for name, other in found.items() if other == patch), None)
+        if same is None:
+            found[token] = patch
+        else:
+            left_out.append(f"{token} is patch {patch} of {rows}x{columns}, as {same} is")
+    return found, left_out
 
 
 @dataclass(frozen=True)
@@ -26,7 +97,6 @@ class FrozenReads:
 
     Args:
         name: Of the arm, such as ``CLS-trained``.
-        seeds: Of the models.
         grid_size: Patch rows and columns.
         patches: bool, shape ``(seeds, patches, images)``.
         pooled: By read, ``cls`` where there is one and ``gap``: bool, shape ``(seeds, images)``.
@@ -54,13 +124,13 @@ class FrozenReads:
         """Numbers for scripts."""
         return {
             "single": self.single.mean(axis=1),
-            **{way: rows.mean(axis=1) for way, rows in self.pooled.items()},
+            **{pool: rows.mean(axis=1) for pool, rows in self.pooled.items()},
             "patches": self.grid,
         }
 
     def predictions(self) -> dict[str, Any]:
         """Per image: what the probes on pooled reads said, and how many probes on patches were right."""
-        found = {way: self._by_seed(rows) for way, rows in self.preds.items()}
+        found = {pool: self._by_seed(rows) for pool, rows in self.preds.items()}
         return {**found, "patches_right": self._by_seed(self.patches.sum(axis=1))}
 
     def _by_seed(self, rows: np.ndarray) -> dict[str, list[int]]:
@@ -70,46 +140,39 @@ class FrozenReads:
 def read_frozen(answers: Answers, trials: Sequence[Trial], name: str) -> FrozenReads:
     """Probe every single token of finished models, by the probe ``tokens``.
 
-    Args:
-        answers: Of the models.
-        trials: Of one arm, a seed each.
-        name: Of the arm, for people.
-
     Raises:
         RunError: If a training failed.
         DataError: If a part is too small for a probe.
     """
     patches, pooled, preds = [], [], []
-    config = InferenceConfig(precision="32")
     grid_size = (0, 0)
+    config = InferenceConfig(precision="32")
     for trial in trials:
         classifier = answers.model(trial)
         grid_size = classifier.model.layout.grid_size
         parts = trial.data.parts(trial.seed)
-        train, val, test = (freeze(classifier, getattr(parts, part), config=config) for part in PARTS)
+        train, val, test = freeze_parts(classifier, parts.sources, config, None)
         said = probe_tokens(train, val, test).predictions["preds"]
-        right = {way: rows == test.labels for way, rows in said.items()}
-        of_patches = [way for way in right if way.startswith("token:")]
-        patches.append(np.stack([right[way] for way in of_patches]))
-        pooled.append({way: rows for way, rows in right.items() if way not in of_patches})
-        preds.append({way: said[way] for way in pooled[-1]})
+        right = {pool: rows == test.labels for pool, rows in said.items()}
+        of_patches = [pool for pool in right if pool.startswith("token:")]
+        patches.append(np.stack([right[pool] for pool in of_patches]))
+        pooled.append({pool: rows for pool, rows in right.items() if pool not in of_patches})
+        preds.append({pool: said[pool] for pool in pooled[-1]})
     return FrozenReads(
         name,
         [trial.seed for trial in trials],
         grid_size,
         np.stack(patches),
-        {way: np.stack([one[way] for one in pooled]) for way in pooled[0]},
-        {way: np.stack([one[way] for one in preds]) for way in preds[0]},
+        {pool: np.stack([one[pool] for one in pooled]) for pool in pooled[0]},
+        {pool: np.stack([one[pool] for one in preds]) for pool in preds[0]},
     )
 
 
 def frozen_claims(cls: FrozenReads, gap: FrozenReads, *, margin: float) -> list[Claim]:
-    """What is claimed of single patches, before they are looked at.
+    """What is claimed of single patches, before they are measured.
 
     Args:
-        cls: Of models that were trained to be read at the class token.
         gap: Of models that were trained to be read at the mean of their patches.
-        margin: The largest difference that does not matter.
     """
     of_cls, of_gap = cls.pooled["cls"].astype(np.float64), gap.pooled["gap"].astype(np.float64)
     average = f"{SINGLE} of the {{}} model"
@@ -147,11 +210,7 @@ def frozen_claims(cls: FrozenReads, gap: FrozenReads, *, margin: float) -> list[
 
 
 def frozen_table(models: Sequence[FrozenReads]) -> Table:
-    """Pooled reads, the average patch, and the patches that stand out.
-
-    Args:
-        models: One an arm.
-    """
+    """Pooled reads, the average patch, and the patches that stand out."""
     rows: list[list[Any]] = []
     for model in models:
         means = model.patches.mean(axis=(0, 2))
@@ -162,11 +221,11 @@ def frozen_table(models: Sequence[FrozenReads]) -> Table:
             f"worst patch ({worst})": model.patches[:, worst],
             f"best patch ({best})": model.patches[:, best],
         }
-        for way, scores in reads.items():
+        for pool, scores in reads.items():
             mean, by_seed = mean_interval(scores), scores.mean(axis=1)
             low, high = max(0.0, mean.ci95[0]), min(1.0, mean.ci95[1])
             spread = [float(by_seed.min()), float(by_seed.max())]
-            rows.append([model.name, way, mean.estimate, low, high, *spread, mean.seeds, mean.images])
+            rows.append([model.name, pool, mean.estimate, low, high, *spread, mean.seeds, mean.images])
     note = (
         "Test images. The best patch is the best on these images, so its accuracy is optimistic, as that of "
         "the worst is pessimistic; they are shown for the spread."
@@ -175,17 +234,13 @@ def frozen_table(models: Sequence[FrozenReads]) -> Table:
 
 
 def heat_maps(models: Sequence[FrozenReads]) -> list[HeatMap]:
-    """What a probe on each single patch gets right, with one colour scale for all models.
-
-    Args:
-        models: One an arm.
-    """
+    """What a probe on each single patch gets right, with one colour scale for all models."""
     if not models:
         return []
     limits = (min(float(one.grid.min()) for one in models), max(float(one.grid.max()) for one in models))
     found = []
     for model in models:
-        shown = ", ".join(f"{way} {100 * rows.mean():.1f} %" for way, rows in model.pooled.items())
+        shown = ", ".join(f"{pool} {100 * rows.mean():.1f} %" for pool, rows in model.pooled.items())
         note = (
             f"One cell a patch, as the image lies; mean over {len(model.seeds)} seed(s), "
             f"{model.patches.shape[2]:,} test images. For comparison: {shown}. All maps share their colours."

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS, match_classes
@@ -18,8 +19,8 @@ from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.features import Rows
 from vit_cls.lab.interventions import changed_tokens, insert_tokens, replace_token
-from vit_cls.lab.probes.common import check_parts
-from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
+from vit_cls.lab.probes.common import checked_parts
+from vit_cls.lab.probes.linear import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
@@ -32,7 +33,6 @@ class Refinement:
     Layer 0 is before the first block, layer ``l`` after block ``l``.
 
     Args:
-        rows: The images.
         targets: True classes by the model's order, int64, shape ``(images,)``.
         preds: What the unchanged model says, int64, shape ``(images,)``.
         shuffled: Share of the permutations under which an image is still classified right, float64, shape
@@ -87,8 +87,6 @@ def refinement(
     Args:
         classifier: Reads its class token alone. Is moved to the device and put in evaluation mode.
         partition: Train and validation part for means and probes, test part for everything else.
-        seeds: Of the permutations.
-        permutations: How many for each seed; the same at every layer.
         config: How the model is run; None means in float32, on the best device.
 
     Raises:
@@ -100,15 +98,14 @@ def refinement(
         Interchanging activations between inputs: Geiger et al. 2021, https://arxiv.org/abs/2106.02997.
         Class token only in late blocks: CaiT, https://arxiv.org/abs/2103.17239.
     """
-    if permutations < 1:
-        raise ConfigError(f"--permutations must be at least 1; got {permutations}.")
+    check_range("--permutations", permutations, at_least=1)
     check_reads_class_token(classifier.model)
     config = config or InferenceConfig(precision="32")
     sources: dict[str, ImageSource] = {part: getattr(partition, part) for part in PARTS}
     labelled = {part: match_classes(one.index, classifier.class_names) for part, one in sources.items()}
     held = {part: _class_tokens(classifier, source, config) for part, source in sources.items()}
     rows = {part: found[1] for part, found in held.items()}
-    check_parts(*rows.values())
+    checked_parts(*rows.values())
     labels = {part: labelled[part].labels[rows[part].positions] for part in PARTS}
     features = {part: Reader(classifier.model).normed(found[0]) for part, found in held.items()}
     lens = _head(classifier.model, features["test"])
@@ -135,15 +132,12 @@ def refinement(
 def check_reads_class_token(model: TokenModel) -> None:
     """Refuse a model whose head reads anything but its one class token.
 
-    Args:
-        model: Any.
-
     Raises:
         ConfigError: If it does.
     """
     if model.config.pool != "cls":
         raise ConfigError(
-            "the head must read the class token alone (pool cls), so that what is done to it is seen; got "
+            "the head must read the class token alone (pool cls), so that what is done to it shows; got "
             f"a model with pool {model.config.pool}. Give another, or leave out --model to train some."
         )
 
