@@ -14,7 +14,7 @@ import sklearn.metrics
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
 from vit_cls.evaluation.predictions import Predictions, Scoring
-from vit_cls.evaluation.results import evaluate_predictions, to_dict, to_text
+from vit_cls.evaluation.results import Evaluation, evaluate_predictions, to_dict, to_text
 from vit_cls.reports.html import write_evaluation_report
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.stats.metrics import METRICS, Estimate, Metric
@@ -52,6 +52,12 @@ def test_metrics_are_scikit_learns():
     assert [row.recall for row in result.per_class] == pytest.approx(recall.tolist())
     assert [row.f1 for row in result.per_class] == pytest.approx(f1.tolist())
     assert [row.support for row in result.per_class] == support.tolist()
+
+
+def test_no_result_leaves_out_how_far_its_probabilities_can_be_believed():
+    given = vars(evaluate_predictions(_predictions()))
+    with pytest.raises(TypeError, match="calibration"):
+        Evaluation(**{key: value for key, value in given.items() if key != "calibration"})
 
 
 def _reference_ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:

@@ -8,7 +8,7 @@ import pytest
 from vit_cls.evaluation.results import ClassMetrics, Evaluation
 from vit_cls.reports.html import write_evaluation_report, write_fit_report
 from vit_cls.stats.intervals import wilson_interval
-from vit_cls.stats.metrics import Estimate
+from vit_cls.stats.metrics import Estimate, Scored, calibration_of
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -39,6 +39,9 @@ def _evaluation(num_classes: int, *, failed: int = 0, names: list[str] | None = 
     confusion[-1, 0] = 4
     names = [*(names or []), *(f"class {i}" for i in range(num_classes))][:num_classes]
     images, correct = int(confusion.sum()), int(confusion.trace())
+    pairs = np.argwhere(confusion).repeat(confusion[confusion > 0], axis=0)  # true class, prediction
+    probs = np.full((images, num_classes), 0.2 / num_classes)
+    probs[np.arange(images), pairs[:, 1]] += 0.8
     per_class = [
         ClassMetrics(name, int(row.sum()), int(row[i]), int(confusion[:, i].sum()))
         for i, (name, row) in enumerate(zip(names, confusion, strict=True))
@@ -56,6 +59,7 @@ def _evaluation(num_classes: int, *, failed: int = 0, names: list[str] | None = 
         },
         per_class=per_class,
         confusion=confusion,
+        calibration=calibration_of(Scored(probs, pairs[:, 0])),
         seconds=75.4,
     )
 

@@ -100,9 +100,9 @@ class Evaluation:
         metrics: By key, in the order of `vit_cls.stats.metrics.METRICS`; ``top1`` at least.
         per_class: One row for each class of the model.
         confusion: Images by true class (rows) and predicted class (columns).
+        calibration: How far the probabilities can be believed.
         seconds: Wall time of loading and predicting.
         scoring: How the images became probabilities.
-        calibration: How far those can be believed; None where it was not measured.
     """
 
     images: int
@@ -111,9 +111,9 @@ class Evaluation:
     metrics: dict[str, Estimate]
     per_class: list[ClassMetrics]
     confusion: np.ndarray
+    calibration: Calibration
     seconds: float
     scoring: Scoring = AS_IS
-    calibration: Calibration | None = None
 
     @property
     def top1(self) -> Estimate:
@@ -179,9 +179,9 @@ def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluati
         metrics=measure(answers),
         per_class=per_class,
         confusion=confusion,
+        calibration=calibration_of(answers),
         seconds=predictions.seconds,
         scoring=predictions.scoring,
-        calibration=calibration_of(answers),
     )
 
 
@@ -240,9 +240,8 @@ def _cases(predictions: Predictions, positions: np.ndarray) -> list[ImageCase]:
 
 
 def to_dict(result: Evaluation) -> dict[str, Any]:
-    """The result as plain data that JSON can hold; the calibration was measured."""
+    """The result as plain data that JSON can hold."""
     scoring, calibration = result.scoring, result.calibration
-    assert calibration is not None
     told: dict[str, Any] = {
         "images": result.images,
         "failed": result.failed,
@@ -271,9 +270,8 @@ def to_dict(result: Evaluation) -> dict[str, Any]:
 
 
 def to_text(result: Evaluation) -> str:
-    """The result as lines for people; counts first; the calibration was measured."""
+    """The result as lines for people; counts first."""
     scoring, calibration = result.scoring, result.calibration
-    assert calibration is not None
     missing = [row.name for row in result.per_class if not row.support]
     coverage = f"; {result.classes_present} of the model's {len(result.per_class)} classes" if missing else ""
 

@@ -148,12 +148,10 @@ def write_evaluation_report(
     """
     pairs = result.confused_pairs()
     calibration, cases = result.calibration, cases or ImageCases()
-    charts = []
-    if calibration is not None:
-        charts = [
-            ("Reliability", Markup(reliability_diagram("reliability", calibration.bins))),
-            ("Accuracy at coverage", Markup(coverage_chart("coverage", calibration.curve.tolist()))),
-        ]
+    charts = [
+        ("Reliability", Markup(reliability_diagram("reliability", calibration.bins))),
+        ("Accuracy at coverage", Markup(coverage_chart("coverage", calibration.curve.tolist()))),
+    ]
     context = {
         "result": result,
         "model": model,
