@@ -8,7 +8,7 @@ import torch
 
 import vit_cls
 from vit_cls.errors import ConfigError, ImageError, ModelFileError
-from vit_cls.evaluation.predictions import predict_files
+from vit_cls.evaluation.predictions import predict_batches
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -38,7 +38,7 @@ def test_a_loaded_classifier_labels_files_as_the_commands_do(plain, loaded, path
     assert isinstance(loaded, ImageClassifier)
     labels, probs = loaded.predict(paths, batch_size=5)
     config = InferenceConfig("cpu", "32", batch_size=5, num_workers=0)
-    rows = list(predict_files(plain, paths, config=config))
+    rows = [row for batch in predict_batches(plain, paths, config=config) for row in batch]
     assert labels == [row.best[0][0] for row in rows]
     assert probs.dtype == torch.float64
     np.testing.assert_array_equal(probs.max(dim=1).values, [row.best[0][1] for row in rows])

@@ -37,7 +37,7 @@ class Classifier(ImageClassifier):
     def predict(self, paths: Iterable[str | Path], *, batch_size: int = 64) -> Labelled:
         """Label image files, with the pixels that ``vit-cls evaluate`` and ``predict`` use.
 
-        For very many files, or some that cannot be read, see `vit_cls.evaluation.predictions.predict_files`.
+        For very many files, or some that cannot be read: `vit_cls.evaluation.predictions.predict_batches`.
 
         Args:
             paths: Image files.

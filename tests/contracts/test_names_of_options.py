@@ -15,7 +15,7 @@ import pytest
 import vit_cls
 from vit_cls.cli import COMMANDS
 from vit_cls.commands import compare, doctor, evaluate, export, fit, models, predict, probe, study, verify
-from vit_cls.commands.parsing import ALIASES, known_keys
+from vit_cls.commands.parsing import ALIASES, LISTS, known_keys
 from vit_cls.lab.probes.head_fits import HeadRecipe
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.lab.studies.table import STUDIES
@@ -114,6 +114,7 @@ def test_every_option_that_a_text_names_is_one(options):
     known = options | WITHOUT_PARSER | NO_OPTIONS | {flag.lstrip("-") for flag in ALIASES}
     unknown = {str(path): set(names) - known for path, names in named.items()}
     assert {path: names for path, names in unknown.items() if names} == {}
+    assert {flag.removeprefix("--") for flag in LISTS} <= options
     assert len(options) > 150
     found = [name for names in named.values() for name in names]
     assert len(found) > 400

@@ -13,6 +13,7 @@ import shutil
 import time
 import tracemalloc
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from vit_cls.evaluation import predict_files as files
 from vit_cls.evaluation.features import feature_chunks, feature_function
 from vit_cls.evaluation.path_stream import iter_paths
 from vit_cls.evaluation.predict_files import FeatureFile, RowFile, save_rows
-from vit_cls.evaluation.predictions import Row, images_for_model, predict_files, predict_index
+from vit_cls.evaluation.predictions import Row, images_for_model, predict_batches, predict_index
 from vit_cls.evaluation.row_formats import FORMATS, as_record, columns_of
 from vit_cls.inference import InferenceConfig, batches
 from vit_cls.model.classifier import ImageClassifier, Preprocess
@@ -49,6 +50,10 @@ def _paths(image_root) -> list[str]:
     return list(iter_paths([str(image_root / "train")], io.BytesIO()))
 
 
+def _rows(*given, **options) -> Iterator[Row]:
+    return itertools.chain.from_iterable(predict_batches(*given, **options))
+
+
 @pytest.fixture
 def photos(image_root, tmp_path):
     """val/ with a transparent and a damaged image."""
@@ -67,7 +72,7 @@ def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
     paths = [str(index.path(i)) for i in range(len(index))]
     config = InferenceConfig(**ON_CPU, batch_size=4, exact=exact)
     expected = predict_index(classifier, source, config)
-    rows = list(predict_files(classifier, paths, top_k=3, config=config))
+    rows = list(_rows(classifier, paths, top_k=3, config=config))
     assert [row.path for row in rows] == paths
     assert (
         {i: row.error for i, row in enumerate(rows) if row.error}
@@ -93,9 +98,9 @@ def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
 
 def test_the_temperature_sharpens_or_blurs(tiny, image_root):
     classifier, paths = _classifier(tiny), _paths(image_root)[:2]
-    plain = [row.best[0] for row in predict_files(classifier, paths, config=InferenceConfig(**ON_CPU))]
+    plain = [row.best[0] for row in _rows(classifier, paths, config=InferenceConfig(**ON_CPU))]
     classifier.temperature = 4.0
-    blurred = [row.best[0] for row in predict_files(classifier, paths, config=InferenceConfig(**ON_CPU))]
+    blurred = [row.best[0] for row in _rows(classifier, paths, config=InferenceConfig(**ON_CPU))]
     assert [name for name, _ in plain] == [name for name, _ in blurred]
     assert all(b < a for (_, a), (_, b) in zip(plain, blurred, strict=True))
 
@@ -106,7 +111,7 @@ def test_the_order_of_rows_is_that_of_paths_for_any_number_of_workers(tiny, imag
     classifier, reference = _classifier(tiny), None
     for batch_size, num_workers in ((49, 0), (5, 0), (4, 2), (50, 1), (7, None)):
         config = InferenceConfig("cpu", batch_size=batch_size, num_workers=num_workers)
-        rows = list(predict_files(classifier, paths, config=config))
+        rows = list(_rows(classifier, paths, config=config))
         assert [row.path for row in rows] == paths
         assert [row.path for row in rows if row.error] == ["nowhere.jpg"]
         probs = [row.best[0][1] for row in rows if row.best]
@@ -125,12 +130,11 @@ def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, 
             last = next(taken)
             yield path
 
-    rows = predict_files(
+    rows = _rows(
         _classifier(tiny), source(), config=InferenceConfig("cpu", batch_size=8, num_workers=num_workers)
     )
     for done, _ in enumerate(itertools.islice(rows, 400)):
         assert last - done <= 8 * (ahead + 1)
-    rows.close() if hasattr(rows, "close") else None
 
 
 def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypatch):
@@ -183,7 +187,7 @@ def _predict_into(
     """What predict --output does; a stop is a signal that comes after some batches."""
 
     def work(some):
-        rows = predict_files(classifier, some, top_k=top_k, config=InferenceConfig(**ON_CPU, batch_size=4))
+        rows = _rows(classifier, some, top_k=top_k, config=InferenceConfig(**ON_CPU, batch_size=4))
         for number in itertools.count():
             if number == stop_after:
                 os.kill(os.getpid(), 15)
@@ -414,9 +418,9 @@ def test_what_holds_no_image_is_refused(tmp_path):
 
 def test_settings_are_checked(tiny, image_root):
     with pytest.raises(ConfigError, match="--top_k must be from 1 to the model's 3 classes; got 4"):
-        predict_files(_classifier(tiny), _paths(image_root), top_k=4)
+        predict_batches(_classifier(tiny), _paths(image_root), top_k=4)
     with pytest.raises(ModelFileError, match=r"no head.*linear_probe"):
-        predict_files(_classifier(tiny, ()), _paths(image_root))
+        predict_batches(_classifier(tiny, ()), _paths(image_root))
 
 
 def test_every_format_reads_back_what_it_wrote():

@@ -16,7 +16,6 @@ from vit_cls.lab.attention import (
     attention_distance,
     attention_entropy,
     attention_parts,
-    attention_weights,
     capture_attention,
     rollout,
     uniform_distance,
@@ -31,6 +30,13 @@ def _native(generator, **options):
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return block
+
+
+def _weights(block, tokens, **context):
+    with capture_attention([block]) as found:
+        block(tokens, **context)
+    (weights,) = found
+    return weights
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"qkv_bias": False}], ids=str)
@@ -62,7 +68,7 @@ def test_weights_of_one_head_by_hand():
         block.attn.qkv.bias.zero_()
     tokens = torch.tensor([[[0.0, 0.0], [math.sqrt(2) * math.log(3), 1.0]]], dtype=torch.float64)
     tokens[0, 1, 1] = 0.0
-    weights = attention_weights(block, tokens)[0, 0]
+    weights = _weights(block, tokens)[0, 0]
     score = math.sqrt(2) * math.log(3) ** 2
     assert weights[0].tolist() == [0.5, 0.5]
     assert weights[1, 1].item() == pytest.approx(1 / (1 + math.exp(-score)))
@@ -80,16 +86,16 @@ def test_rotary_positions_turn_queries_and_keys_as_timm_turns_them(half, generat
     torch.testing.assert_close(
         block.attn.proj(block.attn.norm(mixed)), block.attn(block.norm1(tokens), rope=rope)
     )
-    assert torch.equal(attention_weights(block, tokens, rope=rope), parts.weights)
-    assert not torch.allclose(attention_weights(block, tokens), parts.weights)
+    assert torch.equal(_weights(block, tokens, rope=rope), parts.weights)
+    assert not torch.allclose(_weights(block, tokens), parts.weights)
 
 
 def test_timms_ordinary_block_is_known_and_a_parallel_one_is_refused(generator):
     tokens = torch.randn(2, 5, 16, generator=generator)
-    weights = attention_weights(TimmBlock(16, 2, qkv_bias=True).eval(), tokens)
+    weights = _weights(TimmBlock(16, 2, qkv_bias=True).eval(), tokens)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 5))
     with pytest.raises(ConfigError, match=r"one softmax attention .*got ParallelScalingBlock"):
-        attention_weights(ParallelScalingBlock(16, 2), tokens)
+        _weights(ParallelScalingBlock(16, 2), tokens)
 
 
 def test_hooks_are_gone_after_the_capture(generator):

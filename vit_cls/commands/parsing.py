@@ -18,7 +18,7 @@ MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
 DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
-_LISTS = "counts depths fractions heads layers modes neighbours temperatures tokens variants pools"
+_LISTS = "counts depths heads layers modes neighbours temperatures tokens variants pools"
 LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
 """Options that hold several values, which people write with commas."""
 ALIASES = {"--ways": "--pools"}

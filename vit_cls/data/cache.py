@@ -107,13 +107,6 @@ class PixelCache:
     def _place(self, index: int) -> int:
         return self.shape[0] * _CHECKSUM.size + index * self._image_bytes
 
-    @property
-    def filled(self) -> int:
-        """Images that have been kept."""
-        table = os.pread(self._open(), self.shape[0] * _CHECKSUM.size, 0)
-        whole = len(table) // _CHECKSUM.size * _CHECKSUM.size  # the file may be cut off anywhere
-        return sum(checksum != 0 for (checksum,) in _CHECKSUM.iter_unpack(table[:whole]))
-
 
 def _checksum(pixels: bytes) -> bytes:
     return _CHECKSUM.pack(zlib.crc32(pixels) or 1)  # 0 says that there are none

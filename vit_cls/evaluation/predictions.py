@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -260,13 +259,13 @@ class Row:
     error: str | None = None
 
 
-def predict_files(
+def predict_batches(
     classifier: ImageClassifier,
     paths: Iterable[str | Path],
     *,
     top_k: int = 1,
     config: InferenceConfig | None = None,
-) -> Iterator[Row]:
+) -> Iterator[list[Row]]:
     """Label image files as they come.
 
     Args:
@@ -276,23 +275,12 @@ def predict_files(
         config: How the model is run; None takes the defaults.
 
     Returns:
-        One row a path, in the order of the paths.
+        The rows of one batch after the other: one row a path, in the order of the paths.
 
     Raises:
         ConfigError: If ``top_k`` is not in [1, classes].
         ModelFileError: If the model has no head, or logits are not finite.
     """
-    return itertools.chain.from_iterable(predict_batches(classifier, paths, top_k=top_k, config=config))
-
-
-def predict_batches(
-    classifier: ImageClassifier,
-    paths: Iterable[str | Path],
-    *,
-    top_k: int,
-    config: InferenceConfig | None = None,
-) -> Iterator[list[Row]]:
-    """The rows of `predict_files`, a batch at a time."""
     check_top_k(classifier, top_k)
     return (_rows(classifier, out, top_k) for out in batches(classifier, paths, classifier, config))
 

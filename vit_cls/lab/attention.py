@@ -151,31 +151,6 @@ def capture_attention(
         yield found
 
 
-def attention_weights(block: nn.Module, tokens: Tensor, **context: Any) -> Tensor:
-    """How much each token attends to each other token in one block.
-
-    Args:
-        tokens: Its input, before its norm, shape ``(batch, tokens, dim)``.
-        context: What else the block is called with, such as ``rope`` for rotary positions.
-
-    Returns:
-        Weights in [0, 1] that sum to 1 over the last axis, shape ``(batch, heads, tokens, tokens)``.
-
-    Raises:
-        ConfigError: If the attention of the block is not a single softmax over scaled products.
-
-    Example:
-        >>> from vit_cls.model.attention import Attention
-        >>> from vit_cls.model.block import Block, Mlp
-        >>> block = Block(8, Attention(8, 2), Mlp(8, 16))
-        >>> attention_weights(block, torch.zeros(1, 4, 8))[0, 0, 0].tolist()
-        [0.25, 0.25, 0.25, 0.25]
-    """
-    with capture_attention([block]) as found:
-        block(tokens, **context)
-    return found[0]
-
-
 def rollout(layers: Sequence[Tensor], *, alpha: float = 0.5) -> Tensor:
     """Attention through all layers, if each layer passed on a share of its attention and the rest unchanged.
 

@@ -359,15 +359,12 @@ class Answered:
     failures: dict[int, str]
 
 
-def logits_of(
-    classifier: ImageClassifier, source: ImageSource, config: InferenceConfig = OF_TRAINED
-) -> Answered:
+def logits_of(classifier: ImageClassifier, source: ImageSource) -> Answered:
     """Classify every image once.
 
     Args:
         classifier: Is moved to the device and put in evaluation mode.
         source: Images whose classes the model has.
-        config: How the model is run.
 
     Raises:
         DataError: If no image can be read, or a class is not the model's.
@@ -377,7 +374,7 @@ def logits_of(
     logits: list[Tensor] = []
     positions: list[int] = []
     failures: dict[int, str] = {}
-    for outputs in batches(classifier, source, classifier, config):
+    for outputs in batches(classifier, source, classifier, OF_TRAINED):
         failures |= outputs.failures
         if outputs.values is not None:
             logits.append(outputs.values)

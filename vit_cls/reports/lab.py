@@ -26,12 +26,9 @@ from vit_cls.reports.lab_words import (
     facts,
     finding_facts,
     lab_markdown,
-    lab_text,
     shorten,
     table_cells,
 )
-
-__all__ = ["lab_text", "write_lab_report"]
 
 SIDE = 96
 """Pixels; smaller images are magnified by a whole number to about this."""

@@ -54,7 +54,6 @@ class Difference:
         p: Two-sided p-value of no difference. At 0.05 or below 0 lies outside ``ci95``, and not else; with
             one seed of right or wrong, the two come from different methods and may disagree at the edge.
         standard_error: Of the estimate; never 0 where the scores vary at all.
-        degrees_of_freedom: Of the t distribution that has the same 97.5 % point as the mixture used.
         seed_sd: Standard deviation of the differences of the seeds; None for one seed.
         method: How interval and p-value came about, in words.
         variance: The parts of the standard error.
@@ -66,7 +65,6 @@ class Difference:
     ci95: tuple[float, float]
     p: float
     standard_error: float
-    degrees_of_freedom: float
     seeds: int
     images: int
     seed_sd: float | None
@@ -295,8 +293,7 @@ def two_way_random_effects(values: np.ndarray, score_range: float) -> Difference
     error = max(error, NARROWEST * Z * math.sqrt(images_alone) / factor)
     half = factor * error
     difference = Difference(
-        estimate, (estimate - half, estimate + half), 1.0, error,
-        _matching_degrees(factor, seeds, images), seeds, images,
+        estimate, (estimate - half, estimate + half), 1.0, error, seeds, images,
         float(rows.std(ddof=1)) if seeds > 1 else None,
         "t interval, images random" if seeds == 1 else "weighted t interval, seeds and images random",
         variance,
@@ -332,14 +329,3 @@ def _tail(ratio: float, quantile: Callable[[float], float]) -> float:
     if gap(math.log(0.5)) >= 0:
         return 0.5
     return math.exp(brentq(gap, math.log(SMALLEST_P), math.log(0.5), xtol=1e-10))
-
-
-def _matching_degrees(factor: float, seeds: int, images: int) -> float:
-    low, high = min(max(1, seeds - 1), images - 1), max(max(1, seeds - 1), images - 1)
-
-    def gap(degrees: float) -> float:
-        return float(stdtrit(degrees, 1 - ALPHA / 2)) - factor
-
-    if gap(high) >= 0 or gap(low) <= 0:
-        return float(high if gap(high) >= 0 else low)
-    return float(brentq(gap, low, high, xtol=1e-6))

@@ -292,13 +292,9 @@ def exact(residual: float) -> Check:
     return Check(residual, EXACT, 0.0)
 
 
-def greater(quantity: float, than: float = 0.0) -> Check:
-    """A check that something is there.
-
-    Args:
-        than: What it must exceed.
-    """
-    return Check(quantity, GREATER, than)
+def greater(quantity: float) -> Check:
+    """A check that something is there: more than 0."""
+    return Check(quantity, GREATER, 0.0)
 
 
 def need_class_token(subject: Subject) -> None:
