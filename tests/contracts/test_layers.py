@@ -13,7 +13,7 @@ import vit_cls
 PACKAGE = Path(vit_cls.__file__).parent
 
 # What any room may use, before the rooms; a room may use those of the lines above its own.
-BASE = {"__version__", "errors", "files", "environment", "checks", "signals", "workers"}
+BASE = {"__version__", "errors", "files", "environment", "checks", "formatting", "signals", "workers"}
 ORDER: tuple[set[str], ...] = (
     BASE,
     {"data", "model"},

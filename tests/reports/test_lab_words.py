@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from vit_cls.lab.results import LabResult, Table
@@ -14,7 +12,6 @@ from vit_cls.reports.lab_words import (
     facts,
     finding_facts,
     lab_text,
-    number,
     table_cells,
 )
 from vit_cls.stats.verdicts import Finding
@@ -104,7 +101,6 @@ def test_numbers_of_a_column_have_the_same_decimals_unless_their_sizes_differ_mu
     cells, texts = table_cells(Table("t", ["a", "b", "c"], [[0.5, 1e-5, True], [0.125, 20_000.0, None]]))
     assert cells == [["0.500", "1e-05", "yes"], ["0.125", "20,000", "-"]]
     assert texts == [False, False, True]
-    assert number(math.nan) == number(None) == "-"
 
 
 def test_clean_leaves_what_any_file_can_hold():

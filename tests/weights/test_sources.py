@@ -455,7 +455,7 @@ def test_an_npz_of_other_sizes_is_measured_by_its_own(theirs):
     _write_npz(theirs, layout="augreg")
     with pytest.raises(ModelFileError, match=r"cls_token is \(1, 1, 48\), not \(1, 1, 192\)"):
         create_model(NAME, pretrained="weights.npz")
-    with pytest.raises(ModelFileError, match=r"30% of the encoder would be fresh.*blocks\.2\.norm1"):
+    with pytest.raises(ModelFileError, match=r"30 % of the encoder would be fresh.*blocks\.2\.norm1"):
         create_model(NAME, pretrained="weights.npz", **{**SMALL, "depth": 3})
     shallow = create_model(NAME, pretrained="weights.npz", **{**SMALL, "depth": 1})
     assert len(shallow.load_report.of("dropped")) == 12
@@ -652,7 +652,7 @@ def test_another_architectures_weights_are_refused_with_the_share_and_names_from
     resnet = timm.create_model("resnet18", num_classes=10)
     torch.save(resnet.state_dict(), "resnet.pth")
     message = (
-        r"^resnet\.pth: 100% of the encoder would be fresh, more than model\.max_fresh 0\.1 allows\. The "
+        r"^resnet\.pth: 100 % of the encoder would be fresh, more than model\.max_fresh 0\.1 allows\. The "
         r"model wants cls_token, pos_embed, .*; the weights have conv1\.weight, .*Check model\.name"
     )
     with pytest.raises(ModelFileError, match=message):
@@ -672,7 +672,7 @@ def test_another_width_is_refused_with_the_key_and_both_shapes(theirs):
 def test_more_blocks_than_the_file_has_need_a_higher_max_fresh(theirs):
     torch.save(theirs.state_dict(), "weights.pth")
     deeper = {**SMALL, "depth": 3}
-    message = r"30% of the encoder would be fresh.*wants blocks\.2\.norm1\.weight.*or raise model\.max_fresh"
+    message = r"30 % of the encoder would be fresh.*wants blocks\.2\.norm1\.weight.*or raise model\.max_fresh"
     with pytest.raises(ModelFileError, match=message):
         create_model(NAME, pretrained="weights.pth", **deeper)
     ours = create_model(NAME, pretrained="weights.pth", max_fresh=0.6, **deeper)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from vit_cls import formatting as fmt
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import add_data_arguments, make_parser, parse
 from vit_cls.data.doctor.issues import SEVERITIES, DatasetReport, Problem
@@ -82,17 +83,18 @@ def _write(output: Path, diagnosis: DatasetReport, root: Path) -> None:
 
 
 def _text(diagnosis: DatasetReport, output: Path | None) -> str:
-    splits = [f"{split} {sum(counts.values()):,}" for split, counts in diagnosis.classes.items() if split]
+    totals = {split: sum(counts.values()) for split, counts in diagnosis.classes.items() if split}
+    splits = [f"{split} {fmt.count(total)}" for split, total in totals.items()]
     parts = f" ({', '.join(splits)})" if splits else ""
     names = len(diagnosis.class_names)
     lines = [
-        f"{diagnosis.images:,} images of {names} class{'es' * (names != 1)}{parts}; "
-        f"{diagnosis.unreadable:,} could not be read",
+        f"{fmt.count(diagnosis.images)} images of {names} class{'es' * (names != 1)}{parts}; "
+        f"{fmt.count(diagnosis.unreadable)} could not be read",
         *(line for problem in diagnosis.problems for line in _lines(problem)),
     ]
     tally = [(sum(p.severity == s for p in diagnosis.problems), s) for s in SEVERITIES]
     counted = ", ".join(f"{count} {severity}{'s' * (count != 1)}" for count, severity in tally if count)
-    lines.append(f"{counted or 'nothing is wrong'}; {diagnosis.seconds:.1f} s")
+    lines.append(f"{counted or 'nothing is wrong'}; {fmt.duration(diagnosis.seconds)}")
     if output is not None:
         lines.append(f"files in {output}")
     return _printable("\n".join(lines))

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from vit_cls import formatting as fmt
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
@@ -135,8 +136,8 @@ def _outcome(result: FitResult) -> Outcome:
         "model": str(result.folder.model_file),
     }
     text = (
-        f"{result.correct} of {result.images} validation images right: top-1 {top1:.4f} "
-        f"(95 % interval {low:.4f} to {high:.4f}), best of {result.epochs} epochs "
+        f"{result.correct} of {result.images} validation images right: top-1 {fmt.decimals(top1)} "
+        f"({fmt.interval((low, high))}), best of {result.epochs} epochs "
         f"(epoch {result.best_epoch}, counted from 0).\n"
         f"Run folder: {result.folder.path}\nNext: vit-cls evaluate --model {result.folder.path} --data FOLDER"
     )

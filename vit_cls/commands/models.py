@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vit_cls import formatting as fmt
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import make_parser, parse
 from vit_cls.weights.catalogue import describe, find
@@ -56,7 +57,7 @@ def _list(rows: list[dict[str, Any]]) -> str:
     shown = []
     for row in rows:
         licences = dict.fromkeys(tag["licence"] or NO_LICENCE for tag in row["tags"])
-        cells = {"parameters": _millions(row["parameters"]), "tags": len(row["tags"])}
+        cells = {"parameters": f"{fmt.decimals(row['parameters'] / 1e6, 1)} M", "tags": len(row["tags"])}
         shown.append({**row, **cells, "licence": ", ".join(licences)})
     weights = sum(len(row["tags"]) for row in rows)
     return (
@@ -69,8 +70,8 @@ def _details(row: dict[str, Any]) -> str:
     prefix = "class token" if row["class_token"] else "no class token"
     registers = f", {row['reg_tokens']} registers" if row["reg_tokens"] else ""
     lines = [
-        f"{row['name']} ({row['kind']}): {row['parameters']:,} parameters, {row['img_size']} pixels in "
-        f"patches of {row['patch_size']}",
+        f"{row['name']} ({row['kind']}): {fmt.count(row['parameters'])} parameters, {row['img_size']} pixels "
+        f"in patches of {row['patch_size']}",
         f"{row['tokens']} tokens ({prefix}{registers}), width {row['embed_dim']}, {row['depth']} blocks of "
         f"{row['num_heads']} heads, pool {row['pool']}",
     ]
@@ -95,7 +96,3 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
     )
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vit_cls import formatting as fmt
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
 from vit_cls.files import output_folder, write_text, writing
@@ -69,7 +70,7 @@ def _text(data: dict[str, Any]) -> str:
     lines.append(
         f"{data['checked']} identities checked, {data['failed']} do not hold; "
         f"{data['not_applicable']} do not apply; float{data['precision']} on {data['device']}, "
-        f"{data['images']} random images, seed {data['seed']}, {data['seconds']:.1f} s"
+        f"{data['images']} random images, seed {data['seed']}, {fmt.duration(data['seconds'])}"
     )
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -40,7 +41,8 @@ def read_file(path: Path) -> bytes:
     except ValueError as error:  # a NUL byte in the path
         raise ImageError(str(error)) from error
     if status.st_size > MAX_BYTES:
-        raise ImageError(f"the file has {status.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
+        held, limit = fmt.count(status.st_size), fmt.count(MAX_BYTES)
+        raise ImageError(f"the file has {held} bytes, more than the limit of {limit}")
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ImageError("it is not a regular file")  # to open a pipe would wait for its other end
     with path.open("rb") as file:
@@ -141,7 +143,8 @@ def _with_pillow(data: bytes, background: tuple[int, int, int]) -> Tensor:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise ImageError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}")
+                    limit = fmt.count(MAX_PIXELS)
+                    raise ImageError(f"{width}x{height} pixels are more than the limit of {limit}")
                 transparent = _transparent_value(image)
                 image.load()
                 if transparent is not None:
@@ -150,7 +153,8 @@ def _with_pillow(data: bytes, background: tuple[int, int, int]) -> Tensor:
     except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise ImageError(f"the image declares more than the limit of {MAX_PIXELS:,} pixels") from None
+        limit = fmt.count(MAX_PIXELS)
+        raise ImageError(f"the image declares more than the limit of {limit} pixels") from None
     except Exception as error:  # decoders raise anything on hostile bytes; all of it means: not an image
         raise ImageError(_reason(error)) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import DataError
 from vit_cls.evaluation.predictions import Predictions
 from vit_cls.stats.intervals import ALPHA, holm, wilson_interval
@@ -245,8 +246,9 @@ class Pair:
         if self.verdict == EQUIVALENT:
             return f"{self.a} and {self.b} are equivalent within the margin of {margin}."
         if self.verdict == CANNOT_TELL:
-            needed = "" if self.images_needed is None else f"; about {self.images_needed:,} would be needed"
-            return f"Cannot tell {self.a} and {self.b} apart on {self.images:,} images{needed}."
+            enough = self.images_needed
+            needed = "" if enough is None else f"; about {fmt.count(enough)} would be needed"
+            return f"Cannot tell {self.a} and {self.b} apart on {fmt.count(self.images)} images{needed}."
         other = self.a if self.difference > 0 else self.b
         small = f", less than the margin of {margin}" if abs(self.difference) < self.margin else ""
         return f"{self.verdict} than {other}, by {points}{small}."

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import DataError
 from vit_cls.evaluation.predictions import AS_IS, Predictions, Scoring
 from vit_cls.files import write_text
@@ -276,8 +277,7 @@ def to_text(result: Evaluation) -> str:
     coverage = f"; {result.classes_present} of the model's {len(result.per_class)} classes" if missing else ""
 
     def line(name: str, value: float, bounds: tuple[float, float] | None) -> str:
-        interval = f"   95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
-        return f"{name:<19}{value:.4f}{interval}"
+        return f"{name:<19}{fmt.decimals(value)}{f'   {fmt.interval(bounds)}' if bounds else ''}"
 
     lines = [
         f"{result.correct} of {result.scored} images right ({result.failed} could not be read{coverage})",

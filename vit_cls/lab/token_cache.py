@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from vit_cls import formatting as fmt
 from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.errors import DataError
 from vit_cls.inference import InferenceConfig
@@ -117,8 +118,8 @@ def check_disk(folder: Path, model: TokenModel, images: int, layers: Sequence[in
     if needed > free:
         raise DataError(
             f"the tokens of {images} images ({model.layout.num_tokens} tokens of {model.config.embed_dim} "
-            f"numbers, {len(layers)} layer(s)) need {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} "
-            "GB left. Use another cache folder, fewer images or fewer layers."
+            f"numbers, {len(layers)} layer(s)) need {fmt.size(needed)}, but {folder} has {fmt.size(free)} "
+            "left. Use another cache folder, fewer images or fewer layers."
         )
 
 

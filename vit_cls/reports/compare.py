@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from vit_cls import formatting as fmt
 from vit_cls.evaluation.comparison import CANNOT_TELL, EQUIVALENT, Comparison, Disagreement, Pair
 from vit_cls.files import write_text
 from vit_cls.lab.results import ForestChart
@@ -28,10 +29,9 @@ def comparison_text(result: Comparison) -> str:
     letters = dict(zip((model.name for model in result.models), string.ascii_uppercase, strict=False))
     lines = [headline(result)]
     for model in result.models:
-        low, high = model.top1_ci95
         lines.append(
-            f"{letters[model.name]}  {model.correct} of {model.scored} images right, top-1 {model.top1:.4f}, "
-            f"95 % interval {low:.4f} to {high:.4f}: {model.name}"
+            f"{letters[model.name]}  {model.correct} of {model.scored} images right, top-1 "
+            f"{fmt.decimals(model.top1)}, {fmt.interval(model.top1_ci95)}: {model.name}"
         )
     for pair in result.pairs:
         lines += ["", *_pair_lines(pair, letters[pair.a], letters[pair.b], len(result.pairs))]
@@ -40,20 +40,23 @@ def comparison_text(result: Comparison) -> str:
 
 
 def _pair_lines(pair: Pair, a: str, b: str, num_pairs: int) -> list[str]:
-    low, high = pair.difference_ci95
-    p = "{:.4f}".format if min(pair.p_mcnemar_mid, pair.p_equivalence) >= 1e-4 else "{:.2g}".format
-    adjusted = f"; {p(pair.p_holm)} adjusted over {num_pairs} pairs" if num_pairs > 1 else ""
+    low, high = (fmt.decimals(bound, signed=True) for bound in pair.difference_ci95)
+    adjusted = f"; {fmt.p_value(pair.p_holm)} adjusted over {num_pairs} pairs" if num_pairs > 1 else ""
     rows = (
         (
             f"difference {b} - {a}",
-            f"{pair.difference:+.4f}",
-            f"95 % {pair.interval} interval {low:+.4f} to {high:+.4f}",
+            fmt.decimals(pair.difference, signed=True),
+            f"95 % {pair.interval} interval {low} to {high}",
         ),
-        ("p of equal accuracy", p(pair.p_mcnemar_mid), f"McNemar mid-p{adjusted}"),
-        ("p of equivalence", p(pair.p_equivalence), f"two one-sided tests of the margin {pair.margin:g}"),
+        ("p of equal accuracy", fmt.p_value(pair.p_mcnemar_mid), f"McNemar mid-p{adjusted}"),
+        (
+            "p of equivalence",
+            fmt.p_value(pair.p_equivalence),
+            f"two one-sided tests of the margin {pair.margin:g}",
+        ),
         (
             "smallest detectable",
-            f"{pair.smallest_detectable:.4f}",
+            fmt.decimals(pair.smallest_detectable),
             "by this many images, with a power of 80 %",
         ),
     )

@@ -19,6 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from vit_cls import formatting as fmt
 from vit_cls.files import write_text
 from vit_cls.lab.results import ForestChart
 from vit_cls.reports.lab_words import clean
@@ -216,9 +217,13 @@ def forest_chart(name: str, chart: ForestChart) -> str:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("percentage points")
         axes.xaxis.set_major_locator(MaxNLocator(6))
+
+    def points(value: float) -> str:
+        return fmt.percent(value, 2, unit="", signed=True)
+
     spoken = "; ".join(
-        f"{clean(label)} {100 * value:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
-        for label, value, (low, high) in rows
+        f"{clean(label)} {points(value)} points, {fmt.interval(bounds, points)}"
+        for label, value, bounds in rows
     )
     return inline_svg(text.getvalue(), name, f"{clean(chart.title)}: {spoken}")
 
@@ -260,12 +265,7 @@ def written(value: float, percent: bool, digits: int = 4) -> str:
     """
     if not math.isfinite(value):
         return "no value"
-    if percent:
-        return f"{100 * value:.{digits}g} %"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * size or (size > 1e3 and abs(value) >= size):
-            return f"{value / size:.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
+    return f"{fmt.compact(100 * value, digits)} %" if percent else fmt.compact(value, digits)
 
 
 def wrap(label: str, width: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import RunError
 from vit_cls.evaluation.results import Evaluation, ImageCase
 from vit_cls.files import write_text
@@ -38,7 +39,7 @@ CURVES = (
 EPOCH_COLUMNS = {
     "epoch": ("epoch", "count"),
     "step": ("step", "count"),
-    "lr": ("learning rate", "general"),
+    "lr": ("learning rate", "significant"),
     "train/loss": ("training loss", "decimals"),
     "val/loss": ("validation loss", "decimals"),
     "val/acc1": ("top-1", "percent"),
@@ -100,7 +101,7 @@ def write_fit_report(
     k = min(5, len(counts)) if counts else 5
     columns = []
     for name in dict.fromkeys(name for row in history for name in row):
-        heading, form = EPOCH_COLUMNS.get(name, (name, "general"))
+        heading, form = EPOCH_COLUMNS.get(name, (name, "significant"))
         columns.append((name, heading.replace("{k}", str(k)), FORMS[form]))
     context = {
         "record": record,
@@ -224,17 +225,9 @@ def _absent(value: Any) -> bool:
     return value is None or isinstance(value, Undefined)
 
 
-def _form(pattern: str, scale: float = 1) -> Callable[[Any], str]:
-    """A function that writes a number by a pattern, or a dash where there is none."""
-    return lambda x: DASH if _absent(x) or not math.isfinite(x) else pattern.format(scale * x)
-
-
-def _duration(seconds: float | None) -> str:
-    if _absent(seconds) or seconds is None or not 60 <= seconds < math.inf:
-        return _form("{:.1f} s")(seconds)
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def _or_dash(write: Callable[[float], str]) -> Callable[[Any], str]:
+    """A number, or the page's dash where there is none."""
+    return lambda x: DASH if _absent(x) or not math.isfinite(x) else write(x)
 
 
 def _minute(moment: str | None) -> str:
@@ -247,11 +240,12 @@ def _versions(versions: Mapping[str, str] | None) -> str:
 
 
 FORMS: dict[str, Callable[[Any], str]] = {
-    "percent": _form("{:.2f}\u00a0%", scale=100),
-    "decimals": _form("{:.4f}"),
-    "general": _form("{:.4g}"),
-    "count": _form("{:,.0f}"),
-    "duration": _duration,
+    "percent": _or_dash(lambda share: fmt.percent(share, 2, unit="\u00a0%")),
+    "decimals": _or_dash(fmt.decimals),
+    "significant": _or_dash(fmt.significant),
+    "count": _or_dash(fmt.count),
+    "p_value": _or_dash(fmt.p_value),
+    "duration": _or_dash(fmt.duration),
     "minute": _minute,
     "versions": _versions,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import textwrap
 import unicodedata
@@ -14,10 +13,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from vit_cls import formatting as fmt
 from vit_cls.lab.results import LabResult, Table, plain
 from vit_cls.stats.verdicts import Finding, in_points
 
-DASH = "-"
 MOST_LISTED = 20
 """Items of a list in the settings or the data that are written out; results.json has them all."""
 LABEL = 21
@@ -56,37 +55,6 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
-def number(value: float | None, *, percent: bool = False, signed: bool = False) -> str:
-    """A number for people: four digits that count, thousands apart, a dash for none.
-
-    Args:
-        value: None and what is not finite are a dash.
-        percent: Whether it is a share, written in percent without the sign.
-
-    Example:
-        >>> number(0.93214), number(0.93214, percent=True), number(12345), number(0.01, signed=True)
-        ('0.9321', '93.21', '12,345', '+0.01')
-    """
-    if value is None or not math.isfinite(value):
-        return DASH
-    sign = "+" if signed else ""
-    if percent:
-        return f"{100 * value:{sign}.2f}"
-    if isinstance(value, int) or abs(value) >= 10_000:
-        return f"{value:{sign},.0f}"
-    return f"{value:{sign}.4g}"
-
-
-def p_value(p: float) -> str:
-    """A p-value for people.
-
-    Example:
-        >>> p_value(0.03125), p_value(1e-9)
-        ('0.0312', '< 0.0001')
-    """
-    return f"{p:.4f}" if not p < 1e-4 else "< 0.0001"
-
-
 def finding_facts(finding: Finding) -> list[tuple[str, str]]:
     """Label and value of every number that a finding has.
 
@@ -98,22 +66,21 @@ def finding_facts(finding: Finding) -> list[tuple[str, str]]:
     percent, unit = in_points(finding.unit), clean(finding.unit)
 
     def written(value: float | None, sign: bool = False) -> str:
-        return number(value, percent=percent, signed=sign)
+        return fmt.percent(value, 2, unit="", signed=sign) if percent else fmt.significant(value, signed=sign)
 
     facts = []
     if finding.estimate is not None or finding.ci95 is not None:
         text = f"{written(finding.estimate, signed)} {unit}"
         if finding.ci95 is not None:
-            low, high = (written(bound, signed) for bound in finding.ci95)
-            text += f", 95 % interval {low} to {high}"
+            text += f", {fmt.interval(finding.ci95, lambda bound: written(bound, signed))}"
         facts.append(("estimate", text))
     if finding.p is not None:
         null = f"a difference of {written(finding.null, True)} {unit}" if finding.null else "no difference"
-        facts.append((f"p of {null}", p_value(finding.p)))
+        facts.append((f"p of {null}", fmt.p_value(finding.p)))
     if finding.p_holm is not None:
-        facts.append(("p, Holm-adjusted", p_value(finding.p_holm)))
+        facts.append(("p, Holm-adjusted", fmt.p_value(finding.p_holm)))
     if finding.p_equivalence is not None:
-        facts.append(("p of equivalence", p_value(finding.p_equivalence)))
+        facts.append(("p of equivalence", fmt.p_value(finding.p_equivalence)))
     if finding.margin is not None:
         facts.append(("margin", f"{written(finding.margin)} {unit}"))
     if finding.smallest_detectable is not None:
@@ -123,7 +90,7 @@ def finding_facts(finding: Finding) -> list[tuple[str, str]]:
         facts.append(("needed to tell", clean(finding.needed)))
     if finding.counts:
         facts.append(
-            ("counts", ", ".join(f"{number(n)} {clean(name)}" for name, n in finding.counts.items()))
+            ("counts", ", ".join(f"{fmt.significant(n)} {clean(name)}" for name, n in finding.counts.items()))
         )
     return facts
 
@@ -165,8 +132,8 @@ def _cell(cell: str | int | float | None, share: bool) -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if cell is None or isinstance(cell, (int, float)):
-        return number(cell, percent=share)
-    return clean(cell) or DASH
+        return fmt.percent(cell, 2, unit="") if share else fmt.significant(cell)
+    return clean(cell) or fmt.DASH
 
 
 def facts(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -185,7 +152,10 @@ def facts(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             shown = ", ".join(_fact(one) for one in value[:MOST_LISTED])
             rest = len(value) - MOST_LISTED
             found.append(
-                (name, (shown or "none") + (f", and {rest:,} more in results.json" if rest > 0 else ""))
+                (
+                    name,
+                    (shown or "none") + (f", and {fmt.count(rest)} more in results.json" if rest > 0 else ""),
+                )
             )
         else:
             found.append((name, _fact(value)))
@@ -198,7 +168,7 @@ def _fact(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_fact(one) for one in value) + "]"
     # Settings are to be typed again: no comma between thousands, no digit lost.
-    return DASH if value is None else repr(value) if isinstance(value, float) else clean(value)
+    return fmt.DASH if value is None else repr(value) if isinstance(value, float) else clean(value)
 
 
 def lab_text(result: LabResult) -> str:
@@ -252,7 +222,7 @@ def lab_markdown(
     Args:
         figures: Title, note and relative path of each figure; one without a path had nothing to draw.
     """
-    headline = escape_markdown(result.headline) or DASH
+    headline = escape_markdown(result.headline) or fmt.DASH
     lines = [
         headline,
         "=" * min(len(headline), 80),
@@ -278,15 +248,15 @@ def lab_markdown(
             lines += [f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in facts(given)]
     if result.notes:
         lines += ["", "## Notes", "", *(f"- {escape_markdown(note)}" for note in result.notes)]
-    named = ", ".join(f"{name} {version}" for name, version in versions.items()) or DASH
-    lines += ["", f"Took {result.seconds:,.1f} s. Versions: {escape_markdown(named)}"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items()) or fmt.DASH
+    lines += ["", f"Took {fmt.duration(result.seconds)}. Versions: {escape_markdown(named)}"]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(table: Table) -> list[str]:
     rows, texts = table_cells(table)
     head, *body = (
-        [cell if cell == DASH else escape_markdown(cell).replace("|", r"\|") for cell in map(clean, row)]
+        [cell if cell == fmt.DASH else escape_markdown(cell).replace("|", r"\|") for cell in map(clean, row)]
         for row in (table.columns, *rows)
     )
     rule = [":---" if text else "---:" for text in texts]

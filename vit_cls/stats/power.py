@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from scipy.stats import norm
 
+from vit_cls import formatting as fmt
 from vit_cls.stats.intervals import ALPHA, POWER
 from vit_cls.stats.paired import null_variance
 from vit_cls.stats.random_effects import Difference, check_margin, weighted_t
@@ -129,7 +130,7 @@ def required_sample_size(
         return f"{count} for this one training, and several seeds to speak of the recipe"
     rows = _first(lambda s: _settles(difference, margin, null, alpha, s, images), seeds, MOST_SEEDS)
     columns = _first(lambda n: _settles(difference, margin, null, alpha, seeds, n), images, MOST_IMAGES)
-    with_seeds, with_images = f"with these {seeds} seeds", f"with these {images:,} images"
+    with_seeds, with_images = f"with these {seeds} seeds", f"with these {fmt.count(images)} images"
     if rows and columns:
         return f"about {_about(rows)} seeds {with_images}, or {_about(columns)} images {with_seeds}"
     if rows:
@@ -177,4 +178,4 @@ def _first(enough: Callable[[int], bool], have: int, most: int) -> int | None:
 def _about(count: int) -> str:
     """Two digits of it, rounded up."""
     step = 10 ** max(0, len(str(count)) - 2)
-    return f"{math.ceil(count / step) * step:,}"
+    return fmt.count(math.ceil(count / step) * step)

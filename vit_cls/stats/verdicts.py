@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.stats.intervals import ALPHA, holm
 from vit_cls.stats.power import minimum_detectable_effect, required_sample_size
@@ -238,24 +239,30 @@ def _sentence(
     seeds = f"{difference.seeds} seed" + ("s" if difference.seeds > 1 else "")
     digits = 2 if min(high - low, claim.margin) < 0.005 else 1
 
-    def number(value: float, sign: str = "") -> str:
-        return f"{100 * value:{sign}.{digits}f}" if in_points(claim.unit) else f"{value:{sign}.3g}"
+    def number(value: float, sign: bool = False) -> str:
+        if in_points(claim.unit):
+            return fmt.percent(value, digits, unit="", signed=sign)
+        return fmt.significant(value, 3, signed=sign)
 
-    data = f"(95 % interval {number(low, '+')} to {number(high, '+')}; {seeds}, {difference.images:,} images)"
+    def signed(value: float) -> str:
+        return number(value, sign=True)
+
+    bounds = fmt.interval(difference.ci95, signed)
+    data = f"({bounds}; {seeds}, {fmt.count(difference.images)} images)"
     margin = f"{number(claim.margin)} {claim.unit}"
     holds = difference.holds_for
     if verdict == EQUIVALENT:
         there = ", a small difference that is not chance," if small_but_there else ""
         return (
             f"{a} and {b} are the same within {margin} for {holds}: {b} minus {a} is "
-            f"{number(size, '+')} {claim.unit}{there} {data}."
+            f"{signed(size)} {claim.unit}{there} {data}."
         )
-    measured = f"{b} minus {a} is {number(size, '+')} {claim.unit} for {holds} {data}"
+    measured = f"{b} minus {a} is {signed(size)} {claim.unit} for {holds} {data}"
     if verdict == CANNOT_TELL:
         return f"{measured}, which does not settle it; needed: {missing}."
     if claim.null:
         side = "above" if size > claim.null else "below"
-        return f"{measured}, {side} the {number(claim.null, '+')} that the claim is about."
+        return f"{measured}, {side} the {signed(claim.null)} that the claim is about."
     than = claim.words[0 if size > 0 else 1]
     small = f", less than the {margin} that matter," if small_but_there else ""
     return f"{b} is {than} than {a} by {number(abs(size))} {claim.unit}{small} for {holds} {data}."

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from vit_cls import formatting as fmt
 from vit_cls.data.loader import default_num_workers
 from vit_cls.environment import environment
 from vit_cls.signals import StopSignals
@@ -102,15 +103,15 @@ class EpochLog(Callback):
             advice = (
                 "make the images smaller once (their shorter side near the model's input), or use more cores"
             )
-        log.info(f"{row['data_wait']:.0%} of the training time goes into waiting for images: {advice}")
+        share = fmt.percent(row["data_wait"], 0)
+        log.info(f"{share} of the training time goes into waiting for images: {advice}")
 
     def _say(self, row: dict[str, float], epochs: int | None) -> None:
         """One line, where there is no bar to look at: in a job's log."""
         parts = [f"epoch {row['epoch']:.0f}{f' of {epochs}' if epochs and epochs > 0 else ''}"]
         parts += [f"{name} {row[name]:.4f}" for name in ("train/loss", "val/loss", "val/acc1") if name in row]
-        log.info(
-            "  ".join([*parts, f"{row['train_images_per_second']:.0f} images/s", f"{row['seconds']:.1f} s"])
-        )
+        parts += [f"{row['train_images_per_second']:.0f} images/s", fmt.duration(row["seconds"])]
+        log.info("  ".join(parts))
 
 
 class RunCheckpoint(Checkpoint):

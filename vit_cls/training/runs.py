@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from vit_cls import formatting as fmt
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError
@@ -298,7 +299,7 @@ def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule:
     optim = options.optim
     if optim.freeze is not None:
         counts = [p.numel() for p in classifier.model.parameters() if not p.requires_grad]
-        log.info(f"{sum(counts):,} parameters are frozen (optim.freeze {optim.freeze})")
+        log.info(f"{fmt.count(sum(counts))} parameters are frozen (optim.freeze {optim.freeze})")
     if optim.head_first_epochs:
         log.info(
             f"epochs 0 to {optim.head_first_epochs - 1}: the head alone, learning rate "
@@ -322,20 +323,21 @@ def announce_run(record: Mapping[str, Any], data: ImageDataModule, schedule: Sch
     model = record["model"]
     pre = model["preprocess"]
     log.info(
-        f"{model['name']}, pool {model['pool']}: {model['parameters']:,} parameters, {model['tokens']} "
-        f"tokens, {len(data.class_names)} classes"
+        f"{model['name']}, pool {model['pool']}: {fmt.count(model['parameters'])} parameters, "
+        f"{model['tokens']} tokens, {len(data.class_names)} classes"
     )
     log.info(
         f"input {' x '.join(map(str, pre['img_size']))} pixels, mean {pre['mean']}, std {pre['std']}, crop "
         f"{pre['crop_pct']:g} {pre['crop_mode']}, {pre['interpolation']}"
     )
     log.info(
-        f"{len(data.train_set):,} images to train on, {len(data.val_set):,} to validate on: {data.origin}"
+        f"{fmt.count(len(data.train_set))} images to train on, {fmt.count(len(data.val_set))} to validate "
+        f"on: {data.origin}"
     )
     log.info(
         f"{record['processes']} process(es) on {record['device_name'] or record['device']}, "
-        f"{record['precision']}, {schedule.total_steps:,} steps, peak learning rate {schedule.lr:.3g}, "
-        f"seed {record['seed']}"
+        f"{record['precision']}, {fmt.count(schedule.total_steps)} steps, peak learning rate "
+        f"{fmt.significant(schedule.lr, 3)}, seed {record['seed']}"
     )
 
 

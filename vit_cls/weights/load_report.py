@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vit_cls import formatting as fmt
+
 FATES = ("loaded", "resized", "moved", "dropped", "fresh")
 """In the order of the table. Loaded: as it was. Resized: interpolated or cut to a new shape. Moved: to
 another place in the model. Dropped: of the checkpoint alone. Fresh: of the model alone, initialised anew."""
@@ -94,7 +96,7 @@ class LoadReport:
             lines.append(f"  {row['fate']:<8} {row['keys']}{times}{note}")
         lines += [f"  {note}" for note in self.notes]
         if self.fresh_share:
-            lines.append(f"  {self.fresh_share:.1%} of the encoder's parameters are fresh")
+            lines.append(f"  {fmt.percent(self.fresh_share)} of the encoder's parameters are fresh")
         return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.config import ModelConfig
 from vit_cls.model.token_model import TokenModel
@@ -234,8 +235,8 @@ def _too_many_fresh(
     missing = [row.key for row in keys if row.fate == "fresh"]
     left = [row.key for row in keys if row.fate == "dropped"]
     return ModelFileError(
-        f"{source.label}: {fresh_share:.0%} of the encoder would be fresh, more than model.max_fresh "
-        f"{max_fresh:g} allows. The model wants {', '.join(missing[:3])}; the weights have "
+        f"{source.label}: {fmt.percent(fresh_share, 0)} of the encoder would be fresh, more than "
+        f"model.max_fresh {max_fresh:g} allows. The model wants {', '.join(missing[:3])}; the weights have "
         f"{', '.join(left[:3]) or 'nothing else'}. Check model.name, or raise model.max_fresh."
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vit_cls import formatting as fmt
 from vit_cls.data.decode import FORMATS, MAX_BYTES, decode_image
 from vit_cls.errors import ImageError
 
@@ -153,7 +154,8 @@ def _read(path: str) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(None, "not a regular file")  # to open a pipe would wait for ever
     if found.st_size > MAX_BYTES:
-        raise OSError(None, f"the file has {found.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
+        held, limit = fmt.count(found.st_size), fmt.count(MAX_BYTES)
+        raise OSError(None, f"the file has {held} bytes, more than the limit of {limit}")
     with open(path, "rb") as file:
         return file.read()
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
@@ -249,11 +250,10 @@ class _Found:
     def headline(self) -> str:
         """The verdict on the head that validation chose."""
         own, images = self.reference_mean, len(self.targets)
-        low, high = own.ci95
         if self.chosen is None:
             return (
-                f"A linear probe of {self.reference} has {100 * own.estimate:.1f} % of {images} test images "
-                f"right (95 % interval {100 * low:.1f} to {100 * high:.1f}); there was no other head to "
+                f"A linear probe of {self.reference} has {fmt.percent(own.estimate)} of {images} test images "
+                f"right ({fmt.interval(own.ci95, fmt.bare_percent)}); there was no other head to "
                 "compare it with."
             )
         its = self.means[self.chosen]
@@ -261,9 +261,9 @@ class _Found:
         among = several if len(self.learned) > 1 else ""
         return (
             f"{self.findings[0].claim[:-1]}: {self.findings[0].verdict}. Of {images} test images "
-            f"{self.chosen}{among} has {100 * its.estimate:.1f} % right (95 % interval "
-            f"{100 * its.ci95[0]:.1f} to {100 * its.ci95[1]:.1f}), {self.reference} "
-            f"{100 * own.estimate:.1f} % ({100 * low:.1f} to {100 * high:.1f})."
+            f"{self.chosen}{among} has {fmt.percent(its.estimate)} right "
+            f"({fmt.interval(its.ci95, fmt.bare_percent)}), {self.reference} "
+            f"{fmt.percent(own.estimate)} ({fmt.interval(own.ci95, fmt.bare_percent)})."
         )
 
     def values(self) -> dict[str, Any]:
@@ -301,10 +301,10 @@ def _notes(found: _Found, recipe: HeadRecipe) -> list[str]:
         "Every head is trained in one way, by AdamW; ridge regression of the baseline, in closed form, has "
         "no such choices to make."
     ]
-    ridge, own = 100 * found.ridge_val_accuracy, 100 * found.val_accuracy(found.baseline)
+    ridge, own = fmt.percent(found.ridge_val_accuracy), fmt.percent(found.val_accuracy(found.baseline))
     notes.append(
         f"Heads are compared with {found.reference}, the linear probe that does no worse on validation: "
-        f"ridge regression has {ridge:.1f} % right there, AdamW {own:.1f} %."
+        f"ridge regression has {ridge} right there, AdamW {own}."
     )
     ends = {min(recipe.learning_rates), max(recipe.learning_rates)}
     at_end = [h for h, some in found.fits.items() if any(one.learning_rate in ends for one in some)]
@@ -322,7 +322,16 @@ def _table(found: _Found) -> Table:
         epochs = ", ".join(str(one.epoch) for one in some)
         cost = [some[0].params, some[0].macs]
         share = found.val_accuracy(head)
-        rows.append([head, _share(found.means[head]), share, *cost, ", ".join(rates), epochs])
+        rows.append(
+            [
+                head,
+                _share(found.means[head]),
+                share,
+                *cost,
+                ", ".join(rates),
+                epochs,
+            ]
+        )
     rows.append(
         [
             f"{found.baseline}, ridge regression",
@@ -341,7 +350,7 @@ def _table(found: _Found) -> Table:
 
 
 def _share(mean: Mean) -> str:
-    return f"{mean.estimate:.1%} [{mean.ci95[0]:.1%}, {mean.ci95[1]:.1%}]"
+    return fmt.estimate_cell(mean.estimate, mean.ci95)
 
 
 def _figures(found: _Found) -> list[Figure]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.folders import DIGITS
@@ -170,8 +171,8 @@ def accuracy_text(right: np.ndarray) -> str:
         '96 of 100 right (96.0 %, 95 % interval 90.2 to 98.4)'
     """
     share, low, high, count, images = accuracy_cells(right)
-    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
-    return f"{count} of {images} right ({100 * share:.1f} %, {interval})"
+    interval = fmt.interval((low, high), fmt.bare_percent)
+    return f"{count} of {images} right ({fmt.percent(share)}, {interval})"
 
 
 def compare_with(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
@@ -117,9 +118,9 @@ def dense(
     )
     headline = (
         f"{findings[0].claim[:-1]}: {findings[0].verdict}. After layer {last}, patch tokens name the class "
-        f"of their tile in {100 * tile[0]:.1f} % of places, the {probe.whole} in {100 * tile[1]:.1f} % "
-        f"({len(probe.constant)} mosaics), and their own place in {100 * position[0]:.1f} % of places "
-        f"(chance {100 / probe.num_patches:.1f} %)."
+        f"of their tile in {fmt.percent(tile[0])} of places, the {probe.whole} in {fmt.percent(tile[1])} "
+        f"({len(probe.constant)} mosaics), and their own place in {fmt.percent(position[0])} of places "
+        f"(chance {fmt.percent(1 / probe.num_patches)})."
     )
     return LabResult(
         "probe dense",
@@ -304,7 +305,7 @@ class _Dense:
             f"{len(self.paths)} test images and {len(self.constant)} mosaics of {self.k}x{self.k} of them; "
             f"95 % intervals over images and mosaics. One in {self.num_patches} patches is found by chance. "
             f"The best answer that is the same in all places of a mosaic is right in "
-            f"{float(self.constant.mean()):.1%} of them."
+            f"{fmt.percent(float(self.constant.mean()))} of them."
         )
         return Table(
             "What a patch knows of its place",
@@ -377,7 +378,4 @@ def _constant_answer(targets: np.ndarray) -> np.ndarray:
 
 def _cell(scores: np.ndarray, is_r2: bool) -> str:
     found = mean_interval(scores)
-    low, high = found.ci95
-    if is_r2:
-        return f"{found.estimate:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{found.estimate:.1%} [{low:.1%}, {high:.1%}]"
+    return fmt.estimate_cell(found.estimate, found.ci95, fmt.three_decimals if is_r2 else fmt.percent)

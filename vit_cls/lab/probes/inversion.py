@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.data.partition import Partition
 from vit_cls.data.splits import PARTS
@@ -96,12 +97,12 @@ def _result(
     findings = judge_all(claims, seed=seed)
     shares = {name: r2(one.errors, totals) for name, one in scores.items()}
     own = "cls" if "cls" in shares else "gap"
-    low, high = _interval(scores[own].errors, totals)
+    interval = fmt.interval(_interval(scores[own].errors, totals), fmt.bare_percent)
     headline = (
         f"{findings[0].claim[:-1]}: {findings[0].verdict}. Of the pixels' variance in {len(test)} test "
-        f"images, the {READS[own]} explains {100 * shares[own]:.1f} % (95 % interval {100 * low:.1f} to "
-        f"{100 * high:.1f}), the label alone {100 * shares['label']:.1f} %, all tokens "
-        f"{100 * shares['tokens']:.1f} % ({probe.decoder} decoder)."
+        f"images, the {READS[own]} explains {fmt.percent(shares[own])} ({interval}), the "
+        f"label alone {fmt.percent(shares['label'])}, all tokens "
+        f"{fmt.percent(shares['tokens'])} ({probe.decoder} decoder)."
     )
     size = probe.size
     settings: dict[str, Any] = {
@@ -179,17 +180,17 @@ def _interval(errors: np.ndarray, totals: np.ndarray) -> tuple[float, float]:
 def _table(probe: Reconstructions, decoded: dict[str, Decoded], scores: dict[str, Scores]) -> Table:
     rows: list[list[str | int | float | None]] = []
     for name, one in scores.items():
-        low, high = _interval(one.errors, probe.totals)
+        bounds = _interval(one.errors, probe.totals)
         hits = wilson_interval(round(float(one.identified.sum())), len(one.identified))
         agrees = None if one.agrees is None else float(one.agrees.mean())
         rows.append(
             [
                 READS[name],
-                f"{r2(one.errors, probe.totals):.3f} [{low:.3f}, {high:.3f}]",
-                f"{decoded[name].in_sample:.3f}",
+                fmt.estimate_cell(r2(one.errors, probe.totals), bounds, fmt.three_decimals),
+                fmt.three_decimals(decoded[name].in_sample),
                 float(one.psnr.mean()),
                 float(one.ssim.mean()),
-                f"{float(one.identified.mean()):.1%} [{hits[0]:.1%}, {hits[1]:.1%}]",
+                fmt.estimate_cell(float(one.identified.mean()), hits),
                 agrees,
             ]
         )

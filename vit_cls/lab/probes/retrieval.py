@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.errors import DataError
 from vit_cls.lab.features import FrozenTokens
@@ -121,7 +122,7 @@ def retrieval(
     reference = reference_pool(pools)
     findings = _findings(found, pools, reference, settings)
     means = {key: float(one.average_precision.mean()) for key, one in found.items()}
-    mean = f"{100 * means[reference, 'raw']:.1f} % over {len(first.queries)} queries"
+    mean = f"{fmt.percent(means[reference, 'raw'])} over {len(first.queries)} queries"
     headline = f"Mean average precision by {reference}: {mean}. {next(iter(findings.values())).sentence}"
     parts = {"train": train.rows, "test": test.rows}
     return LabResult(

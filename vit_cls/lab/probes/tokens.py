@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
@@ -89,9 +90,10 @@ def tokens(
     means = np.array([right[patch].mean() for patch in patches])
     low, high = mean_interval(single).ci95
     headline = (
-        f"A single patch token of {len(patches)} gives {100 * single.mean():.1f} % on average (95 % interval "
-        f"{100 * max(low, 0.0):.1f} to {100 * min(high, 1.0):.1f}, {len(test)} images; from "
-        f"{100 * means.min():.1f} to {100 * means.max():.1f} % by patch). {findings[pooled[0]].sentence}"
+        f"A single patch token of {len(patches)} gives {fmt.percent(single.mean())} on average "
+        f"({fmt.interval((max(low, 0.0), min(high, 1.0)), fmt.bare_percent)}, {len(test)} images; from "
+        f"{fmt.bare_percent(means.min())} to {fmt.percent(means.max())} by patch). "
+        f"{findings[pooled[0]].sentence}"
     )
     return LabResult(
         "probe tokens",
@@ -132,7 +134,7 @@ def _table(
 
 
 def _heat_map(means: np.ndarray, grid_size: tuple[int, int], pooled: Mapping[str, float]) -> HeatMap:
-    shown = ", ".join(f"{pool} {100 * value:.1f} %" for pool, value in pooled.items())
+    shown = ", ".join(f"{pool} {fmt.percent(value)}" for pool, value in pooled.items())
     note = f"One cell a patch, as the image lies. For comparison: {shown}."
     grid = means.reshape(grid_size)  # patches are in raster order
     return HeatMap("Test top-1 of a probe on each single patch", grid.tolist(), note=note)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.lab.results import Figure, LabResult, Table, forest
 from vit_cls.lab.studies.heads import head_settings
@@ -237,7 +238,8 @@ class AnyTokenStudy(Study):
         patches = "one patch is" if len(sizes) == 1 else f"{len(sizes)} patches are"
         return (
             f"{how} to be read there, {patches} {spread} points from the class token ({told}, within "
-            f"{100 * self.setup.margin:g} points; {seeds} seed{'s' if seeds > 1 else ''}, {images:,} images)."
+            f"{100 * self.setup.margin:g} points; {seeds} seed{'s' if seeds > 1 else ''}, "
+            f"{fmt.count(images)} images)."
         )
 
     def _table(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.lab.results import LabResult, Line, LineChart, forest
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.study import (
@@ -129,7 +130,7 @@ class CausalStudy(Study):
 
     def _headline(self, findings: Sequence[Finding], right: dict[str, np.ndarray]) -> str:
         rates = ", ".join(
-            f"{arm.removeprefix('causal, cls ')} {100 * right[arm].mean():.1f} %"
+            f"{arm.removeprefix('causal, cls ')} {fmt.percent(right[arm].mean())}"
             for arm in (FIRST, MIDDLE, LAST)
         )
         finding = next(one for one in findings if "stands last" in one.claim)
@@ -191,9 +192,9 @@ def sees_nothing(claim: str, right: np.ndarray, targets: np.ndarray, spread: flo
     return Finding(
         claim,
         SUPPORTED,
-        f"A causal class token that stands first gives all {images:,} test images the same answer (largest "
-        f"difference of a probability: {spread:.2g}), so that it is right for one class alone: "
-        f"{100 * accuracy:.1f} %, where the majority class has {100 * most / images:.1f} %. That is exact"
+        f"A causal class token that stands first gives all {fmt.count(images)} test images the same answer "
+        f"(largest difference of a probability: {spread:.2g}), so that it is right for one class alone: "
+        f"{fmt.percent(accuracy)}, where the majority class has {fmt.percent(most / images)}. That is exact"
         f"{f', in each of {seeds} seeds' if seeds > 1 else ''}.",
         estimate=accuracy - most / images,
         counts={"seeds": seeds, "images": images, "images of the majority class": most},
@@ -212,7 +213,7 @@ def same_function(claim: str, right: np.ndarray, margin: float) -> Finding:
         claim,
         EQUIVALENT,
         f"Trained with the class token first and with it last, {FREE.partition(',')[0]} models give the same "
-        f"probabilities to the bit: largest difference 0 over {images:,} test images and {seeds} "
+        f"probabilities to the bit: largest difference 0 over {fmt.count(images)} test images and {seeds} "
         f"seed{'s' if seeds > 1 else ''}.",
         estimate=0.0,
         ci95=(0.0, 0.0),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ConfigError
 from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, forest
 from vit_cls.lab.studies.heads import head_settings
@@ -162,7 +163,7 @@ class DepthStudy(Study):
         finding = findings[0] if len(self.heads) > 1 else findings[-1]
         val = {(h, d): answers.val_accuracy(trials) for h, by in arms.items() for d, trials in by.items()}
         head, depth = max(val, key=lambda key: (val[key], -key[1]))
-        share = f"{100 * right[head][depth].mean():.1f} % of the test images right"
+        share = f"{fmt.percent(right[head][depth].mean())} of the test images right"
         return headline(finding, f"Best on validation: {head} with depth {depth}, with {share}.")
 
     def _curves(self, right: dict[str, dict[int, np.ndarray]]) -> LineChart:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.lab.probes.common import compare_with
@@ -124,7 +125,7 @@ class HeadsStudy(Study):
         arms = list(right)
         other = "gap" if arms[0] != "gap" and "gap" in arms else arms[1]
         finding = findings[arms[1:].index(other)]
-        top = f"Best on validation: {best}, with {100 * right[best].mean():.1f} % of the test images right."
+        top = f"Best on validation: {best}, with {fmt.percent(right[best].mean())} of the test images right."
         return f"{finding.verdict.capitalize()}: {finding.sentence} {top}"
 
     def _lr(self, factor: float) -> float:

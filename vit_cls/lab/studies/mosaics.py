@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
@@ -101,7 +102,7 @@ def mosaic_parts(
         path, reason = next(iter(failures.items()))
         left_out = f"; {len(failures)} unreadable files left out, the first {path}: {reason}"
     origin = (
-        f"{parts.origin}; put on mosaics of {side}x{side} tiles of {pixels} pixels ({canvases / 1e6:.1f} MB "
+        f"{parts.origin}; put on mosaics of {side}x{side} tiles of {pixels} pixels ({fmt.size(canvases)} "
         f"in memory), of which {relevant} show the image and the others {rest}, seed {seed}{left_out}"
     )
     return Partition(made["train"], made["val"], made["test"], origin, split=parts.split)
@@ -279,8 +280,8 @@ def _check_memory(needed: int, what: str, *, tile: int) -> None:
     free = _free_memory()
     if free is not None and needed > free:
         raise DataError(
-            f"{what} with tiles of {tile} pixels need {needed / 1e9:.2f} GB of memory, but "
-            f"{free / 1e9:.2f} GB are free. Use a smaller --tile or --side, or fewer images."
+            f"{what} with tiles of {tile} pixels need {fmt.size(needed)} of memory, but "
+            f"{fmt.size(free)} are free. Use a smaller --tile or --side, or fewer images."
         )
 
 

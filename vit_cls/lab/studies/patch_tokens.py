@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.probes.common import freeze_parts
@@ -240,10 +241,11 @@ def heat_maps(models: Sequence[FrozenReads]) -> list[HeatMap]:
     limits = (min(float(one.grid.min()) for one in models), max(float(one.grid.max()) for one in models))
     found = []
     for model in models:
-        shown = ", ".join(f"{pool} {100 * rows.mean():.1f} %" for pool, rows in model.pooled.items())
+        shown = ", ".join(f"{pool} {fmt.percent(rows.mean())}" for pool, rows in model.pooled.items())
         note = (
             f"One cell a patch, as the image lies; mean over {len(model.seeds)} seed(s), "
-            f"{model.patches.shape[2]:,} test images. For comparison: {shown}. All maps share their colours."
+            f"{fmt.count(model.patches.shape[2])} test images. For comparison: {shown}. All maps share "
+            "their colours."
         )
         title = f"{model.name}, frozen: top-1 of a probe on each single patch"
         found.append(HeatMap(title, model.grid.tolist(), limits=limits, note=note))

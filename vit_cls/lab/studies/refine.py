@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 from vit_cls.lab.results import LabResult, Line, LineChart, Table
@@ -221,7 +222,7 @@ def headline(curves: Curves, findings: Sequence[Finding], used: Sequence[int]) -
         blocks = f"blocks {', '.join(map(str, used[:-1]))} and {used[-1]}" if used[1:] else f"block {first}"
         rest = f"the class token is used after {blocks} of {depth}; after the others no drop was shown"
         return f"{SUPPORTED.capitalize()}: {rest}: {findings[first - 1].sentence}"
-    probe = f"A ridge probe reads {100 * curves.ridge[:, first].mean():.1f} % off it there"
+    probe = f"A ridge probe reads {fmt.percent(curves.ridge[:, first].mean())} off it there"
     if first == 1:
         what, before = f"what the class token holds after the first block of {depth} is used", "."
     else:
@@ -230,7 +231,7 @@ def headline(curves: Curves, findings: Sequence[Finding], used: Sequence[int]) -
             what += ", and not before"
         else:
             what += " at the latest; whether it is before cannot be told"
-        before = f", and {100 * curves.ridge[:, first - 1].mean():.1f} % one block earlier."
+        before = f", and {fmt.percent(curves.ridge[:, first - 1].mean())} one block earlier."
     return f"{SUPPORTED.capitalize()}: {what}: {findings[first - 1].sentence} {probe}{before}"
 
 
@@ -255,8 +256,9 @@ def _shuffle_table(curves: Curves, findings: Sequence[Finding]) -> Table:
         *(f"less unchanged {one}" for one in RESULT_COLUMNS), "p (Holm)", "KL (nats)", "models", "images",
     ]  # fmt: skip
     note = (
-        f"Test top-1 unchanged: {100 * unchanged.estimate:.1f} % (95 % interval {100 * ends[0]:.1f} to "
-        f"{100 * ends[1]:.1f}). KL is of the answers before shuffling to those after, mean over images."
+        f"Test top-1 unchanged: {fmt.percent(unchanged.estimate)} "
+        f"({fmt.interval(ends, fmt.bare_percent)}). KL is of the answers before shuffling to "
+        "those after, mean over images."
     )
     return Table("Class tokens exchanged between images", columns, rows, note)
 

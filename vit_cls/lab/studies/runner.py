@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
@@ -152,7 +153,7 @@ def _line(trial: Trial, by_key: Mapping[str, Trial]) -> list[str]:
 def _run_here(trials: Sequence[Trial], study: Path, train: TrainFunction) -> None:
     for done, trial in enumerate(trials, 1):
         seconds = run_trial(trial, study, train)
-        log.info(f"{done} of {len(trials)}: {trial.key}, {seconds:.1f} s")
+        log.info(f"{done} of {len(trials)}: {trial.key}, {fmt.duration(seconds)}")
 
 
 def _run_spread(trials: Sequence[Trial], study: Path, train: TrainFunction, jobs: int) -> None:
@@ -174,7 +175,7 @@ def _run_spread(trials: Sequence[Trial], study: Path, train: TrainFunction, jobs
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 done, key = done + 1, names[future]
-                log.info(f"{done} of {len(trials)}: {key}, {future.result():.1f} s")
+                log.info(f"{done} of {len(trials)}: {key}, {fmt.duration(future.result())}")
                 running |= submit([trial for trial in waiting if trial.after == key])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.lab.results import Figure, LabResult, Table, forest
@@ -287,14 +288,15 @@ def _with_sentence(finding: Finding, count: int, measured: ArmTokens, seed: int)
     seeds, images = finding.counts["seeds"], finding.counts["images"]
     place = {SUPPORTED: "above", REFUTED: "below"}.get(finding.verdict, "not told from")
     found = measured.against_seeds(seed)
-    others = (
-        "" if found is None else f", tokens of independent models {found.independent:.3f} (p {found.p:.3g})"
-    )
+    others = ""
+    if found is not None:
+        p = fmt.p_value(found.p)
+        others = f", tokens of independent models {found.independent:.3f} (p {p})"
     needed = f"; needed: {finding.needed}" if finding.needed else ""
     sentence = (
-        f"the mean cosine of {count} class tokens after the final norm is {finding.estimate:.3f} (95 % "
-        f"interval {low:.3f} to {min(1.0, high):.3f}; {seeds} seed{'s' if seeds > 1 else ''}, {images:,} "
-        f"images), {place} {COLLAPSED:g}; the same token on another image has "
-        f"{measured.other_image_cosine(seed):.3f}{others}{needed}."
+        f"the mean cosine of {count} class tokens after the final norm is {finding.estimate:.3f} "
+        f"({fmt.interval((low, min(1.0, high)), fmt.three_decimals)}; {seeds} "
+        f"seed{'s' if seeds > 1 else ''}, {fmt.count(images)} images), {place} {COLLAPSED:g}; "
+        f"the same token on another image has {measured.other_image_cosine(seed):.3f}{others}{needed}."
     )
     return dataclasses.replace(finding, sentence=sentence)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_cls import formatting as fmt
 from vit_cls.errors import ConfigError
 from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, Table, forest
 from vit_cls.lab.studies.heads import head_settings
@@ -364,7 +365,7 @@ class WhenStudy(Study):
             if mean_interval(rows[n]).ci95[0] <= chance
         ]
         if low:
-            notes.append(f"No better than the commonest class ({100 * chance:.1f} %): {'; '.join(low)}.")
+            notes.append(f"No better than the commonest class ({fmt.percent(chance)}): {'; '.join(low)}.")
         return notes
 
 
