@@ -11,7 +11,7 @@ import pytest
 from vit_cls.data.folders import find_parts
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import Split, partition_data, split_for_training
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PART_OF, PARTS, part_folders
 from vit_cls.errors import ConfigError, DataError
 
 TWO_CLASSES = ("a/1.png", "b/1.png")
@@ -450,3 +450,51 @@ def test_a_share_that_was_asked_for_of_a_part_that_is_there_already_is_refused(t
 def test_a_fraction_must_lie_between_0_and_1(tmp_path, setting, value):
     with pytest.raises(ConfigError, match=f"{setting} must be between 0 and 1"):
         partition_data(tmp_path, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("folders", "class_names", "expected"),
+    [
+        (["Train/", "VALID/", "testing/"], [], {"train": "Train", "val": "VALID", "test": "testing"}),
+        (["train/", "extra"], [], {"train": "train"}),
+        (["train", "extra"], [], {}),  # a class called train
+        (["train", "test"], [], {"train": "train", "test": "test"}),  # so that training says what is missing
+        (["train", "test"], ["train"], {}),
+        (["train/", "test"], ["train"], {"train": "train", "test": "test"}),
+        (["val/", "validation/"], [], {"val": "val"}),
+        (["test/", "bus"], [], {}),
+        (["a", "b"], [], {}),
+        ([], [], {}),
+    ],
+)
+def test_folders_are_parts_or_classes_by_one_rule(folders, class_names, expected):
+    nested = {name[:-1] for name in folders if name.endswith("/")}
+    names = [name.removesuffix("/") for name in folders]
+    assert part_folders(names, has_folders=nested.__contains__, class_names=class_names) == expected
+
+
+def test_every_part_has_spellings_of_its_own():
+    assert PARTS == ("train", "val", "test")
+    assert len(PART_OF) == 7
+    assert all(spelling == spelling.lower() for spelling in PART_OF)
+
+
+@pytest.mark.parametrize(("chosen", "left"), [("val", "valid"), ("validation", "VALID"), ("Test", "test")])
+def test_a_second_folder_of_a_part_is_named_in_one_warning_line(tmp_path, caplog, chosen, left):
+    for name in ("train", chosen, left):
+        _touch(tmp_path / name, *TWO_CLASSES)
+    for _ in range(2):  # a study finds its data many times
+        assert chosen in find_parts(tmp_path).places.values()
+    part = "test" if chosen == "Test" else "val"
+    assert caplog.messages == [
+        f"--data {tmp_path}: {left}/ is not read, for {chosen}/ is the {part} part already. "
+        "Put their images together, or rename one."
+    ]
+
+
+def test_folders_of_classes_or_of_one_part_each_are_not_warned_of(tmp_path, caplog):
+    for name in ("parts/train", "parts/val", "parts/extra", "classes/valid", "classes/val", "classes/bus"):
+        _touch(tmp_path / name, *TWO_CLASSES)
+    assert list(find_parts(tmp_path / "parts").places) == ["train", "val"]
+    assert list(find_parts(tmp_path / "classes").places) == ["all"]
+    assert not caplog.messages

@@ -21,9 +21,9 @@ from vit_cls.data.index import (
     ImageIndex,
     PathTable,
     balanced_weights,
-    class_folders,
     index_folder,
 )
+from vit_cls.data.parts import class_folders
 from vit_cls.errors import DataError
 
 
@@ -278,6 +278,13 @@ def test_with_class_names_matches_by_name_not_by_position(tmp_path):
     assert other.class_names == ["c", "a", "b"]
     assert _entries(other) == _entries(index)
     assert index.labels.tolist() == [0, 1, 1]  # the original is as it was
+
+
+def test_unknown_classes_are_all_counted_but_not_all_printed():
+    names = [f"c{i:02d}" for i in range(30)]
+    index = ImageIndex(Path("nowhere"), PathTable(f"{name}/1.png" for name in names), np.arange(30), names)
+    with pytest.raises(DataError, match=r"nowhere has 30 class.*c00, c01, .*c19 and 10 more\."):
+        index.with_class_names(["a", "b"])
 
 
 def _reference_paths(root: Path, class_name: str) -> list[str]:

@@ -12,7 +12,7 @@ from vit_cls.data.folders import find_parts
 from vit_cls.data.index import ImageIndex, index_folder
 from vit_cls.data.manifest import inspect_manifest, is_manifest, read_manifest
 from vit_cls.data.partition import Split, split_for_training
-from vit_cls.data.splits import PART_OF
+from vit_cls.data.parts import PART_OF
 from vit_cls.errors import ConfigError, DataError
 
 ROWS = ["path,label", "x/1.png,cat", "x/2.png,dog", "y/3.png,cat", "4.png,dog"]

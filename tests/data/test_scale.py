@@ -14,7 +14,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from vit_cls.data.index import ImageIndex, index_folder
-from vit_cls.data.splits import stratified_split
+from vit_cls.data.splits import held_out_images
 
 CLASSES, IMAGES = 40, 500
 
@@ -71,7 +71,8 @@ def test_index_and_its_split_take_a_fraction_of_the_memory_of_image_folder(large
 
 
 def _split(index: ImageIndex) -> tuple[ImageIndex, ImageIndex]:
-    return stratified_split(index, val_fraction=0.1, seed=0)
+    held_out = held_out_images(index, val_fraction=0.1, seed=0)
+    return index.subset(~held_out), index.subset(held_out)
 
 
 def test_index_has_the_samples_of_image_folder(large_folder):

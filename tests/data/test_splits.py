@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vit_cls.data.index import ImageIndex, PathTable, index_folder
-from vit_cls.data.splits import PART_OF, PARTS, match_classes, part_folders, stratified_split
+from vit_cls.data.splits import held_out_images
 from vit_cls.errors import ConfigError, DataError
 
 
@@ -17,6 +17,13 @@ def _index(counts: dict[str, int], first: int = 0) -> ImageIndex:
     paths = [f"{name}/{i:04d}.png" for name in names for i in range(first, first + counts[name])]
     labels = np.repeat(np.arange(len(names)), [counts[name] for name in names])
     return ImageIndex(Path("nowhere"), PathTable(paths), labels, names)
+
+
+def _divide(
+    index: ImageIndex, *, val_fraction: float, seed: int, group_by: str | None = None
+) -> tuple[ImageIndex, ImageIndex]:
+    held_out = held_out_images(index, val_fraction=val_fraction, seed=seed, group_by=group_by)
+    return index.subset(~held_out), index.subset(held_out)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,7 @@ def _index(counts: dict[str, int], first: int = 0) -> ImageIndex:
     ],
 )
 def test_held_out_images_of_a_class_are_its_share_rounded(images, val_fraction, held_out):
-    train, val = stratified_split(_index({"a": images, "b": 2}), val_fraction=val_fraction, seed=0)
+    train, val = _divide(_index({"a": images, "b": 2}), val_fraction=val_fraction, seed=0)
     assert train.counts().tolist() == [images - held_out, 1]
     assert val.counts().tolist() == [held_out, 1]
 
@@ -45,7 +52,7 @@ def test_held_out_images_of_a_class_are_its_share_rounded(images, val_fraction, 
 def test_split_is_disjoint_complete_and_keeps_each_image_with_its_class(seed):
     rng = np.random.default_rng(seed)
     index = _index({f"c{i}": int(rng.integers(1, 60)) for i in range(8)})
-    train, val = stratified_split(index, val_fraction=float(rng.uniform(0.05, 0.95)), seed=seed)
+    train, val = _divide(index, val_fraction=float(rng.uniform(0.05, 0.95)), seed=seed)
     assert sorted([*train.paths, *val.paths]) == sorted(index.paths)
     assert len(set(train.paths) & set(val.paths)) == 0
     for part in (train, val):
@@ -58,7 +65,7 @@ def test_split_is_disjoint_complete_and_keeps_each_image_with_its_class(seed):
 def test_split_depends_on_names_and_seed_alone():
     """Golden: another choice of files would move images of runs that were made before."""
     index = _index({"a": 20, "b": 20})
-    _, val = stratified_split(index, val_fraction=0.2, seed=0)
+    _, val = _divide(index, val_fraction=0.2, seed=0)
     assert list(val.paths) == [
         "a/0000.png",
         "a/0001.png",
@@ -73,7 +80,7 @@ def test_split_depends_on_names_and_seed_alone():
 
 def test_another_seed_holds_out_other_images():
     index = _index({"a": 100, "b": 100})
-    splits = [set(stratified_split(index, val_fraction=0.2, seed=seed)[1].paths) for seed in range(4)]
+    splits = [set(_divide(index, val_fraction=0.2, seed=seed)[1].paths) for seed in range(4)]
     assert len({frozenset(split) for split in splits}) == 4
     assert len(splits[0] & splits[1]) < 20  # 8 of 40 by chance
 
@@ -82,14 +89,14 @@ def test_most_held_out_images_stay_held_out_when_files_are_added():
     before = _index({"a": 100, "b": 100})
     after = _index({"a": 120, "b": 110, "c": 50})
     for seed in range(5):
-        old = set(stratified_split(before, val_fraction=0.2, seed=seed)[1].paths)
-        new = set(stratified_split(after, val_fraction=0.2, seed=seed)[1].paths)
+        old = set(_divide(before, val_fraction=0.2, seed=seed)[1].paths)
+        new = set(_divide(after, val_fraction=0.2, seed=seed)[1].paths)
         assert len(old & new) >= 0.8 * len(old)
         assert len((new - old) & set(before.paths)) <= 0.1 * len(old)  # few were trained on before
 
 
 def test_classes_with_one_image_are_trained_on_and_do_not_stop_the_others_from_being_split():
-    train, val = stratified_split(_index({"many": 10, "one": 1}), val_fraction=0.5, seed=0)
+    train, val = _divide(_index({"many": 10, "one": 1}), val_fraction=0.5, seed=0)
     assert train.counts().tolist() == [5, 1]
     assert val.counts().tolist() == [5, 0]
     assert val.class_names == ["many", "one"]
@@ -100,18 +107,12 @@ def test_val_fraction_out_of_range_is_refused_with_its_value(val_fraction):
     with pytest.raises(
         ConfigError, match=rf"data\.val_fraction must be between 0 and 1 .*got {val_fraction:g}\."
     ):
-        stratified_split(_index({"a": 9, "b": 9}), val_fraction=val_fraction, seed=0)
-
-
-def test_unknown_classes_are_all_counted_but_not_all_printed():
-    index = _index({f"c{i:02d}": 1 for i in range(30)})
-    with pytest.raises(DataError, match=r"has 30 class.*c00, c01, .*c19 and 10 more\."):
-        match_classes(index, ["a", "b"])
+        _divide(_index({"a": 9, "b": 9}), val_fraction=val_fraction, seed=0)
 
 
 def test_split_of_an_indexed_folder_still_finds_its_files(tmp_path, write_folder):
     index = index_folder(write_folder(tmp_path, {"a": 4, "b": ["deep/x.png", "y.png"]}))
-    train, val = stratified_split(index, val_fraction=0.5, seed=0)
+    train, val = _divide(index, val_fraction=0.5, seed=0)
     assert all(part.path(i).is_file() for part in (train, val) for i in range(len(part)))
 
 
@@ -136,7 +137,7 @@ def test_split_is_that_of_hashing_one_path_after_the_other(seed):
     index = _index({f"c{i}\udcff": int(rng.integers(1, 50)) for i in range(6)})
     index = index.subset(rng.permutation(len(index))).with_class_names(["none", *reversed(index.class_names)])
     val_fraction = float(rng.uniform(0.02, 0.98))
-    _, val = stratified_split(index, val_fraction=val_fraction, seed=seed)
+    _, val = _divide(index, val_fraction=val_fraction, seed=seed)
     assert sorted(val.paths) == sorted(_reference_held_out(index, val_fraction, seed))
 
 
@@ -172,7 +173,7 @@ def test_groups_stay_whole_and_every_class_is_on_both_sides(seed, classes_of_one
     rng = np.random.default_rng(seed)
     index = _patients(rng, num_groups=60, classes_of_one=classes_of_one)
     val_fraction = float(rng.uniform(0.1, 0.9))
-    train, val = stratified_split(index, val_fraction=val_fraction, seed=seed, group_by=BY_PATIENT)
+    train, val = _divide(index, val_fraction=val_fraction, seed=seed, group_by=BY_PATIENT)
     assert sorted([*train.paths, *val.paths]) == list(index.paths)
     assert not _groups(train) & _groups(val)
     assert train.counts().min() > 0
@@ -184,13 +185,13 @@ def test_groups_stay_whole_and_every_class_is_on_both_sides(seed, classes_of_one
 def test_share_of_each_class_is_near_the_fraction(val_fraction, classes_of_one):
     index = _patients(np.random.default_rng(0), num_groups=400, classes_of_one=classes_of_one)
     for seed in range(5):
-        _, val = stratified_split(index, val_fraction=val_fraction, seed=seed, group_by=BY_PATIENT)
+        _, val = _divide(index, val_fraction=val_fraction, seed=seed, group_by=BY_PATIENT)
         assert val.counts() / index.counts() == pytest.approx([val_fraction] * 3, abs=0.06)
 
 
 def test_share_of_groups_of_one_class_is_exact():
     index = _patients(np.random.default_rng(1), num_groups=97)
-    train, val = stratified_split(index, val_fraction=0.2, seed=0, group_by=BY_PATIENT)
+    train, val = _divide(index, val_fraction=0.2, seed=0, group_by=BY_PATIENT)
     for name in index.class_names:
         of_class = [
             _groups(_from_paths([p for p in part.paths if p.startswith(name)])) for part in (train, val)
@@ -202,13 +203,13 @@ def test_share_of_groups_of_one_class_is_exact():
 def test_group_split_does_not_depend_on_the_order_of_images_or_their_root(classes_of_one):
     rng = np.random.default_rng(2)
     index = _patients(rng, num_groups=50, classes_of_one=classes_of_one)
-    expected = stratified_split(index, val_fraction=0.3, seed=1, group_by=BY_PATIENT)[1]
+    expected = _divide(index, val_fraction=0.3, seed=1, group_by=BY_PATIENT)[1]
     for _ in range(3):
         order = rng.permutation(len(index))
         shuffled = ImageIndex(
             Path("else/where"), [index.paths[i] for i in order], index.labels[order], index.class_names
         )
-        val = stratified_split(shuffled, val_fraction=0.3, seed=1, group_by=BY_PATIENT)[1]
+        val = _divide(shuffled, val_fraction=0.3, seed=1, group_by=BY_PATIENT)[1]
         assert sorted(val.paths) == sorted(expected.paths)
 
 
@@ -216,8 +217,7 @@ def test_group_split_depends_on_group_names_and_seed_alone():
     """Golden: another choice of groups would move images of runs that were made before."""
     paths = [f"{c}/p{group}_{i}.png" for c in "ab" for group in range(10) for i in range(2)]
     vals = [
-        stratified_split(_from_paths(paths), val_fraction=0.3, seed=seed, group_by=BY_PATIENT)[1]
-        for seed in range(3)
+        _divide(_from_paths(paths), val_fraction=0.3, seed=seed, group_by=BY_PATIENT)[1] for seed in range(3)
     ]
     assert [sorted(_groups(val)) for val in vals] == [
         ["p1", "p7", "p9"],
@@ -234,7 +234,7 @@ def test_images_added_to_groups_move_nothing(classes_of_one):
     after = _from_paths([*index.paths, *more])
     for seed in range(5):
         old, new = (
-            _groups(stratified_split(each, val_fraction=0.25, seed=seed, group_by=BY_PATIENT)[1])
+            _groups(_divide(each, val_fraction=0.25, seed=seed, group_by=BY_PATIENT)[1])
             for each in (index, after)
         )
         assert old == new
@@ -248,7 +248,7 @@ def test_groups_added_move_few_others(classes_of_one):
     after = _from_paths([*index.paths, *added.paths])
     for seed in range(5):
         old, new = (
-            _groups(stratified_split(each, val_fraction=0.25, seed=seed, group_by=BY_PATIENT)[1])
+            _groups(_divide(each, val_fraction=0.25, seed=seed, group_by=BY_PATIENT)[1])
             for each in (index, after)
         )
         assert len((old ^ new) & _groups(index)) <= 0.2 * len(old)
@@ -258,7 +258,7 @@ def test_last_group_of_a_class_is_never_held_out():
     # p0 is the only one with a, p1 with b: whatever the fraction, both are trained on
     paths = ["a/p0_1.png", "c/p0_2.png", "b/p1_1.png", "c/p1_2.png", "c/p2_1.png", "c/p3_1.png"]
     for seed in range(10):
-        train, val = stratified_split(_from_paths(paths), val_fraction=0.9, seed=seed, group_by=BY_PATIENT)
+        train, val = _divide(_from_paths(paths), val_fraction=0.9, seed=seed, group_by=BY_PATIENT)
         assert _groups(train) >= {"p0", "p1"}
         assert _groups(val) == {"p2", "p3"}
 
@@ -267,7 +267,7 @@ def test_rarer_classes_leave_a_group_to_a_class_whose_groups_they_share():
     # a may give p0 and b may give p2, but not both: z would have nothing to learn from
     paths = [f"{name}.png" for name in ("a/p0_1", "a/p1_1", "b/p2_1", "b/p3_1", "z/p0_2", "z/p2_2")]
     for seed in range(20):
-        train, val = stratified_split(_from_paths(paths), val_fraction=0.5, seed=seed, group_by=BY_PATIENT)
+        train, val = _divide(_from_paths(paths), val_fraction=0.5, seed=seed, group_by=BY_PATIENT)
         assert train.counts().min() > 0
         assert val.counts()[:2].tolist() == [1, 1]
 
@@ -284,7 +284,7 @@ def test_rarer_classes_leave_a_group_to_a_class_whose_groups_they_share():
 )
 def test_too_few_groups_are_refused(paths, message):
     with pytest.raises(DataError, match=message):
-        stratified_split(_from_paths(paths), val_fraction=0.5, seed=0, group_by=BY_PATIENT)
+        _divide(_from_paths(paths), val_fraction=0.5, seed=0, group_by=BY_PATIENT)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_too_few_groups_are_refused(paths, message):
 )
 def test_pattern_that_cannot_be_used_is_refused(group_by, message):
     with pytest.raises(ConfigError, match=message):
-        stratified_split(_index({"a": 3, "b": 3}), val_fraction=0.5, seed=0, group_by=group_by)
+        _divide(_index({"a": 3, "b": 3}), val_fraction=0.5, seed=0, group_by=group_by)
 
 
 @pytest.mark.parametrize(
@@ -311,46 +311,17 @@ def test_pattern_that_cannot_be_used_is_refused(group_by, message):
 )
 def test_paths_in_which_the_pattern_finds_nothing_are_named(group_by, message):
     with pytest.raises(DataError, match=message):
-        stratified_split(_index({"a": 3, "b": 3}), val_fraction=0.5, seed=0, group_by=group_by)
+        _divide(_index({"a": 3, "b": 3}), val_fraction=0.5, seed=0, group_by=group_by)
 
 
 def test_groups_of_the_index_are_kept_whole_without_a_pattern():
     index = _patients(np.random.default_rng(5), num_groups=30)
     groups = [path.split("/")[1].split("_")[0] for path in index.paths]
     grouped = ImageIndex(index.root, index.paths, index.labels, index.class_names, groups=groups)
-    _, val = stratified_split(grouped, val_fraction=0.3, seed=2)
-    assert list(val.paths) == list(
-        stratified_split(index, val_fraction=0.3, seed=2, group_by=BY_PATIENT)[1].paths
-    )
+    _, val = _divide(grouped, val_fraction=0.3, seed=2)
+    assert list(val.paths) == list(_divide(index, val_fraction=0.3, seed=2, group_by=BY_PATIENT)[1].paths)
     assert set(val.groups) == _groups(val)
     with pytest.raises(
         ConfigError, match=r"data\.group_by .* has no effect: the manifest has a group column"
     ):
-        stratified_split(grouped, val_fraction=0.3, seed=2, group_by=BY_PATIENT)
-
-
-@pytest.mark.parametrize(
-    ("folders", "class_names", "expected"),
-    [
-        (["Train/", "VALID/", "testing/"], [], {"train": "Train", "val": "VALID", "test": "testing"}),
-        (["train/", "extra"], [], {"train": "train"}),
-        (["train", "extra"], [], {}),  # a class called train
-        (["train", "test"], [], {"train": "train", "test": "test"}),  # so that training says what is missing
-        (["train", "test"], ["train"], {}),
-        (["train/", "test"], ["train"], {"train": "train", "test": "test"}),
-        (["val/", "validation/"], [], {"val": "val"}),
-        (["test/", "bus"], [], {}),
-        (["a", "b"], [], {}),
-        ([], [], {}),
-    ],
-)
-def test_folders_are_parts_or_classes_by_one_rule(folders, class_names, expected):
-    nested = {name[:-1] for name in folders if name.endswith("/")}
-    names = [name.removesuffix("/") for name in folders]
-    assert part_folders(names, has_folders=nested.__contains__, class_names=class_names) == expected
-
-
-def test_every_part_has_spellings_of_its_own():
-    assert PARTS == ("train", "val", "test")
-    assert len(PART_OF) == 7
-    assert all(spelling == spelling.lower() for spelling in PART_OF)
+        _divide(grouped, val_fraction=0.3, seed=2, group_by=BY_PATIENT)

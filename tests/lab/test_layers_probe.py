@@ -13,7 +13,7 @@ from vit_cls import create_model
 from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze

@@ -20,7 +20,7 @@ from vit_cls.commands.parsing import (
     make_parser,
     parse,
 )
-from vit_cls.data.manifest import ALL
+from vit_cls.data.parts import ALL
 from vit_cls.data.thumbnails import reader_by_path, thumbnails
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError

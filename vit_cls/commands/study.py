@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import DATA_HELP, comma_lists, make_parser, parse
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError, VitClsError, did_you_mean
 from vit_cls.files import write_text, writing

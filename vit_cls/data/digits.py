@@ -10,7 +10,7 @@ from PIL import Image
 
 from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex, PathTable
-from vit_cls.data.splits import stratified_split
+from vit_cls.data.splits import held_out_images
 from vit_cls.errors import DataError
 
 HELD_OUT = 1 / 3
@@ -36,10 +36,9 @@ def load_digits(part: str) -> ArraySource:
     images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
     names = [f"{label}/{i:04d}.png" for i, label in enumerate(data.target.tolist())]
     index = ImageIndex(Path("digits"), PathTable(names), data.target.astype(np.int64), CLASS_NAMES)
-    kept, held_out = stratified_split(index, val_fraction=HELD_OUT, seed=0)
-    chosen = {"train": kept, "test": held_out}[part]
-    rows = [int(Path(name).stem) for name in chosen.paths]
-    return ArraySource(chosen, images[rows])
+    held_out = held_out_images(index, val_fraction=HELD_OUT, seed=0)
+    rows = np.flatnonzero({"train": ~held_out, "test": held_out}[part])
+    return ArraySource(index.subset(rows), images[rows])
 
 
 def write_digits(folder: str | Path, part: str = "test") -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Literal
 
 from vit_cls.data.dataset import FolderSource, ImageSource
 from vit_cls.data.digits import load_digits
-from vit_cls.data.index import class_folders, index_folder
-from vit_cls.data.manifest import ALL, Manifest, is_manifest, read_manifest
-from vit_cls.data.splits import PART_OF, SPELLINGS, match_classes, part_folders
+from vit_cls.data.index import index_folder
+from vit_cls.data.manifest import Manifest, is_manifest, read_manifest
+from vit_cls.data.parts import ALL, PART_OF, SPELLINGS, class_folders, part_folders
 from vit_cls.errors import ConfigError, DataError
+
+log = logging.getLogger("vit_cls")
 
 DIGITS = "digits"
 SCORED = ("test", "val", ALL, "train")
@@ -90,7 +94,7 @@ class FoundParts:
         folder = self.places[part]
         name = f"{folder}/ of {self.name}" if folder else self.name
         index = index_folder(Path(self.data, folder), name=name, min_classes=2 if training else 1)
-        return FolderSource(index if class_names is None else match_classes(index, class_names))
+        return FolderSource(index if class_names is None else index.with_class_names(class_names))
 
     def training_part(self) -> str:
         """The part to fit on: train, or everything where the data is undivided.
@@ -145,9 +149,22 @@ def find_parts(
             f"{name} {data} is a file, but no manifest. Give a folder of class folders, a folder with "
             "train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or the word digits."
         )
+    folders = class_folders(root, name=name)
     places = part_folders(
-        class_folders(root, name=name),
+        folders,
         has_folders=lambda folder: bool(class_folders(root / folder, name=name)),
         class_names=class_names,
     )
+    for folder in folders:
+        part = PART_OF.get(folder.lower())
+        if part in places and folder != places[part]:
+            _warn_once(
+                f"{name} {data}: {folder}/ is not read, for {places[part]}/ is the {part} part already. "
+                "Put their images together, or rename one."
+            )
     return FoundParts(str(data), name, "folder", places or {ALL: ""})
+
+
+@functools.cache  # a study finds its data many times
+def _warn_once(text: str) -> None:
+    log.warning(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from vit_cls.data.listing import EXTENSIONS as EXTENSIONS
 from vit_cls.data.listing import list_images
+from vit_cls.data.parts import class_folders
 from vit_cls.errors import DataError
 
 CHUNK = 16_384
@@ -60,13 +60,23 @@ class ImageIndex:
             weights=None if self.weights is None else self.weights[indices],
         )
 
-    def with_class_names(self, class_names: Sequence[str]) -> ImageIndex:
+    def with_class_names(self, class_names: Sequence[str], *, where: str = "") -> ImageIndex:
         """The same images with labels that point into another class list, matched by name.
 
         Args:
-            class_names: A list that holds every class of this index.
+            class_names: The classes of the training data or the model; the index may lack some of them.
+            where: Where the images are, in words; empty names the root.
+
+        Raises:
+            DataError: If the index has a class that ``class_names`` lacks; both lists are shown.
         """
         position = {name: i for i, name in enumerate(class_names)}
+        if unknown := sorted(set(self.class_names) - position.keys()):
+            raise DataError(
+                f"{where or self.root} has {len(unknown)} class(es) that are not known: {_listed(unknown)}. "
+                f"Its classes: {_listed(self.class_names)}. Known classes: {_listed(class_names)}. "
+                "Classes are matched by name, of folders or of labels; rename or remove the unknown ones."
+            )
         lookup = np.array([position[name] for name in self.class_names], dtype=np.int64)
         return replace(self, labels=lookup[self.labels], class_names=list(class_names))
 
@@ -129,25 +139,9 @@ def index_folder(root: str | Path, *, name: str = "data.root", min_classes: int 
     return ImageIndex(root, PathTable.from_runs(runs), labels, classes)
 
 
-def class_folders(root: Path, *, name: str) -> list[str]:
-    """Names of the visible sub-folders of ``root``, in lexicographic order.
-
-    Args:
-        root: The folder.
-        name: What the user called it, for error messages.
-
-    Raises:
-        DataError: If ``root`` is not a folder that can be read.
-    """
-    try:
-        with os.scandir(root) as entries:
-            return sorted(
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-            )
-    except FileNotFoundError:
-        raise DataError(f"{name} {root} does not exist. Give a folder with one sub-folder a class.") from None
-    except OSError as error:
-        raise DataError(f"{name} {root} cannot be read as a folder: {error.strerror}.") from error
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def balanced_weights(index: ImageIndex) -> np.ndarray:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from vit_cls.data.index import ImageIndex, PathTable
-from vit_cls.data.splits import PART_OF, PARTS, refuse_shared_groups
+from vit_cls.data.parts import ALL, PART_OF, PARTS
+from vit_cls.data.splits import refuse_shared_groups
 from vit_cls.errors import DataError
 
 COLUMNS = ("path", "label")
 MORE_COLUMNS = ("split", "group", "weight")
-ALL = "all"
-"""The part of every row where there is no split column, and of every image where folders are classes."""
 DELIMITERS = (",", ";", "\t")
 PARQUET = (".parquet", ".pq")
 ENDINGS = (".csv", ".tsv", ".tab", ".txt", *PARQUET)

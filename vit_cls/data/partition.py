@@ -10,15 +10,8 @@ import numpy as np
 
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
 from vit_cls.data.folders import FoundParts, find_parts
-from vit_cls.data.manifest import ALL
-from vit_cls.data.splits import (
-    PARTS,
-    SPELLINGS,
-    held_out_images,
-    held_out_share,
-    name_groups,
-    refuse_shared_groups,
-)
+from vit_cls.data.parts import ALL, PARTS, SPELLINGS
+from vit_cls.data.splits import groups_by_pattern, held_out_images, refuse_shared_groups
 from vit_cls.errors import ConfigError, DataError
 
 TEST_SEED = 0
@@ -43,12 +36,12 @@ class Split:
 
 
 def split_for_training(
-    found: FoundParts, *, val_fraction: float, seed: int, group_by: str | None = None
+    parts: FoundParts, *, val_fraction: float, seed: int, group_by: str | None = None
 ) -> Split:
     """The images that ``fit`` trains on and validates on; the test part is not touched.
 
     Args:
-        found: From `find_parts`.
+        parts: From `find_parts`.
         val_fraction: Share of each class to validate on, in (0, 1), where there is no validation part.
         seed: Which split is made, where one is made.
         group_by: See `held_out_images`. Where there is a validation part, no group may be in both.
@@ -58,36 +51,36 @@ def split_for_training(
             be trained on and validated on.
         ConfigError: If ``val_fraction`` is out of range, or ``group_by`` is no usable pattern.
     """
-    part = found.training_part()
-    train = found.read(part, training=True)
-    if "val" in found.places:
-        val = found.read("val", train.index.class_names)
-        _refuse_shared_folders(found, (train, val))
-        if found.manifest is None:
-            origin = f"{found.where(part)} and {found.where('val')}"
+    part = parts.training_part()
+    train = parts.read(part, training=True)
+    if "val" in parts.places:
+        val = parts.read("val", train.index.class_names)
+        _refuse_shared_folders(parts, (train, val))
+        if parts.manifest is None:
+            origin = f"{parts.where(part)} and {parts.where('val')}"
         else:
             origin = (
-                f"{len(train.index)} rows to train on and {len(val.index)} to validate on of {found.data}"
+                f"{len(train.index)} rows to train on and {len(val.index)} to validate on of {parts.data}"
             )
         if group_by is not None:
-            _refuse_shared_pattern(train, val, group_by)
+            groups, val_groups = (groups_by_pattern(source.index, group_by) for source in (train, val))
+            where = f"data.group_by {group_by!r}"
+            refuse_shared_groups(groups, val_groups, where=where, parts=("train", "val"))
             origin += f", no group of {group_by!r} in both"
         return Split(train, val, origin)
-    train, val = _hold_out(train, val_fraction, seed, group_by)
-    share = held_out_share(train.index, val.index, val_fraction, group_by)
-    if found.kind == "digits":
+    train, val, share = _hold_out(train, val_fraction, seed, group_by)
+    if parts.kind == "digits":
         origin = f"embedded digits, {val_fraction:g} of the training two thirds for validation"
-    elif found.kind == "folder" and part == "train":
+    elif parts.kind == "folder" and part == "train":
         looked_for = ", ".join(f"{name}/" for name in SPELLINGS["val"])
-        folder = found.places["train"]
         origin = (
-            f"no validation folder beside {found.where('train')} (looked for {looked_for}): "
-            f"{share} of {folder}/ held out, seed {seed}"
+            f"no validation folder beside {parts.where('train')} (looked for {looked_for}): "
+            f"{share} of {parts.places['train']}/ held out, seed {seed}"
         )
     else:
-        origin = f"{share} of {found.where(part)} held out for validation, seed {seed}"
-    if "test" in found.places and found.kind != "digits":
-        origin += f"; {found.where('test')}: not touched"
+        origin = f"{share} of {parts.where(part)} held out for validation, seed {seed}"
+    if "test" in parts.places and parts.kind != "digits":
+        origin += f"; {parts.where('test')}: not touched"
     return Split(train, val, origin, made_here=True)
 
 
@@ -179,78 +172,81 @@ def partition_data(
     for label, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0.0 < fraction < 1.0:
             raise ConfigError(f"{label} must be between 0 and 1 (both excluded); got {fraction:g}.")
-    found = find_parts(data, name=name)
-    part, scored = found.training_part(), found.choose(split)
-    train = found.read(part, training=True)
+    parts = find_parts(data, name=name)
+    part, scored = parts.training_part(), parts.choose(split)
+    train = parts.read(part, training=True)
     if scored == part:
-        rest, test = _hold_out_part(found, train, test_fraction, TEST_SEED, "test")
-        train, val = _hold_out_part(found, rest, val_fraction, seed, "val")
-        reported = held_out_share(rest.index, test.index, test_fraction, None)
-        chosen_by = held_out_share(train.index, val.index, val_fraction, None)
+        rest, test, reported = _hold_out_part(parts, train, test_fraction, TEST_SEED, "test")
+        train, val, chosen_by = _hold_out_part(parts, rest, val_fraction, seed, "val")
         origin = (
-            f"{reported} of {found.where(part)} is the test part (the same for every seed); {chosen_by} of "
+            f"{reported} of {parts.where(part)} is the test part (the same for every seed); {chosen_by} of "
             f"the rest is for validation, seed {seed}"
         )
         return Partition(train, val, test, origin, made_here=("val", "test"), split=scored)
-    test = found.read(scored, train.index.class_names)
-    if scored == "test" and "val" in found.places:
-        val = found.read("val", train.index.class_names)
-        _refuse_shared_folders(found, (train, val, test))
-        names = [f"{found.places[each]}/" if found.kind == "folder" else each for each in PARTS]
-        kind = "folders" if found.kind == "folder" else "parts"
-        origin = f"the {kind} {names[0]}, {names[1]} and {names[2]} of {found.data}"
+    test = parts.read(scored, train.index.class_names)
+    if scored == "test" and "val" in parts.places:
+        val = parts.read("val", train.index.class_names)
+        _refuse_shared_folders(parts, (train, val, test))
+        names = [f"{parts.places[each]}/" if parts.kind == "folder" else each for each in PARTS]
+        kind = "folders" if parts.kind == "folder" else "parts"
+        origin = f"the {kind} {names[0]}, {names[1]} and {names[2]} of {parts.data}"
         return Partition(train, val, test, origin, split=scored)
-    _refuse_shared_folders(found, (train, test))
-    kept, val = _hold_out_part(found, train, val_fraction, seed, "val")
-    share = held_out_share(kept.index, val.index, val_fraction, None)
-    if found.kind == "digits":
+    _refuse_shared_folders(parts, (train, test))
+    train, val, share = _hold_out_part(parts, train, val_fraction, seed, "val")
+    if parts.kind == "digits":
         origin = (
             f"embedded digits: their held-out third is the test part; {share} of the other two thirds is for "
             f"validation, seed {seed}"
         )
-    elif found.kind == "folder":
+    elif parts.kind == "folder":
         origin = (
-            f"{found.places[scored]}/ of {found.data} is the test part; {share} of {found.places[part]}/ is "
+            f"{parts.places[scored]}/ of {parts.data} is the test part; {share} of {parts.places[part]}/ is "
             f"for validation, seed {seed}"
         )
     else:
-        origin = f"{found.where(scored)} are the test part; {share} of {part} is for validation, seed {seed}"
-    return Partition(kept, val, test, origin, made_here=("val",), split=scored)
+        origin = f"{parts.where(scored)} are the test part; {share} of {part} is for validation, seed {seed}"
+    return Partition(train, val, test, origin, made_here=("val",), split=scored)
 
 
 def _hold_out(
     source: ImageSource, fraction: float, seed: int, group_by: str | None = None
-) -> tuple[ImageSource, ImageSource]:
-    """What is kept, and a share of each class that is held out."""
+) -> tuple[ImageSource, ImageSource, str]:
+    """What is kept, what is held out of each class, and the share that this is, in words for the log."""
     held_out = held_out_images(source.index, val_fraction=fraction, seed=seed, group_by=group_by)
-    return _subset(source, np.flatnonzero(~held_out)), _subset(source, np.flatnonzero(held_out))
+    train, val = _subset(source, ~held_out), _subset(source, held_out)
+    if group_by is None and source.index.groups is None:
+        return train, val, f"{fraction:g} of each class"
+    by = "the manifest's" if group_by is None else f"by {group_by!r}"
+    lacking = int(np.count_nonzero((val.index.counts() == 0) & (train.index.counts() > 0)))
+    without = f"; {lacking} class(es) could give none" if lacking else ""
+    images = f"{len(val.index)} of {len(source.index)} images"
+    return train, val, f"{fraction:g} of the groups of each class ({by}; {images}{without})"
 
 
-def _subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
-    index = source.index.subset(positions)
+def _subset(source: ImageSource, chosen: np.ndarray) -> ImageSource:
+    """The images for which ``chosen`` is true."""
+    index = source.index.subset(np.flatnonzero(chosen))
     return (
-        ArraySource(index, source.images[positions])
-        if isinstance(source, ArraySource)
-        else FolderSource(index)
+        ArraySource(index, source.images[chosen]) if isinstance(source, ArraySource) else FolderSource(index)
     )
 
 
 def _hold_out_part(
-    found: FoundParts, source: ImageSource, fraction: float, seed: int, part: str
-) -> tuple[ImageSource, ImageSource]:
+    parts: FoundParts, source: ImageSource, fraction: float, seed: int, part: str
+) -> tuple[ImageSource, ImageSource, str]:
     index = source.index
     if int(np.max(index.counts())) < 2:
         raise DataError(
-            f"{found.name} {found.data}: too few images for three parts (train, val, test): {len(index)} "
+            f"{parts.name} {parts.data}: too few images for three parts (train, val, test): {len(index)} "
             f"images of {len(index.class_names)} classes are left, at most one a class, so none can be held "
             f"out as the {part} part. Give at least three images a class, or folders train/, val/ and test/."
         )
     return _hold_out(source, fraction, seed)
 
 
-def _refuse_shared_folders(found: FoundParts, sources: Sequence[ImageSource]) -> None:
+def _refuse_shared_folders(parts: FoundParts, sources: Sequence[ImageSource]) -> None:
     """Links can make one folder a part of two."""
-    if found.kind != "folder":
+    if parts.kind != "folder":
         return
     owners: dict[tuple[int, int], tuple[int, Path]] = {}
     for number, index in enumerate(source.index for source in sources):
@@ -260,13 +256,6 @@ def _refuse_shared_folders(found: FoundParts, sources: Sequence[ImageSource]) ->
             owner, other = owners.setdefault((status.st_dev, status.st_ino), (number, folder))
             if owner != number:
                 raise DataError(
-                    f"{found.name}: {folder} is the same folder as {other}, so images would be in two parts, "
+                    f"{parts.name}: {folder} is the same folder as {other}, so images would be in two parts, "
                     "and the model scored on what it was trained on. Put other images there, or remove it."
                 )
-
-
-def _refuse_shared_pattern(train: ImageSource, val: ImageSource, group_by: str) -> None:
-    groups, val_groups = name_groups(train.index, group_by), name_groups(val.index, group_by)
-    assert groups is not None
-    assert val_groups is not None
-    refuse_shared_groups(groups, val_groups, where=f"data.group_by {group_by!r}", parts=("train", "val"))

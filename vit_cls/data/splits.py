@@ -1,64 +1,15 @@
-"""Which folders are parts, and how images are divided where they are not: by class, in whole groups."""
+"""Which images are held out where the data has no parts: a share of each class, in whole groups."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from vit_cls.data.index import ImageIndex, PathTable, iter_bytes
 from vit_cls.errors import ConfigError, DataError
-
-SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid"),
-    "test": ("test", "testing"),
-}
-"""What the folder of a part may be called, and the split column of a manifest may say, in any case."""
-PARTS = tuple(SPELLINGS)
-PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
-
-
-def part_folders(
-    folders: Sequence[str], *, has_folders: Callable[[str], bool], class_names: Collection[str] = ()
-) -> dict[str, str]:
-    """Which of some folders are parts; the only place that decides it.
-
-    A class may be called train, as CIFAR-100 has one: such a folder has no folders inside.
-
-    Args:
-        folders: Names of the visible folders of a data root.
-        has_folders: Whether the folder of a name has folders inside.
-        class_names: Classes that are known already, such as a model's.
-
-    Returns:
-        The folder's name by part, in the order of `PARTS`; empty where the folders are classes.
-
-    Example:
-        >>> part_folders(["Test", "extra", "train"], has_folders=lambda name: True)
-        {'train': 'train', 'test': 'Test'}
-    """
-    by_lower = {name.lower(): name for name in sorted(folders, reverse=True)}
-    parts = {
-        part: next(by_lower[name] for name in spellings if name in by_lower)
-        for part, spellings in SPELLINGS.items()
-        if not by_lower.keys().isdisjoint(spellings)
-    }
-    others = any(name.lower() not in PART_OF for name in folders)
-    if others and "train" not in parts:
-        return {}
-    suspects = [name for part, name in parts.items() if name in class_names or (others and part == "train")]
-    return {} if any(not has_folders(name) for name in suspects) else parts
-
-
-def stratified_split(
-    index: ImageIndex, *, val_fraction: float, seed: int, group_by: str | None = None
-) -> tuple[ImageIndex, ImageIndex]:
-    """The images that `held_out_images` leaves, and those that it takes."""
-    held_out = held_out_images(index, val_fraction=val_fraction, seed=seed, group_by=group_by)
-    return index.subset(np.flatnonzero(~held_out)), index.subset(np.flatnonzero(held_out))
 
 
 def held_out_images(
@@ -67,12 +18,13 @@ def held_out_images(
     """Choose a share of every class to hold out, the same files on every machine.
 
     Each file's place is a hash of its relative path and the seed, so adding files moves few others. Where
-    images have groups, the same is true of groups: see `hold_out_groups`.
+    images have groups, whole groups are held out, and the same is true of them: their sizes play no part, so
+    files added to a group, in a class it has, move nothing.
 
     Args:
         index: All images.
-        val_fraction: Share of each class to hold out, in (0, 1), rounded; at least one image where a class
-            has two or more, and never the last one. With groups, the share of each class's groups.
+        val_fraction: Share of each class's images, or of its groups, in (0, 1), rounded; at least one where a
+            class has two or more, and never the last one.
         seed: Which choice.
         group_by: A regular expression with one capture group, found anywhere in the relative path: images
             of which it captures the same are never split. None keeps the groups of the index, if it has
@@ -84,14 +36,18 @@ def held_out_images(
     Raises:
         ConfigError: If ``val_fraction`` is out of range, or ``group_by`` is no usable pattern.
         DataError: If nothing can be held out, or ``group_by`` does not match a path.
+
+    Source:
+        Groups of the rarest class first: Sechidis et al. 2011, "On the stratification of multi-label data",
+        of which this keeps the order of the classes.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ConfigError(f"data.val_fraction must be between 0 and 1 (both excluded); got {val_fraction:g}.")
-    groups = name_groups(index, group_by)
+    groups = index.groups if group_by is None else groups_by_pattern(index, group_by)
     if groups is not None:
-        return hold_out_groups(index, groups, val_fraction=val_fraction, seed=seed)
+        return _hold_out_groups(index, groups, val_fraction=val_fraction, seed=seed)
     held_out = np.zeros(len(index), dtype=bool)
-    place = places(iter_bytes(index.paths), seed, len(index))
+    place = _places(iter_bytes(index.paths), seed, len(index))
     order = np.lexsort((place, index.labels))
     start = 0
     for count in index.counts().tolist():
@@ -106,61 +62,8 @@ def held_out_images(
     return held_out
 
 
-def held_out_share(train: ImageIndex, val: ImageIndex, val_fraction: float, group_by: str | None) -> str:
-    """What `stratified_split` has held out, in words for the log.
-
-    Args:
-        train: The images it kept.
-        val: The images it held out.
-        val_fraction: What it was asked for.
-        group_by: What it was asked for.
-    """
-    if group_by is None and train.groups is None:
-        return f"{val_fraction:g} of each class"
-    by = "the manifest's" if group_by is None else f"by {group_by!r}"
-    lacking = int(np.count_nonzero((val.counts() == 0) & (train.counts() > 0)))
-    without = f"; {lacking} class(es) could give none" if lacking else ""
-    images = f"{len(val)} of {len(train) + len(val)} images"
-    return f"{val_fraction:g} of the groups of each class ({by}; {images}{without})"
-
-
-def match_classes(index: ImageIndex, class_names: list[str], *, where: str = "") -> ImageIndex:
-    """Label an index by another class list, by name; the index may lack classes but not add any.
-
-    Args:
-        index: Images of a validation or test folder.
-        class_names: The classes of the training data or the model.
-        where: Where the images are, in words; empty names the root.
-
-    Raises:
-        DataError: If the index has a class that ``class_names`` lacks; both lists are shown.
-    """
-    unknown = sorted(set(index.class_names) - set(class_names))
-    if unknown:
-        raise DataError(
-            f"{where or index.root} has {len(unknown)} class(es) that are not known: {_listed(unknown)}. "
-            f"Its classes: {_listed(index.class_names)}. Known classes: {_listed(class_names)}. "
-            "Classes are matched by name, of folders or of labels; rename or remove the unknown ones."
-        )
-    return index.with_class_names(class_names)
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def places(names: Iterable[bytes], seed: int, count: int) -> np.ndarray:
-    """Where each name stands in an order that looks random and is the same on every machine.
-
-    Args:
-        names: Paths or group names.
-        seed: Which order.
-        count: How many names there are.
-
-    Returns:
-        uint64, shape ``(count,)``: a hash of seed and name, without regard to the other names.
-    """
+def _places(names: Iterable[bytes], seed: int, count: int) -> np.ndarray:
+    """Where each of ``count`` names stands in an order that looks random: uint64, a hash of seed and name."""
     salt = f"{seed}\0".encode()
     digest = hashlib.blake2b
     number = int.from_bytes
@@ -168,21 +71,14 @@ def places(names: Iterable[bytes], seed: int, count: int) -> np.ndarray:
     return np.fromiter(hashes, dtype=np.uint64, count=count)
 
 
-def name_groups(index: ImageIndex, group_by: str | None) -> Sequence[str] | None:
-    """The group of each image, from the index or from its path.
-
-    Args:
-        index: The images.
-        group_by: A regular expression with one capture group, found anywhere in the relative path; what it
-            captures is the name. None takes the groups of the index, if it has some.
+def groups_by_pattern(index: ImageIndex, group_by: str) -> Sequence[str]:
+    """The group of each image: what a pattern with one capture group finds in its path.
 
     Raises:
-        ConfigError: If the expression does not compile, has another number of capture groups, or the index
+        ConfigError: If the pattern does not compile, has another number of capture groups, or the index
             has groups of its own.
         DataError: If a path does not match.
     """
-    if group_by is None:
-        return index.groups
     if index.groups is not None:
         raise ConfigError(
             f"data.group_by {group_by!r} has no effect: the manifest has a group column. Remove one of them."
@@ -200,13 +96,13 @@ def name_groups(index: ImageIndex, group_by: str | None) -> Sequence[str] | None
     names = PathTable(_captured(pattern, index.paths, unmatched))
     if unmatched:
         examples = ", ".join(index.paths[i] for i in unmatched[:3])
-        what = (
+        failing = (
             f"matches none of the {len(index)} paths"
             if len(unmatched) == len(index)
             else f"finds no group in {len(unmatched)} of {len(index)} paths"
         )
         raise DataError(
-            f"data.group_by {group_by!r} {what} below {index.root}, such as {examples}. It is looked for "
+            f"data.group_by {group_by!r} {failing} below {index.root}, such as {examples}. It is looked for "
             "in the path relative to that folder, and must capture something in each."
         )
     return names
@@ -225,13 +121,7 @@ def _captured(pattern: re.Pattern[str], paths: Iterable[str], unmatched: list[in
 def refuse_shared_groups(
     train_groups: Sequence[str], val_groups: Sequence[str], *, where: str, parts: tuple[str, str]
 ) -> None:
-    """Check that no group is both trained on and validated on.
-
-    Args:
-        train_groups: The group of each training image.
-        val_groups: The group of each other image.
-        where: What the user called the data, for the message.
-        parts: Names of the two parts, for the message.
+    """Check that no group is both trained on and validated on; ``where`` is what the user called the data.
 
     Raises:
         DataError: If a group is in both.
@@ -246,45 +136,23 @@ def refuse_shared_groups(
         )
 
 
-def hold_out_groups(
+def _hold_out_groups(
     index: ImageIndex, groups: Sequence[str], *, val_fraction: float, seed: int
 ) -> np.ndarray:
-    """Choose whole groups to validate on, a share of the groups of every class.
-
-    The classes are served from the one with the fewest groups to the one with the most. Which groups a class
-    gives is decided by a hash of seed and group name, so the sizes of groups play no part: files added to a
-    group, in a class it has, move nothing.
-
-    Args:
-        index: The images.
-        groups: The group of each image.
-        val_fraction: Share of each class's groups, in (0, 1), rounded; at least one where a class has two or
-            more groups, and never the last one of any class.
-        seed: Which choice.
-
-    Returns:
-        Whether each image is held out, bool, shape ``(images,)``.
-
-    Raises:
-        DataError: If no group can be held out.
-
-    Source:
-        Rarest class first: Sechidis et al. 2011, "On the stratification of multi-label data", of which this
-        keeps the order of the classes.
-    """
+    """`held_out_images` for images in groups; the classes with the fewest groups are served first."""
     number: dict[bytes, int] = {}
     codes = np.fromiter(
         (number.setdefault(name, len(number)) for name in iter_bytes(groups)), np.int64, len(index)
     )
     # groups as numbers in the order of their places; the name decides where two places are one
-    ordered = sorted(zip(places(number, seed, len(number)).tolist(), number, strict=True))
+    ordered = sorted(zip(_places(number, seed, len(number)).tolist(), number, strict=True))
     rank = np.empty(len(number), dtype=np.int64)
     rank[[number[name] for _, name in ordered]] = np.arange(len(number))
     held_out = _choose(index.labels, rank[codes], index.class_names, val_fraction)
     if not held_out.any():
-        one = f"one group ({groups[0]})" if len(number) == 1 else "one group a class"
+        too_few = f"one group ({groups[0]})" if len(number) == 1 else "one group a class"
         raise DataError(
-            f"{index.root} has {one}, so none can be held out for validation. Check data.group_by, "
+            f"{index.root} has {too_few}, so none can be held out for validation. Check data.group_by, "
             "or add a val/ folder."
         )
     return held_out[rank[codes]]

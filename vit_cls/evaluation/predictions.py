@@ -15,8 +15,7 @@ from torch import Tensor
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.folders import SCORED, find_parts
 from vit_cls.data.index import ImageIndex
-from vit_cls.data.manifest import ALL
-from vit_cls.data.splits import match_classes
+from vit_cls.data.parts import ALL
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.inference import InferenceConfig, Outputs, batches, require_head
 from vit_cls.model.classifier import ImageClassifier
@@ -125,7 +124,7 @@ def images_for_model(
     known = canonical_classes(source.index.class_names, classifier.class_names, name=f"{name} {data}")
     where = found.where(part)
     named = replace(source.index, class_names=known)
-    source.index = match_classes(named, classifier.class_names, where=where)
+    source.index = named.with_class_names(classifier.class_names, where=where)
     return ScoredImages(source, part, where)
 
 

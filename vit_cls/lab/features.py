@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from vit_cls.data.dataset import ImageSource
-from vit_cls.data.splits import match_classes
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.files import replacing, write_text
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
@@ -370,7 +369,7 @@ def logits_of(classifier: ImageClassifier, source: ImageSource) -> Answered:
         DataError: If no image can be read, or a class is not the model's.
         ModelFileError: If logits are not finite.
     """
-    index = match_classes(source.index, classifier.class_names)
+    index = source.index.with_class_names(classifier.class_names)
     logits: list[Tensor] = []
     positions: list[int] = []
     failures: dict[int, str] = {}

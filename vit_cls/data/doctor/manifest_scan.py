@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from vit_cls.data.doctor.issues import Offender
 from vit_cls.data.doctor.scan import FoundImage, Scan
-from vit_cls.data.manifest import ALL, Manifest, inspect_manifest
+from vit_cls.data.manifest import Manifest, inspect_manifest
+from vit_cls.data.parts import ALL
 
 Finding = tuple[str, Offender]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vit_cls.data.doctor.issues import Offender
-from vit_cls.data.index import EXTENSIONS, class_folders
-from vit_cls.data.splits import part_folders
+from vit_cls.data.index import EXTENSIONS
+from vit_cls.data.parts import class_folders, part_folders
 
 JUNK_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 JUNK_FOLDERS = frozenset(("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, choose_device
 from vit_cls.lab.features import FrozenTokens

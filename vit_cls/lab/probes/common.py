@@ -15,7 +15,7 @@ from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.folders import DIGITS
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.errors import DataError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens, Rows, freeze

@@ -13,7 +13,7 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens

@@ -12,7 +12,7 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import checked_layers
 from vit_cls.lab.probes.common import check_margin, checked_parts, described, failures_note

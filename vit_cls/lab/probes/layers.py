@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze_reads
 from vit_cls.lab.probes.common import (

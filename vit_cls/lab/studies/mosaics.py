@@ -18,7 +18,7 @@ from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.loader import load_once
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS
+from vit_cls.data.parts import PARTS
 from vit_cls.data.transforms import eval_reader
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.lab.results import Pictures

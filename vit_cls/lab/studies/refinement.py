@@ -14,7 +14,7 @@ from torch import Tensor
 from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
-from vit_cls.data.splits import PARTS, match_classes
+from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.features import Rows
@@ -102,7 +102,7 @@ def refinement(
     check_reads_class_token(classifier.model)
     config = config or InferenceConfig(precision="32")
     sources: dict[str, ImageSource] = {part: getattr(partition, part) for part in PARTS}
-    labelled = {part: match_classes(one.index, classifier.class_names) for part, one in sources.items()}
+    labelled = {part: one.index.with_class_names(classifier.class_names) for part, one in sources.items()}
     held = {part: _class_tokens(classifier, source, config) for part, source in sources.items()}
     rows = {part: found[1] for part, found in held.items()}
     checked_parts(*rows.values())

@@ -1,0 +1,69 @@
+"""What the parts of some data are called, and which folders of a root are parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from vit_cls.errors import DataError
+
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
+"""What the folder of a part may be called, and the split column of a manifest may say, in any case."""
+PARTS = tuple(SPELLINGS)
+PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
+ALL = "all"
+"""The one part of data that has none: class folders, or a manifest without a split column."""
+
+
+def class_folders(root: Path, *, name: str) -> list[str]:
+    """Visible sub-folders of ``root``, in lexicographic order; ``name`` is what the user called it.
+
+    Raises:
+        DataError: If ``root`` is not a folder that can be read.
+    """
+    try:
+        with os.scandir(root) as entries:
+            return sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
+    except FileNotFoundError:
+        raise DataError(f"{name} {root} does not exist. Give a folder with one sub-folder a class.") from None
+    except OSError as error:
+        raise DataError(f"{name} {root} cannot be read as a folder: {error.strerror}.") from error
+
+
+def part_folders(
+    folders: Sequence[str], *, has_folders: Callable[[str], bool], class_names: Collection[str] = ()
+) -> dict[str, str]:
+    """Which of some folders are parts; the only place that decides it.
+
+    A class may be called train, as CIFAR-100 has one: such a folder has no folders inside.
+
+    Args:
+        folders: Names of the visible folders of a data root.
+        has_folders: Whether the folder of a name has folders inside.
+        class_names: Classes that are known already, such as a model's.
+
+    Returns:
+        The folder's name by part, in the order of `PARTS`; empty where the folders are classes.
+
+    Example:
+        >>> part_folders(["Test", "extra", "train"], has_folders=lambda name: True)
+        {'train': 'train', 'test': 'Test'}
+    """
+    by_lower = {name.lower(): name for name in sorted(folders, reverse=True)}
+    parts = {
+        part: next(by_lower[name] for name in spellings if name in by_lower)
+        for part, spellings in SPELLINGS.items()
+        if not by_lower.keys().isdisjoint(spellings)
+    }
+    others = any(name.lower() not in PART_OF for name in folders)
+    if others and "train" not in parts:
+        return {}
+    suspects = [name for part, name in parts.items() if name in class_names or (others and part == "train")]
+    return {} if any(not has_folders(name) for name in suspects) else parts
