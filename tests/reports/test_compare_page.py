@@ -168,7 +168,7 @@ def test_each_picture_has_the_truth_and_both_predictions(page_of):
     assert "cat/1.jpg cat right: cat" in table
 
 
-def test_pictures_are_of_each_kind_the_surest_mistakes_first():
+def test_pictures_are_of_each_kind_the_most_confident_mistakes_first():
     found = _found(90)
     shown = pictures_wanted(found)
     assert len(shown) == len(set(shown)) == MOST_SHOWN

@@ -120,13 +120,14 @@ def knowledge_table(measured: Mapping[str, ArmTokens], *, seed: int) -> Table:
         )
     columns = ["arm", "read by", "one token (%)", *FROM_TO, "worst (%)", "best (%)"]
     columns += ["pairs that disagree (%)", *FROM_TO, "any token right (%)", *FROM_TO]
-    columns += ["surest token tells (bits)", "by chance (bits)", "p", "seeds", "images"]
+    columns += ["most confident token tells (bits)", "by chance (bits)", "p", "seeds", "images"]
     return Table(
         "What each class token knows",
         columns,
         rows,
         "Test images, each token classified on its own. Any token right: what a perfect choice of the token "
-        "would reach. Bits: mutual information of the surest token and the class; p by permuting classes.",
+        "would reach. Bits: mutual information of the most confident token and the class; p by permuting "
+        "classes.",
     )
 
 
