@@ -65,6 +65,16 @@ def test_rows_go_to_stdout_as_csv_and_a_missing_file_is_a_row(place, capsys):
     assert "9 images, 1 of them could not be read; probabilities are not calibrated" in err
 
 
+def test_metrics_and_their_libraries_are_not_loaded_to_predict(place):
+    code = (
+        "import sys; from vit_cls.cli import main; assert main(sys.argv[1:]) == 0; "
+        "print(*sorted({'scipy', 'sklearn', 'timm', 'torchmetrics'} & set(sys.modules)))"
+    )
+    words = [*MODEL, "images/val", "--output", "out"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_the_same_file_as_evaluate_writes_but_for_the_truth(place, capsys):
     words = ["--model", "model.safetensors", *ON_CPU]
     assert main(["evaluate", *words, "--data", "images/val", "--output", "evaluated"]) == 0

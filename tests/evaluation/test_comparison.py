@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -12,16 +11,17 @@ import pytest
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
 from vit_cls.evaluation.comparison import (
-    CANNOT_TELL,
     EQUIVALENT,
     Answers,
     align,
     answers_of,
     compare_answers,
     disagreements,
-    read_answers,
 )
 from vit_cls.evaluation.predictions import Predictions
+from vit_cls.evaluation.results import evaluate_predictions, write_tables
+from vit_cls.evaluation.row_formats import read_predictions
+from vit_cls.stats.verdicts import CANNOT_TELL
 
 HEAD = "path,label,prediction,probability,correct,error\n"
 
@@ -147,7 +147,7 @@ def test_disagreements_are_the_images_with_different_classes_right_or_not():
 def test_answers_of_a_run_are_names_and_a_failed_image_has_none():
     index = ImageIndex(Path("x"), ["b/1", "b/2", "a/1"], np.array([1, 1, 0]), ["a", "b"])
     probs = np.array([[0.2, 0.8], [np.nan, np.nan], [0.4, 0.6]])
-    answers = answers_of("m", Predictions(index, probs, {1: "truncated"}, 1.0))
+    answers = answers_of("m", Predictions(index, probs, {1: "truncated"}, 1.0).rows())
     assert answers.labels.tolist() == ["b", "b", "a"]
     assert answers.predictions.tolist() == ["b", "", "b"]
     assert answers.probabilities[[0, 2]].tolist() == [0.8, 0.6]
@@ -161,15 +161,23 @@ def test_answers_from_files_are_matched_by_path(tmp_path):
     (tmp_path / "run/predictions.csv").write_text(f"{HEAD}y/1,y,y,0.7,1,\nx/1,x,x,0.8,1,\nx/2,x,x,0.5,1,\n")
     a, b = align(
         [
-            dataclasses.replace(read_answers(str(tmp_path / "a.csv")), name="a"),
-            read_answers(str(tmp_path / "run")),
+            answers_of("a", read_predictions(str(tmp_path / "a.csv"))),
+            answers_of("b", read_predictions(str(tmp_path / "run"))),
         ]
     )
-    assert b.name == str(tmp_path / "run")
     assert list(b.paths) == list(a.paths) == ["x/1", "x/2", "y/1"]
     assert b.predictions.tolist() == ["x", "x", "y"]
     assert b.probabilities.tolist() == [0.8, 0.5, 0.7]
     assert a.failed.tolist() == [False, True, False]
+
+
+def test_what_evaluate_writes_is_read_back_whatever_the_names(tmp_path):
+    names, paths = ["a, \r b", 'the "c"'], ['x/"1", \r\n.png', "x/2.png", "x/3.png"]
+    index = ImageIndex(tmp_path, paths, np.array([0, 1, 1]), names)
+    probs = np.array([[0.75, 0.25], [0.5, 0.5], [np.nan, np.nan]])
+    predictions = Predictions(index, probs, {2: "truncated, \r it is"}, 1.0)
+    write_tables(tmp_path, predictions, evaluate_predictions(predictions))
+    assert read_predictions(str(tmp_path)) == list(predictions.rows())
 
 
 def test_one_model_twice_has_two_names():
@@ -191,12 +199,12 @@ def test_one_model_twice_has_two_names():
 def test_a_file_of_something_else_is_refused(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        read_answers(str(tmp_path / "a.csv"))
+        read_predictions(str(tmp_path / "a.csv"))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"--predictions .*none.csv cannot be read: No such file"):
-        read_answers(str(tmp_path / "none.csv"))
+        read_predictions(str(tmp_path / "none.csv"))
 
 
 def test_other_images_and_other_classes_are_refused_by_name():

@@ -27,7 +27,7 @@ from vit_cls.data.transforms import model_reader
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.evaluation import predict_files as files
 from vit_cls.evaluation.features import feature_chunks, feature_function
-from vit_cls.evaluation.path_stream import iter_paths
+from vit_cls.evaluation.predict import iter_paths
 from vit_cls.evaluation.predict_files import FeatureFile, RowFile, save_rows
 from vit_cls.evaluation.predictions import Row, images_for_model, predict_batches, predict_index
 from vit_cls.evaluation.row_formats import FORMATS, as_record, columns_of
@@ -424,7 +424,11 @@ def test_settings_are_checked(tiny, image_root):
 
 
 def test_every_format_reads_back_what_it_wrote():
-    rows = [Row('a,"\r\n.jpg', (("x, y", 0.75), ('"z"', 0.25))), Row("b", (), "it is, not\nan image")]
+    rows = [
+        Row('a,"\r\n.jpg', (("x, y", 0.75), ('"z"', 0.25))),
+        Row("b", (), "it is, not\nan image"),
+        Row("c", (("x", 0.5), ("y", 0.25)), None, "y"),
+    ]
     assert len(FORMATS) == 3
     for row_format in FORMATS.values():
         for row in rows:
@@ -433,7 +437,7 @@ def test_every_format_reads_back_what_it_wrote():
                 texts = [
                     "" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in record.values()
                 ]
-                assert list(csv.reader(io.StringIO(line, newline=""))) == [texts]
+                assert list(csv.reader(io.StringIO(line, newline=""))) == [list(map(str, texts))]
             else:
                 assert json.loads(line) == record
 

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from vit_cls.evaluation.comparison import (
-    CANNOT_TELL,
     EQUIVALENT,
     Comparison,
     Disagreement,
@@ -34,6 +33,7 @@ from vit_cls.reports.compare import (
     write_disagreements,
 )
 from vit_cls.reports.figures import forest_chart
+from vit_cls.stats.verdicts import CANNOT_TELL
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -30,9 +30,9 @@ from vit_cls.evaluation.comparison import (
     answers_of,
     compare_answers,
     disagreements,
-    read_answers,
 )
 from vit_cls.evaluation.predictions import ScoredImages, images_for_model, predict_index
+from vit_cls.evaluation.row_formats import read_predictions
 from vit_cls.files import output_folder, writing
 from vit_cls.reports import compare as page
 from vit_cls.weights.factory import load
@@ -68,7 +68,7 @@ def run(words: list[str]) -> Outcome:
     files, names = args.predictions or [], args.model or []
     images: ScoredImages | None = None
     source = _source(args) if files else None
-    answers = [read_answers(path) for path in files]
+    answers = [answers_of(path, read_predictions(path)) for path in files]
     for name in names:
         each, images = _predict(name, args)
         answers.append(each)
@@ -112,7 +112,7 @@ def _predict(name: str, args: Namespace) -> tuple[Answers, ScoredImages]:
     predictions = predict_index(classifier, images.source, config)
     for position, reason in list(predictions.errors.items())[:5]:
         print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)
-    return answers_of(name, predictions), images
+    return answers_of(name, predictions.rows()), images
 
 
 def _source(args: Namespace) -> ImageSource | None:

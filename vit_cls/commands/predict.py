@@ -17,8 +17,7 @@ from vit_cls.commands.parsing import (
 )
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.features import FEATURES
-from vit_cls.evaluation.labelling import Request, label
-from vit_cls.evaluation.path_stream import iter_paths
+from vit_cls.evaluation.predict import Request, iter_paths, predict
 from vit_cls.evaluation.predict_files import RowFile
 from vit_cls.evaluation.row_formats import FORMATS, check_parquet, columns_of
 from vit_cls.files import output_folder
@@ -67,7 +66,9 @@ def run(words: list[str]) -> Outcome:
         table.check_part(args.resume)
     paths = iter_paths(args.paths or [], sys.stdin.buffer)
     request = Request(args.model, row_format, args.top_k, args.features, args.resume, config)
-    data = label(load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json)
+    data = predict(
+        load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json
+    )
     text = (
         f"{data['images']} images, {data['failed']} of them could not be read; "
         + (f"features in {output}" if args.features else _calibration(data["temperature"]))

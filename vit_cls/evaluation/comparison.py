@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_cls import formatting as fmt
 from vit_cls.errors import DataError
-from vit_cls.evaluation.predictions import Predictions
+from vit_cls.evaluation.predictions import Row
 from vit_cls.stats.intervals import ALPHA, holm, wilson_interval
 from vit_cls.stats.paired import (
     FEW_DISCORDANT,
@@ -25,12 +23,10 @@ from vit_cls.stats.paired import (
     score_equivalence_p,
 )
 from vit_cls.stats.power import mcnemar_detectable_effect, mcnemar_required_images
+from vit_cls.stats.verdicts import CANNOT_TELL
 
 MARGIN = 0.01
 EQUIVALENT = "equivalent within the margin"
-CANNOT_TELL = "cannot tell"
-COLUMNS = ("path", "label", "prediction", "probability")
-"""Of a predictions.csv, as they are read here."""
 
 
 @dataclass(frozen=True)
@@ -62,60 +58,18 @@ class Answers:
         return self.predictions == self.labels
 
 
-def answers_of(name: str, predictions: Predictions) -> Answers:
-    """The first prediction for each image of a folder.
+def answers_of(name: str, rows: Iterable[Row]) -> Answers:
+    """The first predictions of a model.
 
     Args:
         name: What to call the model.
-        predictions: With probabilities of all classes.
+        rows: With labels; from `Predictions.rows` or `read_predictions`.
     """
-    names = np.array(predictions.index.class_names, dtype=object)
-    best = np.nan_to_num(predictions.probs, nan=-1.0).argmax(axis=1)
-    chosen, probabilities = names[best], predictions.probs[np.arange(len(best)), best].copy()
-    failed = np.fromiter(predictions.errors, dtype=np.int64)
-    chosen[failed], probabilities[failed] = "", math.nan
-    return Answers(name, predictions.index.paths, names[predictions.index.labels], chosen, probabilities)
-
-
-def read_answers(path: str) -> Answers:
-    """Read a ``predictions.csv`` that ``evaluate --output`` wrote.
-
-    Args:
-        path: The file, or the folder that holds it.
-
-    Raises:
-        DataError: If it cannot be read, is no such file, or names an image twice.
-    """
-    file = Path(path)
-    file = file / "predictions.csv" if file.is_dir() else file
-    wrong = f"--predictions {path} is no predictions.csv of `vit-cls evaluate --output`"
-    rows: dict[str, tuple[str, str, float]] = {}
-    try:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-            reader = csv.DictReader(lines)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-            if missing:
-                raise DataError(f"{wrong}: it has no column {', '.join(missing)}.")
-            for row in reader:
-                image, label, prediction, written = (row[column] for column in COLUMNS)
-                where = f"{wrong}: line {reader.line_num}"
-                if not image or not label or prediction is None or written is None:
-                    raise DataError(f"{where} is not complete.")
-                if image in rows:
-                    raise DataError(f"{where} names {image} a second time.")
-                try:
-                    probability = float(written) if prediction else math.nan
-                except ValueError:
-                    raise DataError(f"{where} has the probability {written!r}, not a number.") from None
-                rows[image] = (label, prediction, probability)
-    except OSError as error:
-        raise DataError(f"--predictions {path} cannot be read: {error.strerror or error}.") from error
-    except csv.Error as error:
-        raise DataError(f"{wrong}: {error}.") from error
-    if not rows:
-        raise DataError(f"{wrong}: it has no rows.")
-    labels, predictions = (np.array([row[i] for row in rows.values()], dtype=object) for i in (0, 1))
-    return Answers(path, list(rows), labels, predictions, np.array([row[2] for row in rows.values()]))
+    rows = list(rows)
+    labels = np.array([row.label for row in rows], dtype=object)
+    predictions = np.array([row.best[0][0] if row.best else "" for row in rows], dtype=object)
+    probabilities = np.array([row.best[0][1] if row.best else math.nan for row in rows])
+    return Answers(name, [row.path for row in rows], labels, predictions, probabilities)
 
 
 def align(answers: Sequence[Answers]) -> list[Answers]:

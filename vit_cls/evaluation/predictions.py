@@ -50,6 +50,23 @@ AS_IS = Scoring()
 
 
 @dataclass(frozen=True)
+class Row:
+    """What a classifier said about one image.
+
+    Args:
+        path: As it was given; relative to the root for an image of an index.
+        best: Classes and their probabilities, the likeliest first; empty where the file could not be read.
+        error: Why it could not.
+        label: The true class, where it is known.
+    """
+
+    path: str
+    best: tuple[tuple[str, float], ...]
+    error: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
 class Predictions:
     """What a classifier said about each image of an index.
 
@@ -71,6 +88,15 @@ class Predictions:
     def scored(self) -> np.ndarray:
         """Positions of the images that have a prediction."""
         return np.array([i for i in range(len(self.index)) if i not in self.errors], dtype=np.int64)
+
+    def rows(self) -> Iterator[Row]:
+        """The first prediction for each image, in the order of the index."""
+        names, preds = self.index.class_names, self.probs.argmax(axis=1).tolist()
+        for i, (path, label, pred) in enumerate(zip(self.index.paths, self.index.labels, preds, strict=True)):
+            if i in self.errors:
+                yield Row(path, (), self.errors[i], names[label])
+            else:
+                yield Row(path, ((names[pred], float(self.probs[i, pred])),), None, names[label])
 
 
 @dataclass(frozen=True)
@@ -241,21 +267,6 @@ def check_tta(tta: str) -> None:
     """
     if tta not in TTAS:
         raise ConfigError(f"--tta must be one of {', '.join(TTAS)}; got {tta!r}.")
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a classifier said about one file.
-
-    Args:
-        path: As it was given.
-        best: Classes and their probabilities, the likeliest first; empty where the file could not be read.
-        error: Why it could not.
-    """
-
-    path: str
-    best: tuple[tuple[str, float], ...]
-    error: str | None = None
 
 
 def predict_batches(

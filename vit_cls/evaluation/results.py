@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.errors import DataError
 from vit_cls.evaluation.predictions import AS_IS, Predictions, Scoring
+from vit_cls.evaluation.row_formats import PREDICTION_COLUMNS, as_record, csv_line
 from vit_cls.files import write_text
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.stats.metrics import (
@@ -27,7 +25,6 @@ from vit_cls.stats.metrics import (
     measure,
 )
 
-PREDICTION_COLUMNS = ("path", "label", "prediction", "probability", "correct", "error")
 CLASS_COLUMNS = (
     *("class", "support", "correct", "predicted", "precision", "recall", "f1"),
     *("recall_ci95_low", "recall_ci95_high"),
@@ -310,30 +307,13 @@ def write_tables(folder: Path, predictions: Predictions, result: Evaluation) -> 
     Raises:
         OSError: If a file cannot be written; complete files stay.
     """
-    rows = (
+    classes = (
         [r.name, r.support, r.correct, r.predicted, r.precision, r.recall, r.f1, *(r.recall_ci95 or ("", ""))]
         for r in result.per_class
     )
-    write_text(folder / "predictions.csv", _csv(PREDICTION_COLUMNS, _prediction_rows(predictions)))
-    write_text(folder / "per_class.csv", _csv(CLASS_COLUMNS, rows))
-
-
-def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
-    index, names = predictions.index, predictions.index.class_names
-    for i in range(len(index)):
-        label = int(index.labels[i])
-        if i in predictions.errors:
-            yield index.paths[i], names[label], "", "", "", predictions.errors[i]
-            continue
-        best = int(predictions.probs[i].argmax())
-        probability = f"{predictions.probs[i, best]:.6f}"
-        yield index.paths[i], names[label], names[best], probability, int(best == label), ""
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(["" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in row])
-    return buffer.getvalue()
+    images = (as_record(row, top_k=1).values() for row in predictions.rows())
+    for name, columns, rows in (
+        ("predictions.csv", PREDICTION_COLUMNS, images),
+        ("per_class.csv", CLASS_COLUMNS, classes),
+    ):
+        write_text(folder / name, "".join(map(csv_line, [columns, *rows])))

@@ -1,7 +1,8 @@
-"""Rows of predictions as lines of CSV and JSON, and as Parquet."""
+"""Rows of predictions as lines of CSV and JSON, and as Parquet; and read from CSV again."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import itertools
 import json
@@ -9,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_cls.errors import ConfigError, RunError
+from vit_cls.errors import ConfigError, DataError, RunError
 from vit_cls.evaluation.predictions import Row
-from vit_cls.evaluation.results import PREDICTION_COLUMNS
 
 Value = str | float | None
+PREDICTION_COLUMNS = ("path", "label", "prediction", "probability", "correct", "error")
 PARQUET_ROWS = 50_000
 """Rows of a row group, which is held in memory."""
 
@@ -33,9 +34,11 @@ def columns_of(top_k: int) -> tuple[str, ...]:
 
 
 def as_record(row: Row, top_k: int) -> dict[str, Value]:
-    """A row by column, None where there is nothing to say (``label`` and ``correct`` always)."""
+    """A row by column, None where there is nothing to say."""
     record: dict[str, Value] = dict.fromkeys(columns_of(top_k))
-    record |= {"path": row.path, "error": row.error}
+    record |= {"path": row.path, "label": row.label, "error": row.error}
+    if row.label is not None and row.best:
+        record["correct"] = int(row.best[0][0] == row.label)
     for k, (name, probability) in enumerate(row.best, start=1):
         ending = "" if k == 1 else f"_{k}"
         record |= {f"prediction{ending}": name, f"probability{ending}": round(probability, 6)}
@@ -49,10 +52,50 @@ def csv_line(values: Iterable[Value]) -> str:
         >>> csv_line(["a,b.jpg", None, 0.5])
         '"a,b.jpg",,0.500000\n'
     """
-    texts = ["" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in values]
+    texts = ["" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values]
     # Not csv.writer: up to Python 3.12 it leaves a carriage return bare, and the line cannot be read back.
     quoted = [f'"{t.replace(chr(34), chr(34) * 2)}"' if set(t) & set(',"\r\n') else t for t in texts]
     return ",".join(quoted) + "\n"
+
+
+def read_predictions(path: str) -> list[Row]:
+    """Read a ``predictions.csv`` that ``evaluate --output`` wrote.
+
+    Args:
+        path: The file, or the folder that holds it.
+
+    Raises:
+        DataError: If it cannot be read, is no such file, or names an image twice.
+    """
+    file = Path(path)
+    file = file / "predictions.csv" if file.is_dir() else file
+    wrong = f"--predictions {path} is no predictions.csv of `vit-cls evaluate --output`"
+    columns = PREDICTION_COLUMNS[:4]  # without them there is nothing to compare
+    rows: dict[str, Row] = {}
+    try:
+        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+            reader = csv.DictReader(lines)
+            if missing := [column for column in columns if column not in (reader.fieldnames or [])]:
+                raise DataError(f"{wrong}: it has no column {', '.join(missing)}.")
+            for record in reader:
+                image, label, prediction, written = (record[column] for column in columns)
+                where = f"{wrong}: line {reader.line_num}"
+                if not image or not label or prediction is None or written is None:
+                    raise DataError(f"{where} is not complete.")
+                if image in rows:
+                    raise DataError(f"{where} names {image} a second time.")
+                try:
+                    best = ((prediction, float(written)),) if prediction else ()
+                except ValueError:
+                    raise DataError(f"{where} has the probability {written!r}, not a number.") from None
+                rows[image] = Row(image, best, record.get("error") or None, label)
+    except OSError as error:
+        raise DataError(f"--predictions {path} cannot be read: {error.strerror or error}.") from error
+    except csv.Error as error:
+        raise DataError(f"{wrong}: {error}.") from error
+    if not rows:
+        raise DataError(f"{wrong}: it has no rows.")
+    return list(rows.values())
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 from markupsafe import Markup
 
 from vit_cls import formatting as fmt
-from vit_cls.evaluation.comparison import CANNOT_TELL, EQUIVALENT, Comparison, Disagreement, Pair
+from vit_cls.evaluation.comparison import EQUIVALENT, Comparison, Disagreement, Pair
 from vit_cls.files import write_text
 from vit_cls.lab.results import ForestChart
 from vit_cls.reports.figures import forest_chart, write_figures
 from vit_cls.reports.html import embedded, render, write_rows
 from vit_cls.stats.paired import FEW_DISCORDANT
+from vit_cls.stats.verdicts import CANNOT_TELL
 
 MOST_SHOWN = 24
 """Images on the page; the table has all of them."""

@@ -1,15 +1,19 @@
-"""One ``predict``: from a model and paths to rows in a folder, on a terminal or in memory."""
+"""One ``predict``: from what a user names to image paths, and on to rows in a folder or on a terminal."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from vit_cls.data.index import EXTENSIONS
+from vit_cls.errors import DataError
 from vit_cls.evaluation.features import feature_chunks, feature_function
 from vit_cls.evaluation.predict_files import FeatureFile, RowBatch, RowFile, Saved, save_rows
 from vit_cls.evaluation.predictions import check_top_k, predict_batches
@@ -17,6 +21,9 @@ from vit_cls.evaluation.row_formats import FORMATS, Value, as_record, columns_of
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
+
+STDIN = "-"
+READ_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,8 @@ class Request:
         model: As the user named it.
         row_format: A row of `FORMATS`, or ``table``.
         top_k: Classes a row.
-        features: The tokens wanted instead of predictions; None means predictions.
+        features: The tokens wanted instead of predictions, a row of `FEATURES`; None means predictions.
         resume: Whether to continue an interrupted run.
-        config: How the model is run.
     """
 
     model: str
@@ -40,7 +46,7 @@ class Request:
     config: InferenceConfig
 
 
-def label(
+def predict(
     classifier: ImageClassifier,
     paths: Iterator[str],
     request: Request,
@@ -54,10 +60,7 @@ def label(
     Args:
         classifier: Is moved to the device.
         paths: Read as they are needed.
-        request: What is wanted.
-        table: Where rows go; None means ``stdout``.
-        stdout: Where rows go then.
-        as_json: Whether they are to be part of the result instead.
+        table: Where rows go; None means ``stdout``, or with ``as_json`` the result.
 
     Returns:
         The object of ``--json``.
@@ -72,18 +75,13 @@ def label(
     else:
         check_top_k(classifier, request.top_k)
 
-        def work(some: Iterator[str]) -> Iterator[RowBatch]:
-            for rows in predict_batches(classifier, some, top_k=request.top_k, config=request.config):
+        def work(paths: Iterator[str]) -> Iterator[RowBatch]:
+            for rows in predict_batches(classifier, paths, top_k=request.top_k, config=request.config):
                 yield [as_record(row, request.top_k) for row in rows], None
 
         if table is not None:
-            saved = save_rows(
-                table,
-                paths,
-                work,
-                facts=_facts(classifier, request),
-                resume=request.resume,
-            )
+            facts = _facts(classifier, request)
+            saved = save_rows(table, paths, work, facts=facts, resume=request.resume)
         else:
             predictions = [] if as_json else None
             saved = _print_rows(work(paths), classifier, request, stdout, predictions)
@@ -102,21 +100,17 @@ def label(
 
 
 def _save_features(
-    classifier: ImageClassifier, paths: Iterator[str], request: Request, what: str, table: RowFile
+    classifier: ImageClassifier, paths: Iterator[str], request: Request, features: str, table: RowFile
 ) -> Saved:
-    compute, shape = feature_function(classifier, what)
-
+    compute, shape = feature_function(classifier, features)
+    metadata = {"features": features, "model": request.model, "paths": table.path.name}
     return save_rows(
         table,
         paths,
-        lambda some: feature_chunks(classifier, some, compute, shape, request.config),
+        lambda paths: feature_chunks(classifier, paths, compute, shape, request.config),
         facts=_facts(classifier, request),
         resume=request.resume,
-        features=FeatureFile(
-            table.path.with_name("features.safetensors"),
-            shape,
-            {"features": what, "model": request.model, "paths": table.path.name},
-        ),
+        features=FeatureFile(table.path.with_name("features.safetensors"), shape, metadata),
     )
 
 
@@ -192,3 +186,89 @@ def _facts(classifier: ImageClassifier, request: Request) -> dict[str, Any]:
         "--exact": request.config.exact,
         "--precision": "bf16" if request.config.bf16 else "32",
     }
+
+
+def iter_paths(words: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
+    """Paths of images, lazily.
+
+    Args:
+        words: Files, which need not exist; folders, of which all visible image files are taken, at any depth
+            and in lexicographic order; quoted globs, of which the files that match are taken (``**`` for any
+            depth); or ``-``.
+        stdin: Read where a word is ``-``: one path a line, or closed by NUL bytes. Paths are taken as they
+            are.
+
+    Returns:
+        The paths in the order of the words. Of a folder, the names of one sub-folder at a time are held.
+
+    Raises:
+        DataError: If a folder holds no image, a glob matches no file, ``-`` is not alone, or there is no
+            path; before the first path is handed out.
+    """
+    if STDIN in words and len(words) > 1:
+        raise DataError("PATH - takes the paths from stdin; it cannot be combined with others.")
+    parts = [_from_stdin(stdin) if word == STDIN else _expand(word) for word in words]
+    paths = itertools.chain.from_iterable(parts)
+    first = next(paths, None)
+    if first is None:
+        given = "stdin holds no path." if words else "PATH is missing."
+        raise DataError(f"{given} Give image files, folders, quoted globs, or - for paths on stdin.")
+    return itertools.chain([first], paths)
+
+
+def _expand(word: str) -> Iterator[str]:
+    if os.path.isdir(word):
+        if next(_walk(word), None) is None:
+            raise DataError(
+                f"folder {word} holds no image file. Files with these extensions are taken: "
+                f"{' '.join(sorted(EXTENSIONS))}."
+            )
+        return _walk(word)
+    if glob.has_magic(word) and not os.path.lexists(word):
+        files = sorted(path for path in glob.iglob(word, recursive=True) if not os.path.isdir(path))
+        if not files:
+            raise DataError(
+                f"glob {word} matches no file. Check it with ls; ** matches folders of any depth, and a "
+                "folder can be given by its name alone."
+            )
+        return iter(files)
+    return iter([word])
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Image files below a folder, sorted as whole paths; a sub-folder that cannot be read is a path."""
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            names = sorted(_name(entry) for entry in entries if entry.name[0] != ".")
+    except OSError:
+        yield folder
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link that leads back to a folder it is in
+        return
+    for name in names:
+        if name[-1] == "/":
+            yield from _walk(os.path.join(folder, name[:-1]), above | {here})
+        elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+            yield os.path.join(folder, name)
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return f"{entry.name}/" if entry.is_dir() else entry.name
+
+
+def _from_stdin(stdin: BinaryIO) -> Iterator[str]:
+    separator, rest = b"", b""
+    read = getattr(stdin, "read1", stdin.read)
+    while data := read(READ_BYTES):
+        separator = separator or (b"\0" if b"\0" in data else b"\n" if b"\n" in data else b"")
+        rest += data
+        if separator:
+            *whole, rest = rest.split(separator)
+            yield from filter(None, map(_path, whole))
+    yield from filter(None, map(_path, rest.split(separator or b"\n")))
+
+
+def _path(line: bytes) -> str:
+    return os.fsdecode(line.removesuffix(b"\r"))
