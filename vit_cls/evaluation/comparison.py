@@ -84,42 +84,42 @@ def align(answers: Sequence[Answers]) -> list[Answers]:
     """
     first = answers[0]
     aligned: list[Answers] = []
-    for one in answers:
-        place = {path: i for i, path in enumerate(one.paths)}
-        _refuse_other_images(first, one, place)
+    for other in answers:
+        place = {path: i for i, path in enumerate(other.paths)}
+        _refuse_other_images(first, other, place)
         order = np.array([place[path] for path in first.paths])
-        labels, predictions = one.labels[order], one.predictions[order]
+        labels, predictions = other.labels[order], other.predictions[order]
         differ = np.flatnonzero(labels != first.labels)
         if len(differ):
             i = int(differ[0])
             raise DataError(
-                f"{first.name} and {one.name} must agree on the true class of every image; they differ on "
+                f"{first.name} and {other.name} must agree on the true class of every image; they differ on "
                 f"{len(differ)}, the first: {first.paths[i]} is {first.labels[i]!r} in the one and "
                 f"{labels[i]!r} in the other."
             )
-        if one.failed.all():
-            raise DataError(f"{one.name} has no prediction for any of {len(labels)} images.")
-        used, name, number = {other.name for other in aligned}, one.name, 1
+        if other.failed.all():
+            raise DataError(f"{other.name} has no prediction for any of {len(labels)} images.")
+        used, name, number = {earlier.name for earlier in aligned}, other.name, 1
         while name in used:
             number += 1
-            name = f"{one.name} ({number})"
-        aligned.append(Answers(name, first.paths, labels, predictions, one.probabilities[order]))
+            name = f"{other.name} ({number})"
+        aligned.append(Answers(name, first.paths, labels, predictions, other.probabilities[order]))
     return aligned
 
 
-def _refuse_other_images(first: Answers, one: Answers, place: dict[str, int]) -> None:
+def _refuse_other_images(first: Answers, other: Answers, place: dict[str, int]) -> None:
     known = set(first.paths)
     lacking = [path for path in first.paths if path not in place]
-    extra = [path for path in one.paths if path not in known]
+    extra = [path for path in other.paths if path not in known]
     if not lacking and not extra:
         return
     only = [
         f"{len(paths)} only in {name} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
-        for paths, name in ((lacking, first.name), (extra, one.name))
+        for paths, name in ((lacking, first.name), (extra, other.name))
         if paths
     ]
     raise DataError(
-        f"{first.name} and {one.name} must be about the same images; {' and '.join(only)}. "
+        f"{first.name} and {other.name} must be about the same images; {' and '.join(only)}. "
         f"Evaluate both on one folder."
     )
 
@@ -247,7 +247,7 @@ def compare_answers(
         _judge(replace(pair, p_holm=p, p_equivalence=q), len(pairs))
         for pair, p, q in zip(pairs, p_holm, p_equivalence, strict=True)
     ]
-    return Comparison([_score(one) for one in answers], judged, seed)
+    return Comparison([_score(each) for each in answers], judged, seed)
 
 
 def _score(answers: Answers) -> ModelScore:
@@ -339,8 +339,8 @@ def disagreements(answers: Sequence[Answers]) -> list[Disagreement]:
         Disagreement(
             answers[0].paths[i],
             str(answers[0].labels[i]),
-            tuple(str(one.predictions[i]) for one in answers),
-            tuple(float(one.probabilities[i]) for one in answers),
+            tuple(str(each.predictions[i]) for each in answers),
+            tuple(float(each.probabilities[i]) for each in answers),
         )
         for i in np.flatnonzero(differ).tolist()
     ]

@@ -17,31 +17,31 @@ FEATURES = ("cls", "gap", "tokens")
 
 
 def feature_function(
-    classifier: ImageClassifier, what: str
+    classifier: ImageClassifier, features: str
 ) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
     """What to compute for ``--features``, and its shape for one image.
 
     Args:
         classifier: Its encoder's tokens are taken, after the final norm where that stands before the pooling.
-        what: ``cls``, the class token; ``gap``, the mean of the patches; ``tokens``, all of them.
+        features: ``cls``, the class token; ``gap``, the mean of the patches; ``tokens``, all of them.
 
     Returns:
         A function from uint8 images, and the shape of a row: ``(dim,)`` or ``(tokens, dim)``.
 
     Raises:
-        ConfigError: If ``what`` is unknown, or is the class token of a model that has none.
+        ConfigError: If ``features`` is unknown, or is the class token of a model that has none.
     """
-    if what not in FEATURES:
-        raise ConfigError(f"--features must be one of {', '.join(FEATURES)}; got {what!r}.")
+    if features not in FEATURES:
+        raise ConfigError(f"--features must be one of {', '.join(FEATURES)}; got {features!r}.")
     model = classifier.model
-    if what == "cls" and not model.layout.class_token:
+    if features == "cls" and not model.layout.class_token:
         raise ConfigError("--features cls: the model has no class token. Use --features gap or tokens.")
 
     def compute(images: Tensor) -> Tensor:
         tokens = model.encode(classifier.normalise(images))  # (B, N, D)
-        if what == "cls":
+        if features == "cls":
             return tokens[:, 0]
-        return tokens[:, model.layout.num_prefix_tokens :].mean(dim=1) if what == "gap" else tokens
+        return tokens[:, model.layout.num_prefix_tokens :].mean(dim=1) if features == "gap" else tokens
 
     height, width = classifier.preprocess.img_size
     blank = torch.zeros(1, len(classifier.preprocess.mean), height, width, dtype=torch.uint8)
@@ -63,9 +63,7 @@ def feature_chunks(
     Args:
         classifier: Is moved to the device and put in evaluation mode.
         paths: Files; an endless source will do.
-        compute: From `feature_function`.
-        shape: Likewise.
-        config: How the model is run.
+        compute: From `feature_function`, as is ``shape``.
 
     Yields:
         Path and error of each file, and float32 of shape ``(files, *shape)``, NaN where there is an error.

@@ -107,10 +107,7 @@ class RowFile:
         self._made: list[Path] = []
 
     def check_part(self, resume: bool) -> bool:
-        """Whether there are chunks to continue from.
-
-        Args:
-            resume: Whether the user wants that.
+        """Whether there are chunks to continue from, which the user wants where ``resume`` is set.
 
         Raises:
             ConfigError: If there are, and the user has not said what to do with them; or if there are rows of
@@ -275,12 +272,10 @@ def save_rows(
     """Write rows as they come, and put the files in their place when all are there.
 
     Args:
-        table: Where the rows go.
         paths: All paths, also those that an interrupted run has done.
         work: From paths to their rows, a batch at a time.
         facts: What the rows depend on besides the paths.
         resume: Whether to continue where chunks are left; without any, all is done.
-        features: Where features go.
 
     Raises:
         Stopped: If SIGINT or SIGTERM came; the rows are kept.

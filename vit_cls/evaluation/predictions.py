@@ -144,11 +144,11 @@ def images_for_model(
         ModelFileError: If the model has no head.
     """
     require_head(classifier)
-    found = find_parts(data, name=name, class_names=classifier.class_names)
-    part = found.choose(split, order)
-    source = found.read(part)
+    parts = find_parts(data, name=name, class_names=classifier.class_names)
+    part = parts.choose(split, order)
+    source = parts.read(part)
     known = canonical_classes(source.index.class_names, classifier.class_names, name=f"{name} {data}")
-    where = found.where(part)
+    where = parts.where(part)
     named = replace(source.index, class_names=known)
     source.index = named.with_class_names(classifier.class_names, where=where)
     return ScoredImages(source, part, where)
@@ -158,8 +158,6 @@ def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, nam
     """The model's name of each class folder, where a folder has another of the names of an ImageNet class.
 
     Args:
-        folders: Names of the class folders.
-        class_names: The model's classes.
         name: The folder of them, for error messages.
 
     Returns:
@@ -257,13 +255,10 @@ def _log_mean_probs(*logits: Tensor) -> Tensor:
 
 
 def check_tta(tta: str) -> None:
-    """Refuse a test-time augmentation that there is not.
-
-    Args:
-        tta: What ``--tta`` says.
+    """Refuse a ``--tta`` that is not in `TTAS`.
 
     Raises:
-        ConfigError: If it is unknown.
+        ConfigError: If it is not.
     """
     if tta not in TTAS:
         raise ConfigError(f"--tta must be one of {', '.join(TTAS)}; got {tta!r}.")
@@ -297,10 +292,6 @@ def predict_batches(
 
 def check_top_k(classifier: ImageClassifier, top_k: int) -> None:
     """Make sure that a classifier can name that many classes.
-
-    Args:
-        classifier: Knows its classes.
-        top_k: Classes a row.
 
     Raises:
         ConfigError: If ``top_k`` is not in [1, classes].

@@ -132,7 +132,7 @@ class Evaluation:
         """Row of the table, title, meaning and estimate of each metric, for people."""
         k = min(TOP_K, len(self.per_class))
         rows = [(METRICS[key], estimate) for key, estimate in self.metrics.items()]
-        return [(row, row.title.format(k=k), row.meaning.format(k=k), one) for row, one in rows]
+        return [(row, row.title.format(k=k), row.meaning.format(k=k), estimate) for row, estimate in rows]
 
     def confused_pairs(self) -> list[ConfusedPair]:
         """Pairs that were confused, the most frequent first, then in class order."""

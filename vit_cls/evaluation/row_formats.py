@@ -135,12 +135,7 @@ def check_parquet() -> None:
 
 
 def write_parquet(texts: Iterable[bytes], target: Path, columns: Sequence[str]) -> None:
-    """Lines of JSON to a Parquet file.
-
-    Args:
-        texts: Lines, any number at once.
-        target: The file.
-        columns: Names of the columns.
+    """Lines of JSON, any number in each of ``texts``, to a Parquet file.
 
     Raises:
         RunError: If pyarrow is not there any more.

@@ -63,7 +63,7 @@ class ImageCases:
 
     Args:
         worst: Given a wrong class, the most confident first.
-        uncertain: The least sure ones.
+        uncertain: The least confident ones.
         thumbnails: A small JPEG by path; a file without one is shown by its name.
     """
 

@@ -66,8 +66,7 @@ def frequency_bands(height: int, width: int, bands: int) -> tuple[np.ndarray, np
     """Rings of the Fourier plane, equally wide up to half a cycle a pixel; the corners are in the last.
 
     Args:
-        height: In pixels.
-        width: In pixels.
+        height: In pixels, as is the width.
         bands: How many rings.
 
     Returns:

@@ -25,9 +25,6 @@ EXPECTATIONS = (DIFFERS, GREATER, LESS, EQUAL)
 def in_points(unit: str) -> bool:
     """Whether numbers of a unit are shares, which people read as percentage points: 100 times as large.
 
-    Args:
-        unit: As in `Finding`.
-
     Example:
         >>> in_points("points"), in_points("points per doubling"), in_points("of cosine")
         (True, True, False)
