@@ -83,11 +83,49 @@ def output_folder(folder: str | Path | None, option: str = "--output") -> Path |
 
 
 @contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder; after an error it goes again if it is empty, with those above it that were made for it.
+
+    Args:
+        folder: May exist.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # not made, or a file is in it by now
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def write_errors(folder: Path, option: str = "--output") -> Iterator[None]:
+    """Say of the system's errors inside the ``with`` block which option they are about.
+
+    Args:
+        folder: Where the block writes.
+        option: The option that names it, for the message.
+
+    Raises:
+        ConfigError: If the block raises OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option} {folder} cannot be written: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
 def writing(folder: Path, option: str = "--output") -> Iterator[None]:
     """Make a folder, and write files into it inside the ``with`` block.
 
     Args:
-        folder: Is made if it does not exist, with those above it.
+        folder: Is made if it does not exist, with those above it; see `making`.
         option: The option that names it, for the message.
 
     Raises:
@@ -100,8 +138,5 @@ def writing(folder: Path, option: str = "--output") -> Iterator[None]:
             ...
         vit_cls.errors.ConfigError: --output /dev/null/below cannot be written: Not a directory.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(folder, option), making(folder):
         yield
-    except OSError as error:
-        raise ConfigError(f"{option} {folder} cannot be written: {error.strerror or error}.") from error

@@ -7,8 +7,12 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,3 +232,34 @@ def test_a_manifest_is_examined_and_the_part_stands_in_the_result(data, capsys):
     assert (code, result["images"], result["split"], result["origin"]) == (1, 20, None, "m.csv")
     assert [problem["kind"] for problem in result["problems"]] == ["missing_file"]
     assert "data/none.png" in (data.parent / "out/problems.csv").read_text()
+
+
+def _until(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+def _group_is_empty(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the children of a process are read from /proc")
+def test_sigterm_ends_with_143_and_a_message_and_leaves_no_process(data):
+    for i in range(2000):
+        os.link(data / "train/cat/1.png", data / f"train/cat/link{i}.png")
+    command = [sys.executable, "-m", "vit_cls", "doctor", "--data", "data", "--num_workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    assert _until(lambda: len(children.read_text().split()) >= 3)  # two and multiprocessing's own
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "vit-cls: stopped by SIGTERM" in err
+    assert "Traceback" not in err
+    assert _until(lambda: _group_is_empty(process.pid))

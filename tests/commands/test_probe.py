@@ -216,7 +216,7 @@ CASES = {
     "output": ([*BASE, "--output", "model.safetensors"], r"--output model.safetensors is a file"),
     "cache": ([*BASE, "--cache", "model.safetensors"], r"--cache model.safetensors .*is a file"),
     "compile": ([*BASE, "--compile"], r"--compile has no effect on a probe"),
-    "fraction": ([*BASE, "--val_fraction", "1"], r"val_fraction must be between 0 and 1.*got 1"),
+    "fraction": ([*BASE, "--val_fraction", "1"], r"--val_fraction must be above 0 and below 1; got 1"),
     "share of a part that is there": (
         _words("linear", "--test_fraction", "0.3", data="digits"),
         r"--test_fraction 0\.3 has no effect.*held-out third",

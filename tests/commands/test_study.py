@@ -42,7 +42,7 @@ CASES = {
     "one head": ([*SMALL, "--heads", "cls"], r"--heads needs two or more.*got cls"),
     "grid": ([*SMALL, "--lr_grid", "4"], r"--lr_grid must be one of 1, 2, 3, 5; got 4"),
     "margin": ([*SMALL, "--margin", "1"], r"--margin must be above 0 and below 1"),
-    "fraction": ([*SMALL, "--val_fraction", "1"], r"val_fraction must be between 0 and 1.*got 1"),
+    "fraction": ([*SMALL, "--val_fraction", "1"], r"--val_fraction must be above 0 and below 1; got 1"),
     "recipe": ([*SMALL, "--recipe.epochs", "0"], r"--recipe.epochs must be above 0; got 0"),
     "recipe's model": ([*SMALL, "--recipe.num_heads", "3"], r"3 heads and width 8"),
     "weights": ([*SMALL, "--recipe.pretrained", "nowhere.safetensors"], r"nowhere.safetensors"),

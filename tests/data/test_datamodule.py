@@ -47,8 +47,14 @@ def _configured(
             {"name": "digits", "augment": "crop_flop"},
             r"data\.augment must be one of .*got 'crop_flop'\. Did you mean `crop_flip`\?",
         ),
-        ({"name": "digits", "val_fraction": 0.0}, r"data\.val_fraction must be between 0 and 1 .*got 0\."),
-        ({"name": "digits", "val_fraction": 1.0}, r"data\.val_fraction must be between 0 and 1 .*got 1\."),
+        (
+            {"name": "digits", "val_fraction": 0.0},
+            r"data\.val_fraction must be above 0 and below 1",
+        ),
+        (
+            {"name": "digits", "val_fraction": 1.0},
+            r"data\.val_fraction must be above 0 .*got 1\.0",
+        ),
         ({"name": "digits", "val_fraction": float("nan")}, r"data\.val_fraction .*got nan\."),
     ],
 )

@@ -448,7 +448,7 @@ def test_a_share_that_was_asked_for_of_a_part_that_is_there_already_is_refused(t
 @pytest.mark.parametrize("setting", ["val_fraction", "test_fraction"])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_fraction_must_lie_between_0_and_1(tmp_path, setting, value):
-    with pytest.raises(ConfigError, match=f"{setting} must be between 0 and 1"):
+    with pytest.raises(ConfigError, match=f"--{setting} must be above 0 and below 1"):
         partition_data(tmp_path, **{setting: value})
 
 

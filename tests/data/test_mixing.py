@@ -99,10 +99,10 @@ def test_draws_are_a_function_of_the_key_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixup_alpha": -1.0}, r"data\.mix\.mixup_alpha must not be negative; got -1.0"),
-        ({"cutmix_alpha": -0.5}, r"data\.mix\.cutmix_alpha must not be negative; got -0.5"),
-        ({"mix_prob": 1.5}, r"data\.mix\.mix_prob must be in \[0, 1\]; got 1.5"),
-        ({"erase_prob": -0.1}, r"data\.mix\.erase_prob must be in \[0, 1\]"),
+        ({"mixup_alpha": -1.0}, r"data\.mix\.mixup_alpha must be at least 0; got -1.0"),
+        ({"cutmix_alpha": -0.5}, r"data\.mix\.cutmix_alpha must be at least 0; got -0.5"),
+        ({"mix_prob": 1.5}, r"data\.mix\.mix_prob must be at least 0 and at most 1; got 1.5"),
+        ({"erase_prob": -0.1}, r"data\.mix\.erase_prob must be at least 0 and at most 1"),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):

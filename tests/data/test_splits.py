@@ -105,7 +105,7 @@ def test_classes_with_one_image_are_trained_on_and_do_not_stop_the_others_from_b
 @pytest.mark.parametrize("val_fraction", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
 def test_val_fraction_out_of_range_is_refused_with_its_value(val_fraction):
     with pytest.raises(
-        ConfigError, match=rf"data\.val_fraction must be between 0 and 1 .*got {val_fraction:g}\."
+        ConfigError, match=rf"data\.val_fraction must be above 0 and below 1; got {val_fraction}\."
     ):
         _divide(_index({"a": 9, "b": 9}), val_fraction=val_fraction, seed=0)
 

@@ -237,7 +237,7 @@ def test_patches_that_lie_in_two_tiles_are_found():
     ("options", "message"),
     [
         ({"k": 1}, r"--k must be at least 2"),
-        ({"max_images": 7}, r"--max_images enough for two mosaics; got 2 and 7"),
+        ({"max_images": 7}, r"--max_images must be at least 8; got 7"),
         ({"margin": 1.0}, r"--margin must be above 0 and below 1.* got 1\."),
         ({"k": 8, "max_images": 200}, r"(?s)too few for two mosaics of 8x8 tiles"),
     ],

@@ -209,10 +209,10 @@ def test_what_does_not_fit_into_memory_is_refused_with_the_amounts(parts, monkey
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"side": 1}, "--side must be at least 2 tiles; got 1"),
-        ({"side": 3, "relevant": 10}, "from 1 to 9.*3x3.*got 10"),
-        ({"relevant": 0}, "from 1 to 16.*got 0"),
-        ({"tile": 1}, "--tile must be at least 2 pixels; got 1"),
+        ({"side": 1}, "--side must be at least 2; got 1"),
+        ({"side": 3, "relevant": 10}, "at least 1 and at most 9; got 10.*9 tiles"),
+        ({"relevant": 0}, "at most 16; got 0"),
+        ({"tile": 1}, "--tile must be at least 2; got 1"),
         ({"distractors": "class"}, "one of classes, noise; got 'class'. Did you mean `classes`"),
     ],
 )

@@ -201,7 +201,7 @@ def test_it_runs_on_untrained_models_and_its_report_can_be_written(tmp_path):
         ({"heads": ("gap",)}, "and another one; got gap"),
         ({"heads": ("gap", "cls", "cls")}, "each head once; got gap, cls, cls"),
         ({"heads": ("gap", "clss")}, "got 'clss'"),
-        ({"side": 1}, "--side must be at least 2 tiles; got 1"),
+        ({"side": 1}, "--side must be at least 2; got 1"),
         ({"distractors": "nois"}, "--distractors must be one of classes, noise; got 'nois'"),
         ({"tile": 6}, "--tile must be a multiple of the patch size.*got 6 and 4 pixels"),
         ({"recipe": Recipe(img_size=64)}, "--recipe.img_size 64 has no effect.*--side and --tile"),

@@ -60,7 +60,7 @@ def test_metadata_rebuild_everything_but_the_weights(tiny):
         ({"img_size": (16, 20)}, r"3 channels of \(16, 20\) pixels, but the model takes 3 of \(16, 16\)"),
         ({"mean": (0.5,), "std": (0.5,)}, "1 channels"),
         ({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.0, 0.5)}, "std above 0"),
-        ({"crop_pct": 1.5}, r"crop_pct must be in \(0, 1\]; got 1.5"),
+        ({"crop_pct": 1.5}, r"crop_pct must be above 0 and at most 1; got 1.5"),
         ({"crop_mode": "pad"}, "crop_mode must be one of center, squash; got 'pad'"),
         ({"interpolation": "lanczos"}, "interpolation must be one of"),
     ],
@@ -120,5 +120,5 @@ def test_the_temperature_is_in_the_metadata_and_is_1_where_they_have_none(tiny):
     del metadata["temperature"]
     assert ImageClassifier.from_metadata(metadata).temperature == 1.0
     for wrong in (0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match="temperature must be positive and finite"):
+        with pytest.raises(ConfigError, match="temperature must be above 0 and below inf"):
             ImageClassifier.from_metadata(metadata | {"temperature": wrong})

@@ -187,7 +187,7 @@ def test_sincos_positions_tell_rows_from_columns():
         ({"pool": "token:16"}, r"from 0 to 15 for a 4x4 grid; got 16"),
         ({"pool": "token:-1"}, r"needs a whole number K; got 'token:-1'"),
         ({"depth": 0}, r"model.depth must be at least 1; got 0"),
-        ({"drop_path_rate": 1.0}, r"model.drop_path_rate must be in \[0, 1\); got 1.0"),
+        ({"drop_path_rate": 1.0}, r"model.drop_path_rate must be at least 0 and below 1; got 1.0"),
         ({"act": "relu"}, r"model.act must be one of gelu, gelu_tanh, quick_gelu, silu; got 'relu'"),
         ({"pos_embed": "rope"}, r"model.pos_embed must be one of"),
         ({"embed_dim": 26, "num_heads": 2, "pos_embed": "sincos2d"}, r"divisible by 4; got 26"),

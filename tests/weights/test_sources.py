@@ -682,7 +682,7 @@ def test_more_blocks_than_the_file_has_need_a_higher_max_fresh(theirs):
     assert ours.load_report.fresh_share == pytest.approx(0.297, abs=1e-3)
     assert torch.equal(ours.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
     _assert_every_key_has_one_fate(ours, theirs.state_dict())
-    with pytest.raises(ConfigError, match=r"model\.max_fresh must be in \[0, 1\]; got 1\.5"):
+    with pytest.raises(ConfigError, match=r"model\.max_fresh must be at least 0 and at most 1; got 1\.5"):
         create_model(NAME, pretrained="weights.pth", max_fresh=1.5, **deeper)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vit_cls.checks import check_choice
 from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
-from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.export.timm import check_new_folder, export_timm, making
-from vit_cls.files import output_folder
+from vit_cls.export.timm import check_new_folder, export_timm
+from vit_cls.files import making, output_folder, write_errors
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.weights.bundle import MODEL_FILE, load_classifier, save_classifier
 from vit_cls.weights.factory import load
@@ -39,19 +39,13 @@ def run(words: list[str]) -> Outcome:
     )
     parser.add_argument("--output", type=str, required=True, help="a new folder")
     args = parse(parser, words)
-    if args.format not in FORMATS:
-        raise ConfigError(
-            f"--format must be one of {', '.join(FORMATS)}; got {args.format!r}."
-            f"{did_you_mean(args.format, FORMATS)}"
-        )
+    check_choice("--format", args.format, FORMATS)
     output = output_folder(args.output)
     assert output is not None
     check_new_folder(output)
     classifier = load(args.model)
-    try:
+    with write_errors(output):
         return _timm(classifier, output) if args.format == "timm" else _safetensors(classifier, output)
-    except OSError as error:
-        raise ConfigError(f"--output {args.output} cannot be written: {error}.") from error
 
 
 def _timm(classifier: ImageClassifier, output: Path) -> Outcome:

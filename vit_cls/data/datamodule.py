@@ -10,6 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vit_cls.checks import check_choice, check_range
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
 from vit_cls.data.doctor.issues import Problem
@@ -21,7 +22,7 @@ from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.data.partition import Split, split_for_training
 from vit_cls.data.sampler import EpochSampler
 from vit_cls.data.transforms import AUGMENTS, Preprocessing, model_reader
-from vit_cls.errors import ConfigError, DataError, ImageError, did_you_mean
+from vit_cls.errors import ConfigError, DataError, ImageError
 
 log = logging.getLogger("vit_cls")
 
@@ -81,15 +82,8 @@ class ImageDataModule(LightningDataModule):
         mix: MixOptions = UNMIXED,
     ) -> None:
         super().__init__()
-        if name not in NAMES:
-            raise ConfigError(
-                f"data.name must be one of {', '.join(NAMES)}; got {name!r}.{did_you_mean(name, NAMES)}"
-            )
-        if augment not in AUGMENTS:
-            raise ConfigError(
-                f"data.augment must be one of {', '.join(AUGMENTS)}; got {augment!r}."
-                f"{did_you_mean(augment, AUGMENTS)}"
-            )
+        check_choice("data.name", name, NAMES)
+        check_choice("data.augment", augment, AUGMENTS)
         if name == "folder" and root is None:
             raise ConfigError(
                 "data.root is missing: the folder with the images, train/ and val/ or one folder a class. "
@@ -97,19 +91,12 @@ class ImageDataModule(LightningDataModule):
             )
         if name == "digits" and root is not None:
             raise ConfigError(f"data.root {root} has no effect with data.name digits. Remove one of the two.")
-        if not 0.0 < val_fraction < 1.0:
-            raise ConfigError(
-                f"data.val_fraction must be between 0 and 1 (both excluded); got {val_fraction:g}."
-            )
+        check_range("data.val_fraction", val_fraction, above=0, below=1)
         if weights not in (None, BALANCED):
             raise ConfigError(f"data.weights must be {BALANCED} or null; got {weights!r}.")
-        if unknown := [kind for kind in allow or [] if kind not in ALLOWED]:
-            raise ConfigError(
-                f"data.allow knows {', '.join(ALLOWED)}; got "
-                f"{unknown[0]!r}.{did_you_mean(unknown[0], ALLOWED)}"
-            )
-        if max_bad_images < 0:
-            raise ConfigError(f"data.max_bad_images must not be negative; got {max_bad_images}.")
+        for kind in allow or []:
+            check_choice("data.allow", kind, ALLOWED)
+        check_range("data.max_bad_images", max_bad_images, at_least=0)
         if group_by is not None and name == "digits":
             raise ConfigError("data.group_by has no effect with data.name digits. Remove one of the two.")
         self.root = root

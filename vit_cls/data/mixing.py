@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vit_cls.errors import ConfigError
+from vit_cls.checks import check_range
 
 
 class MixedTargets(NamedTuple):
@@ -43,11 +43,9 @@ class MixOptions:
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.mix.{name} must not be negative; got {getattr(self, name)}.")
+            check_range(f"data.mix.{name}", getattr(self, name), at_least=0)
         for name in ("mix_prob", "erase_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.mix.{name} must be in [0, 1]; got {getattr(self, name)}.")
+            check_range(f"data.mix.{name}", getattr(self, name), at_least=0, at_most=1)
 
     @property
     def mixes(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_cls.checks import check_range
 from vit_cls.data.dataset import ArraySource, FolderSource, ImageSource
 from vit_cls.data.folders import FoundParts, find_parts
 from vit_cls.data.parts import ALL, PARTS, SPELLINGS
@@ -170,8 +171,7 @@ def partition_data(
         {'train': 959, 'val': 239, 'test': 599}
     """
     for label, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0.0 < fraction < 1.0:
-            raise ConfigError(f"{label} must be between 0 and 1 (both excluded); got {fraction:g}.")
+        check_range(f"--{label}", fraction, above=0, below=1)
     parts = find_parts(data, name=name)
     part, scored = parts.training_part(), parts.choose(split)
     train = parts.read(part, training=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 
 SampleKey = tuple[int, int] | tuple[int, int, int]
@@ -77,8 +78,7 @@ class EpochSampler(Sampler[SampleKey]):
         weights: np.ndarray | None = None,
         repeats: int = 1,
     ) -> None:
-        if repeats < 1:
-            raise ConfigError(f"data.repeats must be at least 1; got {repeats}.")
+        check_range("data.repeats", repeats, at_least=1)
         if weights is not None and repeats > 1:
             raise ConfigError("data.repeats cannot be combined with data.weights; leave one of them out.")
         self.num_samples = num_samples

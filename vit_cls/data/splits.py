@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from vit_cls.checks import check_range
 from vit_cls.data.index import ImageIndex, PathTable, iter_bytes
 from vit_cls.errors import ConfigError, DataError
 
@@ -41,8 +42,7 @@ def held_out_images(
         Groups of the rarest class first: Sechidis et al. 2011, "On the stratification of multi-label data",
         of which this keeps the order of the classes.
     """
-    if not 0.0 < val_fraction < 1.0:
-        raise ConfigError(f"data.val_fraction must be between 0 and 1 (both excluded); got {val_fraction:g}.")
+    check_range("data.val_fraction", val_fraction, above=0, below=1)
     groups = index.groups if group_by is None else groups_by_pattern(index, group_by)
     if groups is not None:
         return _hold_out_groups(index, groups, val_fraction=val_fraction, seed=seed)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from vit_cls.checks import check_choice
 from vit_cls.data.decode import BACKGROUND, decode_image
-from vit_cls.errors import ConfigError
 
 Transform = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]
@@ -58,8 +58,7 @@ def eval_transform(
     Source:
         timm's ``transforms_imagenet_eval``.
     """
-    if crop_mode not in CROP_MODES:
-        raise ConfigError(f"crop_mode must be one of {', '.join(CROP_MODES)}; got {crop_mode!r}.")
+    check_choice("crop_mode", crop_mode, CROP_MODES)
     height, width = _pair(size)
     resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))
     resize = _resize_as_pillow if exact else _resize
@@ -184,8 +183,7 @@ def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: st
         >>> train_transform(96)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
         torch.Size([3, 96, 96])
     """
-    if augment not in AUGMENTS:
-        raise ConfigError(f"data.augment must be one of {', '.join(AUGMENTS)}; got {augment!r}.")
+    check_choice("data.augment", augment, AUGMENTS)
     return AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
 
 

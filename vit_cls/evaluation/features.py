@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches
 from vit_cls.model.classifier import ImageClassifier
@@ -31,8 +32,7 @@ def feature_function(
     Raises:
         ConfigError: If ``features`` is unknown, or is the class token of a model that has none.
     """
-    if features not in FEATURES:
-        raise ConfigError(f"--features must be one of {', '.join(FEATURES)}; got {features!r}.")
+    check_choice("--features", features, FEATURES)
     model = classifier.model
     if features == "cls" and not model.layout.class_token:
         raise ConfigError("--features cls: the model has no class token. Use --features gap or tokens.")

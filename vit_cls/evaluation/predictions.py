@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_cls.checks import check_choice
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.folders import SCORED, find_parts
 from vit_cls.data.index import ImageIndex
@@ -260,8 +261,7 @@ def check_tta(tta: str) -> None:
     Raises:
         ConfigError: If it is not.
     """
-    if tta not in TTAS:
-        raise ConfigError(f"--tta must be one of {', '.join(TTAS)}; got {tta!r}.")
+    check_choice("--tta", tta, TTAS)
 
 
 def predict_batches(

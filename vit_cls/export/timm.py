@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.files import making
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
 from vit_cls.weights.adapter import AdapterConfig
@@ -105,27 +105,6 @@ def check_new_folder(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {folder} is not an empty folder. Give a new one.")
-
-
-@contextlib.contextmanager
-def making(folder: Path) -> Iterator[None]:
-    """Make a folder; after an error it goes again, with those above it that were made for it.
-
-    Args:
-        folder: May exist.
-
-    Raises:
-        OSError: If it cannot be made.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for path in made:
-            with contextlib.suppress(OSError):  # not made, or another's file is in it by now
-                path.rmdir()
-        raise
 
 
 def _made(architecture: str, arguments: Mapping[str, Any], config: Any) -> Any:

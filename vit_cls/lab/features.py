@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vit_cls.data.dataset import ImageSource
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.files import replacing, write_text
+from vit_cls.files import replacing, write_text, writing
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.reads import Reader, layers_of
 from vit_cls.lab.token_cache import cache_key, check_disk, completing, joined_digest
@@ -258,8 +258,9 @@ def freeze_reads(
         Float32, shape ``(n, dim)``, for each pool and layer, and which images the rows are.
 
     Raises:
-        ConfigError: If the model cannot be read by that pool or has no such layer.
-        DataError: If no image can be read, or the cache cannot be written.
+        ConfigError: If the model cannot be read by that pool or has no such layer, or the cache cannot be
+            written.
+        DataError: If no image can be read.
         ModelFileError: If tokens are not finite.
     """
     config = config or InferenceConfig()
@@ -280,14 +281,8 @@ def freeze_reads(
     reasons = json.dumps({i: failures[i] for i in sorted(failures)}).encode()
     arrays = {f"{pool} {layer}": values for (pool, layer), values in reads.items()}
     arrays[FAILURES] = np.frombuffer(reasons, dtype=np.uint8)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-    except OSError as error:
-        raise DataError(
-            f"the cache {cache} cannot be written: {error.strerror or error}. Use another folder."
-        ) from error
+    with writing(cache, "--cache"), replacing(file) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
     return reads, rows
 
 

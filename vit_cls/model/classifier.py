@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_cls.checks import check_choice, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.token_model import TokenModel
@@ -51,14 +52,9 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name in ("img_size", "mean", "std", "background"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not 0.0 < self.crop_pct <= 1.0:
-            raise ConfigError(f"crop_pct must be in (0, 1]; got {self.crop_pct}.")
-        if self.crop_mode not in CROP_MODES:
-            raise ConfigError(f"crop_mode must be one of {', '.join(CROP_MODES)}; got {self.crop_mode!r}.")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ConfigError(
-                f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}."
-            )
+        check_range("crop_pct", self.crop_pct, above=0, at_most=1)
+        check_choice("crop_mode", self.crop_mode, CROP_MODES)
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ConfigError(f"background must be three numbers from 0 to 255; got {self.background}.")
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
@@ -138,8 +134,7 @@ class ImageClassifier(nn.Module):
                 f"preprocessing makes {len(preprocess.mean)} channels of {preprocess.img_size} pixels, but "
                 f"the model takes {config.in_chans} of {config.image_hw}."
             )
-        if not 0.0 < temperature < math.inf:
-            raise ConfigError(f"temperature must be positive and finite; got {temperature}.")
+        check_range("temperature", temperature, above=0, below=math.inf)
         self.model = model
         self.preprocess = preprocess
         self.class_names = list(class_names)

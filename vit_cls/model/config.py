@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vit_cls.checks import check_choice, check_range
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.pooling import num_class_tokens
 from vit_cls.model.tokens import CLASS_POSITIONS, TokenLayout
@@ -163,11 +164,9 @@ class ViTConfig:
     def _check_sizes(self) -> None:
         height, width = self.image_hw
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1; got {getattr(self, name)}.")
+            check_range(f"model.{name}", getattr(self, name), at_least=1)
         for name in ("num_classes", "reg_tokens"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative; got {getattr(self, name)}.")
+            check_range(f"model.{name}", getattr(self, name), at_least=0)
         remainder = height % self.patch_size or width % self.patch_size
         if min(height, width) < self.patch_size or (remainder and not self.floor_grid):
             smaller = max(self.patch_size, min(height, width) // self.patch_size * self.patch_size)
@@ -191,10 +190,7 @@ class ViTConfig:
             ("mlp", MLPS),
             ("class_position", CLASS_POSITIONS),
         ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"model.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}."
-                )
+            check_choice(f"model.{name}", getattr(self, name), choices)
         if self.mlp == "swiglu_packed" and self.mlp_dim % 2:
             raise ConfigError(
                 f"model.mlp swiglu_packed needs an even hidden width; got {self.mlp_dim}. Change "
@@ -205,8 +201,7 @@ class ViTConfig:
                 f"model.pos_embed sincos2d needs model.embed_dim divisible by 4; got {self.embed_dim}."
             )
         for name in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"model.{name} must be in [0, 1); got {getattr(self, name)}.")
+            check_range(f"model.{name}", getattr(self, name), at_least=0, below=1)
 
     @property
     def image_hw(self) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vit_cls import formatting as fmt
-from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.checks import check_choice
+from vit_cls.errors import ConfigError
 from vit_cls.stats.intervals import ALPHA, holm
 from vit_cls.stats.power import minimum_detectable_effect, required_sample_size
 from vit_cls.stats.random_effects import Difference, equivalence_p, paired_difference
@@ -105,11 +106,7 @@ class Claim:
     words: tuple[str, str] = ("better", "worse")
 
     def __post_init__(self) -> None:
-        if self.expect not in EXPECTATIONS:
-            raise ConfigError(
-                f"expect must be one of {', '.join(EXPECTATIONS)}; got {self.expect!r}."
-                f"{did_you_mean(self.expect, EXPECTATIONS)}"
-            )
+        check_choice("expect", self.expect, EXPECTATIONS)
         if self.at_least and self.expect not in (GREATER, LESS):
             raise ConfigError(
                 f"at_least={self.at_least} goes with expect='greater' or 'less'; got {self.expect!r}. "

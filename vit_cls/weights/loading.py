@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vit_cls import formatting as fmt
-from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.checks import check_choice, check_range
+from vit_cls.errors import ModelFileError
 from vit_cls.model.config import ModelConfig
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.vit import VisionTransformer
@@ -48,10 +49,8 @@ class HeadOptions:
     max_fresh: float = MAX_FRESH
 
     def __post_init__(self) -> None:
-        if self.init not in HEAD_INITS:
-            raise ConfigError(f"model.head_init must be one of {', '.join(HEAD_INITS)}; got {self.init!r}.")
-        if not 0.0 <= self.max_fresh <= 1.0:
-            raise ConfigError(f"model.max_fresh must be in [0, 1]; got {self.max_fresh}.")
+        check_choice("model.head_init", self.init, HEAD_INITS)
+        check_range("model.max_fresh", self.max_fresh, at_least=0, at_most=1)
 
 
 def load_weights(model: TokenModel, source: Source, head: HeadOptions) -> None:

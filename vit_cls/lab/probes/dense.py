@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls import formatting as fmt
+from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.data.parts import PARTS
@@ -94,10 +95,10 @@ def dense(
     """
     start = time.perf_counter()
     check_margin(margin)
-    if k < 2 or max_images < 2 * k * k:
-        raise ConfigError(
-            f"--k must be at least 2, and --max_images enough for two mosaics; got {k} and {max_images}."
-        )
+    check_range("--k", k, at_least=2)
+    check_range(
+        "--max_images", max_images, at_least=2 * k * k, hint=f"Two mosaics of {k}x{k} tiles need that."
+    )
     depth = len(classifier.model.blocks)
     probe = _Dense(classifier, parts, [depth] if layers is None else sorted(set(layers)), k, max_images, seed)
     probe.run(config, cache)

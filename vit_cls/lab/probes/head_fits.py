@@ -57,12 +57,12 @@ class HeadRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        check_range("epochs", self.epochs, at_least=1)
-        check_range("batch_size", self.batch_size, at_least=2, hint="Batch statistics need two.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ConfigError(
-                f"learning_rates must be one or more positive numbers; got {list(self.learning_rates)}."
-            )
+        check_range("--recipe.epochs", self.epochs, at_least=1)
+        check_range("--recipe.batch_size", self.batch_size, at_least=2, hint="Batch statistics need two.")
+        if not self.learning_rates:
+            raise ConfigError("--recipe.learning_rates must be one or more numbers above 0; got none.")
+        for rate in self.learning_rates:
+            check_range("--recipe.learning_rates", rate, above=0)
 
     @property
     def where(self) -> str:

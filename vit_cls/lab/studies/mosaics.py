@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vit_cls import formatting as fmt
-from vit_cls.checks import check_choice
+from vit_cls.checks import check_choice, check_range
 from vit_cls.data.dataset import ArraySource, ImageSource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.loader import load_once
@@ -265,14 +265,10 @@ def _draws(path: str, seed: int) -> np.random.Generator:
 
 
 def _check(side: int, relevant: int, tile: int | None) -> None:
-    if side < 2:
-        raise ConfigError(f"--side must be at least 2 tiles; got {side}.")
-    if not 1 <= relevant <= side * side:
-        raise ConfigError(
-            f"relevant must be from 1 to {side * side}, the tiles of a {side}x{side} mosaic; got {relevant}."
-        )
-    if tile is not None and tile < 2:
-        raise ConfigError(f"--tile must be at least 2 pixels; got {tile}.")
+    check_range("--side", side, at_least=2)
+    tiles = side * side
+    check_range("relevant", relevant, at_least=1, at_most=tiles, hint=f"A mosaic has {tiles} tiles.")
+    check_range("--tile", tile, at_least=2)
 
 
 def _check_memory(needed: int, what: str, *, tile: int) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from vit_cls.errors import ConfigError
+from vit_cls.checks import check_range
 
 MODEL_KEYS = (
     "name",
@@ -68,9 +68,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--recipe.{name} must be above 0; got {value}.")
+            check_range(f"--recipe.{name}", getattr(self, name), above=0)
 
     def resolved(self, data: str) -> Recipe:
         """The same with every setting that has a usual value filled in.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls import formatting as fmt
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, Table, forest
 from vit_cls.lab.studies.heads import head_settings
@@ -71,8 +72,7 @@ class WhenStudy(Study):
         self._check_heads()
         for head in self.heads:
             num_class_tokens(head, 1)  # refuses what is no pooling
-        if side < 2:
-            raise ConfigError(f"--side must be at least 2 tiles; got {side}.")
+        check_range("--side", side, at_least=2)
         roles(list("abcd"), distractors)
         self._check_recipe()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError
 from vit_cls.lab.results import plain
 from vit_cls.lab.verify import heads, order, outputs, readout
@@ -152,8 +153,7 @@ def verify(
 
 
 def _choose_dtype(precision: str, classifier: ImageClassifier, device: torch.device) -> torch.dtype:
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    check_choice("--precision", precision, PRECISIONS)
     if precision == "64" and device.type == "mps":
         raise ConfigError("--precision 64 is not available on mps. Use --precision 32 or --device cpu.")
     weights = sum(parameter.numel() for parameter in classifier.parameters())

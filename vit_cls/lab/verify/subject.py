@@ -123,8 +123,7 @@ class Subject:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        if images < 2:
-            raise ConfigError(f"--images must be at least 2, to compare one with another; got {images}.")
+        check_range("--images", images, at_least=2, hint="One is compared with another.")
         check_range("--seed", seed, at_least=0)
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self.classifier = copy.deepcopy(classifier).to(self.device, dtype).eval().requires_grad_(False)
