@@ -39,19 +39,19 @@ def run(words: list[str]) -> Outcome:
     args = parse(parser, words)
     output = output_folder(args.output)
     with _as_files(args.data) as data:
-        diagnosis = examine(
+        report = examine(
             data,
             near_duplicates=args.near_duplicates,
             num_workers=args.num_workers,
             show_progress=sys.stderr.isatty(),
             split=args.split,
         )
-        root, diagnosis = Path(diagnosis.root), replace(diagnosis, root=args.data)
+        root, report = Path(report.root), replace(report, root=args.data)
         if output is not None:
-            _write(output, diagnosis, root)
-    parts = [part for part in diagnosis.classes if part]
-    told = {"split": args.split, "origin": f"{', '.join(parts)} of {args.data}" if parts else args.data}
-    return Outcome(diagnosis.to_dict() | told, _text(diagnosis, output), code=0 if diagnosis.ok else 1)
+            _write(output, report, root)
+    parts = [part for part in report.classes if part]
+    scanned = {"split": args.split, "origin": f"{', '.join(parts)} of {args.data}" if parts else args.data}
+    return Outcome(report.to_dict() | scanned, _text(report, output), code=0 if report.ok else 1)
 
 
 @contextmanager
@@ -68,33 +68,33 @@ def _as_files(data: str) -> Iterator[str]:
         yield folder
 
 
-def _write(output: Path, diagnosis: DatasetReport, root: Path) -> None:
+def _write(output: Path, report: DatasetReport, root: Path) -> None:
     # Here: the libraries of charts take seconds to load, and only files need them.
     from vit_cls.data.decode import read_file
     from vit_cls.data.thumbnails import thumbnails
     from vit_cls.environment import environment
     from vit_cls.reports.doctor import pictures_wanted, write_doctor_report, write_problems_table
 
-    pictures = thumbnails(lambda path: read_file(root / path), pictures_wanted(diagnosis))
+    pictures = thumbnails(lambda path: read_file(root / path), pictures_wanted(report))
     versions = environment()["versions"]
     with writing(output):
-        write_problems_table(output / "problems.csv", diagnosis)
-        write_doctor_report(output / "report.html", diagnosis, thumbnails=pictures, versions=versions)
+        write_problems_table(output / "problems.csv", report)
+        write_doctor_report(output / "report.html", report, thumbnails=pictures, versions=versions)
 
 
-def _text(diagnosis: DatasetReport, output: Path | None) -> str:
-    totals = {split: sum(counts.values()) for split, counts in diagnosis.classes.items() if split}
+def _text(report: DatasetReport, output: Path | None) -> str:
+    totals = {split: sum(counts.values()) for split, counts in report.classes.items() if split}
     splits = [f"{split} {fmt.count(total)}" for split, total in totals.items()]
     parts = f" ({', '.join(splits)})" if splits else ""
-    names = len(diagnosis.class_names)
+    names = len(report.class_names)
     lines = [
-        f"{fmt.count(diagnosis.images)} images of {names} class{'es' * (names != 1)}{parts}; "
-        f"{fmt.count(diagnosis.unreadable)} could not be read",
-        *(line for problem in diagnosis.problems for line in _lines(problem)),
+        f"{fmt.count(report.images)} images of {names} class{'es' * (names != 1)}{parts}; "
+        f"{fmt.count(report.unreadable)} could not be read",
+        *(line for problem in report.problems for line in _lines(problem)),
     ]
-    tally = [(sum(p.severity == s for p in diagnosis.problems), s) for s in SEVERITIES]
+    tally = [(sum(p.severity == s for p in report.problems), s) for s in SEVERITIES]
     counted = ", ".join(f"{count} {severity}{'s' * (count != 1)}" for count, severity in tally if count)
-    lines.append(f"{counted or 'nothing is wrong'}; {fmt.duration(diagnosis.seconds)}")
+    lines.append(f"{counted or 'nothing is wrong'}; {fmt.duration(report.seconds)}")
     if output is not None:
         lines.append(f"files in {output}")
     return _printable("\n".join(lines))

@@ -36,8 +36,9 @@ class ImageDataModule(LightningDataModule):
     """Training and validation images, as uint8 batches.
 
     Args:
-        root: The image folder: ``train/`` and ``val/`` (or other usual spellings) with one folder a class, or
-            one folder of class folders, which is split; or a manifest, a CSV or Parquet file.
+        root: The images: ``train/`` and ``val/`` (or other usual spellings) with one folder a class; one
+            folder of class folders, which is split; a manifest, a CSV or Parquet file; or the word
+            ``digits``, the embedded ones.
         name: ``folder``, or the embedded ``digits`` (their held-out third is left for ``evaluate``).
         val_fraction: Share of each class to validate on, where there is no validation folder.
         group_by: Pattern with one group, such as ``(patient_\\d+)``: files for whose path it finds the same
@@ -86,8 +87,8 @@ class ImageDataModule(LightningDataModule):
         check_choice("data.augment", augment, AUGMENTS)
         if name == "folder" and root is None:
             raise ConfigError(
-                "data.root is missing: the folder with the images, train/ and val/ or one folder a class. "
-                "(`--data.name digits` needs no folder.)"
+                "data.root is missing: the folder with the images, train/ and val/ or one folder a class; a "
+                "manifest (.csv, .tsv, .parquet); or the word digits. (`--data.name digits` needs no root.)"
             )
         if name == "digits" and root is not None:
             raise ConfigError(f"data.root {root} has no effect with data.name digits. Remove one of the two.")

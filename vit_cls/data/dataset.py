@@ -43,11 +43,7 @@ class Batch(NamedTuple):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the samples that have an image, and list those that have not.
-
-    Args:
-        samples: Samples of one size.
-    """
+    """Stack the samples that have an image, all of one size, and list those that have not."""
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     return Batch(
@@ -173,15 +169,7 @@ class ItemDataset(Dataset[Sample]):
 
 
 def read_path(path: str) -> bytes:
-    """The file of a path, for `ItemDataset`.
-
-    Args:
-        path: Of an image file.
-
-    Raises:
-        ImageError: As for `read_file`.
-        OSError: As for `read_file`.
-    """
+    """`read_file` for `ItemDataset`."""
     return read_file(Path(path))
 
 

@@ -248,11 +248,7 @@ class PathTable(Sequence[str]):
                 yield beginnings[number] + rest
 
     def take(self, indices: np.ndarray) -> PathTable:
-        """The strings at some positions.
-
-        Args:
-            indices: Positions, or a truth value for each string.
-        """
+        """The strings at some positions, or where a truth value for each string is true."""
         positions = np.arange(len(self))[indices]
         table = PathTable(())
         table._beginnings = self._beginnings
@@ -262,11 +258,7 @@ class PathTable(Sequence[str]):
 
 
 def iter_bytes(strings: Sequence[str]) -> Iterator[bytes]:
-    """Strings as bytes, fast where they are a `PathTable`.
-
-    Args:
-        strings: File names may hold surrogates for bytes that are not UTF-8.
-    """
+    """Strings as bytes, with surrogates as the bytes they stand for; fast where they are a `PathTable`."""
     if isinstance(strings, PathTable):
         return strings.iter_bytes()
     return (string.encode("utf-8", "surrogateescape") for string in strings)

@@ -44,11 +44,7 @@ MAX_HELPERS = 7
 
 
 def list_images(root: str, folders: list[str]) -> list[Run]:
-    """Find the images below some folders.
-
-    Args:
-        root: Where the folders are.
-        folders: Names of sub-folders of ``root``.
+    """Find the images below some sub-folders of ``root``.
 
     Returns:
         Runs of paths relative to ``root``: folder by folder, in lexicographic order within each.

@@ -196,11 +196,7 @@ def read_manifest(path: str | Path, *, name: str = "--data") -> Manifest:
 
 
 def inspect_manifest(path: str | Path, *, name: str = "--data") -> tuple[Manifest, list[Fault]]:
-    """Read a table whatever its rows hold.
-
-    Args:
-        path: See `read_manifest`.
-        name: What the user called it, for error messages.
+    """`read_manifest` whatever the rows hold.
 
     Returns:
         The rows, and what is wrong with cells of them: without a place for a cell, ``weights`` are NaN.
@@ -268,13 +264,7 @@ def _number(text: str) -> float:
 
 
 def read_table(path: Path, *, name: str, required: Sequence[str], optional: Sequence[str]) -> Table:
-    """Read some columns of a table.
-
-    Args:
-        path: Parquet by its ending, otherwise text with commas, semicolons or tabs, in UTF-8.
-        name: What the user called it, for error messages.
-        required: Columns that must be there, in any case and order.
-        optional: Columns that are read if they are there; all others are passed over.
+    """Read the columns of a table that must be there, and those of the optional ones that are.
 
     Raises:
         DataError: If the file cannot be read, has no rows, lacks a column, or has uneven rows.

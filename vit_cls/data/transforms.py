@@ -273,11 +273,7 @@ def train_reader(
     interpolation: str = "bicubic",
     background: tuple[int, int, int] = BACKGROUND,
 ) -> Reader:
-    """`train_transform` from the bytes of a file on; settings and errors are its.
-
-    Args:
-        background: Colour under transparent pixels.
-    """
+    """`train_transform` from the bytes of a file on; settings and errors are its."""
     transform = train_transform(size, augment=augment, interpolation=interpolation)
     return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
 

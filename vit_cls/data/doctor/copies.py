@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from vit_cls.data.doctor.image_check import content_hash
-from vit_cls.data.doctor.issues import Offender
+from vit_cls.data.doctor.issues import Finding, Offender
 from vit_cls.data.doctor.scan import FoundImage
 from vit_cls.data.index import ImageIndex
 
@@ -27,13 +27,11 @@ BLOCK_BYTES = 16_384
 READERS = 8
 
 
-def exact_copies(
-    images: Sequence[FoundImage], contents: Sequence[bytes | None]
-) -> list[tuple[str, Offender]]:
-    """Kind and offender for every image whose bytes another one has.
+def exact_copies(images: Sequence[FoundImage], contents: Sequence[bytes | None]) -> list[Finding]:
+    """Every image whose bytes another one has; the later copy is the offender where splits share an image.
 
     Args:
-        images: The training split first: the later copy is the offender where splits share an image.
+        images: The training split first.
         contents: Digest of each image, or None where it has no copy or cannot be read.
     """
     groups: dict[bytes, list[int]] = defaultdict(list)
@@ -43,11 +41,11 @@ def exact_copies(
     return [finding for group in groups.values() for finding in _copies_in_group([images[i] for i in group])]
 
 
-def _copies_in_group(group: list[FoundImage]) -> Iterator[tuple[str, Offender]]:
+def _copies_in_group(group: list[FoundImage]) -> Iterator[Finding]:
     first = group[0]
     kept: dict[tuple[str, str], FoundImage] = {}
     for image in group:
-        other_class = next((one for one in group if one.label != image.label), None)
+        other_class = next((copy for copy in group if copy.label != image.label), None)
         if other_class is not None:
             yield "label_conflict", _offender(image, "same file as", other_class)
         if image.split != first.split:
@@ -59,8 +57,8 @@ def _copies_in_group(group: list[FoundImage]) -> Iterator[tuple[str, Offender]]:
 
 def near_copies(
     images: Sequence[FoundImage], signatures: np.ndarray, contents: Sequence[Hashable]
-) -> list[tuple[str, Offender]]:
-    """Kind and offender for every image that looks like an earlier one: the most similar of each kind.
+) -> list[Finding]:
+    """Every image that looks like an earlier one: the most similar of each kind.
 
     Args:
         images: The training split first.
@@ -69,7 +67,7 @@ def near_copies(
     """
     splits, labels = _codes([i.split for i in images]), _codes([i.label for i in images])
     same_file = _codes([("", i) if content is None else content for i, content in enumerate(contents)])
-    found: list[tuple[str, Offender]] = []
+    findings: list[Finding] = []
     start = 0
     while start < len(images):
         stop = min(len(images), start + max(1, CELLS // len(images)))
@@ -88,9 +86,9 @@ def near_copies(
             for row, column in enumerate(best):
                 if mask[row, column] and similar[row, column] >= SIMILAR:
                     words = f"similarity {similar[row, column]:.3f} to"
-                    found.append((kind, _offender(images[start + row], words, images[column])))
+                    findings.append((kind, _offender(images[start + row], words, images[column])))
         start = stop
-    return found
+    return findings
 
 
 def shared_images(train: ImageIndex, val: ImageIndex, *, most_reads: int) -> tuple[list[Offender], int, int]:
@@ -118,7 +116,7 @@ def shared_images(train: ImageIndex, val: ImageIndex, *, most_reads: int) -> tup
         for mark in (_middle_hash, _whole_hash):
             groups = _refine(groups, mark, pool)
     root = os.path.commonpath([os.path.abspath(train.root), os.path.abspath(val.root)])
-    pairs = sorted((ours, twins[0]) for all_ours, twins in groups for ours in all_ours)
+    pairs = sorted((ours, copies[0]) for all_ours, copies in groups for ours in all_ours)
     return [_pair(*pair, root) for pair in pairs], compared, suspects
 
 
@@ -162,10 +160,10 @@ def _paths(index: ImageIndex) -> list[str]:
 def _size(path: str) -> int | None:
     """Bytes; None for an empty file, for one that cannot be read and for what is no file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_size or None if stat.S_ISREG(found.st_mode) else None
+    return status.st_size or None if stat.S_ISREG(status.st_mode) else None
 
 
 def _middle_hash(path: str) -> bytes | None:

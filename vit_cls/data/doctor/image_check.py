@@ -98,11 +98,7 @@ CRASHED = Checked(False, [("unreadable", "the decoder crashed or ran out of memo
 
 
 def check_image(task: CheckTask) -> Checked:
-    """Read, hash, decode and look at one file; whatever is wrong with it is in the answer.
-
-    Args:
-        task: The file, and what is wanted.
-    """
+    """Read, hash, decode and look at one file; whatever is wrong with it is in the answer."""
     try:
         data = _read(task.path)
     except (OSError, MemoryError) as error:
@@ -118,11 +114,7 @@ def check_image(task: CheckTask) -> Checked:
 
 
 def content_hash(data: bytes) -> bytes:
-    """A digest that equal contents share, and no others.
-
-    Args:
-        data: The whole file.
-    """
+    """A digest that equal contents share, and no others."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -150,11 +142,11 @@ def sign(pixels: Tensor) -> np.ndarray | None:
 
 
 def _read(path: str) -> bytes:
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(None, "not a regular file")  # to open a pipe would wait for ever
-    if found.st_size > MAX_BYTES:
-        held, limit = fmt.count(found.st_size), fmt.count(MAX_BYTES)
+    if status.st_size > MAX_BYTES:
+        held, limit = fmt.count(status.st_size), fmt.count(MAX_BYTES)
         raise OSError(None, f"the file has {held} bytes, more than the limit of {limit}")
     with open(path, "rb") as file:
         return file.read()
@@ -162,9 +154,9 @@ def _read(path: str) -> bytes:
 
 def _failure(data: bytes, reason: str) -> tuple[str, str]:
     """Kind and detail of bytes that `decode_image` refused."""
-    for beginning, what in BEGINNINGS.items():
+    for beginning, kind_of_file in BEGINNINGS.items():
         if re.match(beginning, data[:512] if len(data) > 512 else data, re.DOTALL | re.I):
-            return "unreadable", f"{reason} (it looks like {what})"
+            return "unreadable", f"{reason} (it looks like {kind_of_file})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -183,9 +175,9 @@ def _oddities(data: bytes, path: str) -> list[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            for kind, look in LOOKS.items():
+            for kind, oddity in ODDITIES.items():
                 try:
-                    detail = look(image, ending) if kind != "exif_orientation" or turned else None
+                    detail = oddity(image, ending) if kind != "exif_orientation" or turned else None
                 except Exception:  # damaged metadata; the pixels were read
                     continue
                 if detail:
@@ -238,7 +230,7 @@ def _huge(image: Image.Image, ending: str) -> str | None:
     return f"{image.width}x{image.height} pixels" if large else None
 
 
-LOOKS: dict[str, Callable[[Image.Image, str], str | None]] = {
+ODDITIES: dict[str, Callable[[Image.Image, str], str | None]] = {
     "wrong_extension": _extension,
     "sixteen_bit": _depth,
     "cmyk": _cmyk,

@@ -268,12 +268,16 @@ class Offender:
     Args:
         path: Relative to the data folder, with forward slashes.
         detail: What is the matter with this one.
-        other: The image that it repeats, where there is one.
+        other: Path of the image that it repeats, where there is one.
     """
 
     path: str
     detail: str = ""
     other: str | None = None
+
+
+Finding = tuple[str, Offender]
+"""A key of `ISSUE_TYPES`, and what has that problem."""
 
 
 @dataclass(frozen=True)
@@ -290,22 +294,18 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
-        """``error``, ``warning`` or ``note``."""
         return ISSUE_TYPES[self.kind].severity
 
     @property
     def title(self) -> str:
-        """What it is, in plain words."""
         return ISSUE_TYPES[self.kind].title
 
     @property
     def advice(self) -> str:
-        """What it means and what to do, in plain words."""
         return ISSUE_TYPES[self.kind].advice
 
     @property
     def count(self) -> int:
-        """Number of offenders."""
         return len(self.offenders)
 
     @property
@@ -318,14 +318,10 @@ class Problem:
         return {key: getattr(self, key) for key in ("kind", "severity", "count", "examples", "advice")}
 
 
-def problems_of(found: Iterable[tuple[str, Offender]]) -> list[Problem]:
-    """Findings by kind, in the order of `ISSUE_TYPES`.
-
-    Args:
-        found: Kind and offender, in any order; offenders of one kind keep theirs.
-    """
+def problems_of(findings: Iterable[Finding]) -> list[Problem]:
+    """Findings by kind, in the order of `ISSUE_TYPES`; offenders of one kind keep theirs."""
     by_kind: dict[str, list[Offender]] = {kind: [] for kind in ISSUE_TYPES}
-    for kind, offender in found:
+    for kind, offender in findings:
         by_kind[kind].append(offender)
     return [Problem(kind, offenders) for kind, offenders in by_kind.items() if offenders]
 
@@ -353,7 +349,6 @@ class DatasetReport:
 
     @property
     def readable(self) -> int:
-        """Images that can be trained on."""
         return self.images - self.unreadable
 
     @property

@@ -5,24 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from vit_cls.data.doctor.issues import Offender
+from vit_cls.data.doctor.issues import Finding, Offender
 from vit_cls.data.doctor.scan import FoundImage, Scan
 from vit_cls.data.manifest import Manifest, inspect_manifest
 from vit_cls.data.parts import ALL
 
-Finding = tuple[str, Offender]
-
 
 def scan_manifest(path: str, *, split: str | None = None) -> Scan:
-    """List the images of a manifest, whatever is wrong with its rows.
+    """List the images of one part of a manifest, or of all, whatever is wrong with its rows.
 
-    Args:
-        path: The table.
-        split: The part to look at; None looks at all.
-
-    Returns:
-        The images, each once, with paths from the table's folder; rows that cannot be used, and files that
-        are not there, are findings.
+    Each image comes once, with its path from the table's folder; rows that cannot be used, and files that are
+    not there, are findings.
 
     Raises:
         DataError: If the table itself cannot be read.
@@ -49,16 +42,16 @@ def scan_manifest(path: str, *, split: str | None = None) -> Scan:
     parts = [part for part in manifest.parts if part and split in (None, part)]
     names = {part: "" if part in (ALL, split) else part for part in parts}
     training = next((names[part] for part in parts if part in ("train", ALL)), None)
-    scan = Scan(str(manifest.folder), list(names.values()), training, found=findings)
+    scan = Scan(str(manifest.folder), list(names.values()), training, findings=findings)
     if training is None and split is None:
-        scan.found.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
+        scan.findings.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
     labels = table.columns["label"]
     for part, name in names.items():
         own = [i for i in first.values() if manifest.part_of[i] == part]
         scan.classes[name] = sorted({labels[i] for i in own})
         if len(scan.classes[name]) < (2 if name == training else 1):
             number = len(scan.classes[name])
-            scan.found.append(("too_few_classes", Offender(name or ".", f"{number} class(es)")))
+            scan.findings.append(("too_few_classes", Offender(name or ".", f"{number} class(es)")))
         for i in sorted(own, key=lambda i: (labels[i], manifest.paths[i])):
             path = manifest.paths[i]
             scan.images.append(FoundImage(path, name, labels[i], _size(os.path.join(scan.root, path))))

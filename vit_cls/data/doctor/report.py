@@ -17,7 +17,7 @@ from rich.progress import track
 from vit_cls.checks import check_range
 from vit_cls.data.doctor.copies import exact_copies, near_copies, shared_images
 from vit_cls.data.doctor.image_check import CRASHED, Checked, CheckTask, check_image
-from vit_cls.data.doctor.issues import DatasetReport, Offender, Problem, problems_of
+from vit_cls.data.doctor.issues import DatasetReport, Finding, Offender, Problem, problems_of
 from vit_cls.data.doctor.manifest_scan import scan_manifest
 from vit_cls.data.doctor.scan import FoundImage, Scan, scan_folder
 from vit_cls.data.index import ImageIndex
@@ -71,10 +71,10 @@ def examine(
     checked = _check(scan, near_duplicates, _workers(scan, num_workers), show_progress)
     counts = _counts(scan)
     names = [name for classes in scan.classes.values() for name in classes]
-    found = [
-        *scan.found,
+    findings = [
+        *scan.findings,
         *_file_findings(scan.images, checked),
-        *exact_copies(scan.images, [one.content for one in checked]),
+        *exact_copies(scan.images, [check.content for check in checked]),
         *(_near(scan.images, checked) if near_duplicates else ()),
         *_similar_names(names),
         *_missing_and_unknown(scan),
@@ -83,9 +83,9 @@ def examine(
     return DatasetReport(
         root=scan.root,
         images=len(scan.images),
-        unreadable=sum(not one.readable for one in checked),
+        unreadable=sum(not check.readable for check in checked),
         classes=counts,
-        problems=problems_of(found),
+        problems=problems_of(findings),
         seconds=time.perf_counter() - started,
     )
 
@@ -99,11 +99,11 @@ def _scan(root: str | Path, split: str | None) -> Scan:
 
     if table:
         manifest, _ = inspect_manifest(root)
-        found = FoundParts(str(root), "--data", "manifest", dict.fromkeys(manifest.parts, ""), manifest)
-        return scan_manifest(str(root), split=found.choose(split))
-    found = find_parts(root)
-    part = found.choose(split)
-    return scan_folder(found.where(part), trained=part == "train")
+        parts = FoundParts(str(root), "--data", "manifest", dict.fromkeys(manifest.parts, ""), manifest)
+        return scan_manifest(str(root), split=parts.choose(split))
+    parts = find_parts(root)
+    part = parts.choose(split)
+    return scan_folder(parts.where(part), trained=part == "train")
 
 
 def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000) -> list[Problem]:
@@ -112,8 +112,6 @@ def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000
     File sizes are compared first, so few files are read, and none is decoded.
 
     Args:
-        train: Training images.
-        val: Validation images.
         most_reads: Files that are opened at most; where that is too few to compare all, a ``partly_checked``
             note says so.
 
@@ -122,12 +120,12 @@ def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000
         to the folder that holds both splits.
     """
     shared, compared, suspects = shared_images(train, val, most_reads=most_reads)
-    found = [("leakage", offender) for offender in shared]
-    found += _similar_names([*train.class_names, *val.class_names])
+    findings = [("leakage", offender) for offender in shared]
+    findings += _similar_names([*train.class_names, *val.class_names])
     if compared < suspects:
         detail = f"{compared} of {suspects} validation images were compared with training images"
-        found.append(("partly_checked", Offender("leakage", detail)))
-    return problems_of(found)
+        findings.append(("partly_checked", Offender("leakage", detail)))
+    return problems_of(findings)
 
 
 def _workers(scan: Scan, num_workers: int | None) -> int:
@@ -158,19 +156,17 @@ def _check(scan: Scan, near_duplicates: bool, num_workers: int, show_progress: b
     return checked
 
 
-def _file_findings(
-    images: Sequence[FoundImage], checked: Sequence[Checked]
-) -> Iterator[tuple[str, Offender]]:
-    for image, one in zip(images, checked, strict=True):
-        for kind, detail in one.findings:
+def _file_findings(images: Sequence[FoundImage], checked: Sequence[Checked]) -> Iterator[Finding]:
+    for image, check in zip(images, checked, strict=True):
+        for kind, detail in check.findings:
             yield kind, Offender(image.path, detail)
 
 
-def _near(images: Sequence[FoundImage], checked: Sequence[Checked]) -> list[tuple[str, Offender]]:
-    signed = [i for i, one in enumerate(checked) if one.signature is not None]
+def _near(images: Sequence[FoundImage], checked: Sequence[Checked]) -> list[Finding]:
+    signed = [i for i, check in enumerate(checked) if check.signature is not None]
     if not signed:
         return []
-    signatures = np.stack([one.signature for one in checked if one.signature is not None])
+    signatures = np.stack([check.signature for check in checked if check.signature is not None])
     return near_copies([images[i] for i in signed], signatures, [checked[i].content for i in signed])
 
 
@@ -181,7 +177,7 @@ def _counts(scan: Scan) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _similar_names(names: Iterable[str]) -> list[tuple[str, Offender]]:
+def _similar_names(names: Iterable[str]) -> list[Finding]:
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:
         plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
@@ -194,7 +190,7 @@ def _similar_names(names: Iterable[str]) -> list[tuple[str, Offender]]:
     ]
 
 
-def _missing_and_unknown(scan: Scan) -> Iterator[tuple[str, Offender]]:
+def _missing_and_unknown(scan: Scan) -> Iterator[Finding]:
     """Splits against the training split, or against all of them where there is none."""
     if scan.training is None:
         known = {name for classes in scan.classes.values() for name in classes}
@@ -209,7 +205,7 @@ def _missing_and_unknown(scan: Scan) -> Iterator[tuple[str, Offender]]:
             yield "missing_class", Offender(f"{split}/{name}/", "is not there")
 
 
-def _sizes_of_classes(scan: Scan, counts: dict[str, dict[str, int]]) -> Iterator[tuple[str, Offender]]:
+def _sizes_of_classes(scan: Scan, counts: dict[str, dict[str, int]]) -> Iterator[Finding]:
     """Of the training split; an empty class is an error of its own."""
     if scan.training is None:
         return

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vit_cls.data.doctor.issues import Offender
+from vit_cls.data.doctor.issues import Finding, Offender
 from vit_cls.data.index import EXTENSIONS
 from vit_cls.data.parts import class_folders, part_folders
 
@@ -34,7 +34,7 @@ class FoundImage:
     Args:
         path: Relative to the data folder, with forward slashes.
         split: Name of the split's folder, or ``""`` where there are no splits.
-        label: Name of the class folder.
+        label: Name of the class.
         size: Bytes, or None where that cannot be known.
     """
 
@@ -54,7 +54,7 @@ class Scan:
         training: The training split, or None.
         classes: Class folders by split, in lexicographic order.
         images: In the order of split, class and path.
-        found: Kind and offender of each problem that names and folders show.
+        findings: The problems that names and folders show.
     """
 
     root: str
@@ -62,7 +62,7 @@ class Scan:
     training: str | None
     classes: dict[str, list[str]] = field(default_factory=dict)
     images: list[FoundImage] = field(default_factory=list)
-    found: list[tuple[str, Offender]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 Identity = tuple[int, int] | None
@@ -82,9 +82,7 @@ class _Entry:
 def scan_folder(root: str | Path, *, trained: bool = True) -> Scan:
     """List a data folder: splits and classes as training takes them, and what it would pass over.
 
-    Args:
-        root: A folder of parts, or one folder of class folders.
-        trained: Whether class folders without a part are to be trained on.
+    Class folders without a part are a training split, unless they are not to be ``trained`` on.
 
     Raises:
         DataError: If it is not a folder that can be read.
@@ -106,9 +104,9 @@ def scan_folder(root: str | Path, *, trained: bool = True) -> Scan:
         for name in folders:
             if name not in scan.splits:
                 kind = "hidden_junk" if name.lower() in JUNK_FOLDERS else "ignored_folder"
-                scan.found.append((kind, Offender(f"{name}/")))
+                scan.findings.append((kind, Offender(f"{name}/")))
     if scan.training is None and trained:
-        scan.found.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
+        scan.findings.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
     for split in scan.splits:
         _scan_split(scan, split, _list(scan, split) if split else top)
     return scan
@@ -137,16 +135,16 @@ def _scan_split(scan: Scan, split: str, entries: list[_Entry]) -> None:
         if not entry.is_folder or entry.name.startswith("."):
             continue
         if entry.name.lower() in JUNK_FOLDERS:
-            scan.found.append(("junk_class", Offender(f"{entry.path}/")))
+            scan.findings.append(("junk_class", Offender(f"{entry.path}/")))
             continue
         scan.classes[split].append(entry.name)
         before = len(scan.images)
         _scan_class(scan, split, entry, above)
         if len(scan.images) == before:
-            scan.found.append(("empty_class", Offender(f"{entry.path}/")))
+            scan.findings.append(("empty_class", Offender(f"{entry.path}/")))
     if len(scan.classes[split]) < (2 if split == scan.training else 1):
         number = len(scan.classes[split])
-        scan.found.append(("too_few_classes", Offender(split or ".", f"{number} class folder(s)")))
+        scan.findings.append(("too_few_classes", Offender(split or ".", f"{number} class folder(s)")))
 
 
 def _scan_class(scan: Scan, split: str, top: _Entry, above: frozenset[Identity]) -> None:
@@ -156,7 +154,9 @@ def _scan_class(scan: Scan, split: str, top: _Entry, above: frozenset[Identity])
     while stack:
         folder, above = stack.pop()
         if folder.identity is not None and folder.identity in above:
-            scan.found.append(("link_loop", Offender(f"{folder.path}/", "leads back to a folder above it")))
+            scan.findings.append(
+                ("link_loop", Offender(f"{folder.path}/", "leads back to a folder above it"))
+            )
             continue
         entries = _list(scan, folder.path)
         inside = above | {folder.identity}
@@ -166,11 +166,11 @@ def _scan_class(scan: Scan, split: str, top: _Entry, above: frozenset[Identity])
                 continue
             kind = _passed_over(scan.root, entry)
             if kind is not None:
-                scan.found.append((kind, Offender(entry.path)))
+                scan.findings.append((kind, Offender(entry.path)))
                 continue
             images.append(FoundImage(entry.path, split, top.name, entry.size))
             if folder is not top:
-                scan.found.append(("nested", Offender(entry.path, f"its class is {top.name}")))
+                scan.findings.append(("nested", Offender(entry.path, f"its class is {top.name}")))
     scan.images += sorted(images, key=lambda image: image.path)
 
 
@@ -200,7 +200,7 @@ def _note_loose_files(scan: Scan, entries: list[_Entry]) -> None:
     """Images beside the class folders; other files there are nobody's concern."""
     for entry in entries:
         if not entry.is_folder and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            scan.found.append(("loose_image", Offender(entry.path)))
+            scan.findings.append(("loose_image", Offender(entry.path)))
 
 
 def _list(scan: Scan, folder: str) -> list[_Entry]:
@@ -208,10 +208,10 @@ def _list(scan: Scan, folder: str) -> list[_Entry]:
     try:
         entries = sorted(_entries(scan, folder), key=lambda entry: entry.name)
     except OSError as error:
-        scan.found.append(("no_access", Offender(f"{folder}/", error.strerror or str(error))))
+        scan.findings.append(("no_access", Offender(f"{folder}/", error.strerror or str(error))))
         return []
     hidden = [entry for entry in entries if entry.name.startswith(".")]
-    scan.found += [("hidden_junk", Offender(e.path + "/" * e.is_folder)) for e in hidden]
+    scan.findings += [("hidden_junk", Offender(e.path + "/" * e.is_folder)) for e in hidden]
     return [entry for entry in entries if not entry.name.startswith(".")]
 
 
@@ -222,20 +222,20 @@ def _entries(scan: Scan, folder: str) -> Iterator[_Entry]:
             try:
                 is_folder = entry.is_dir()
             except OSError as error:
-                scan.found.append(("link_loop", Offender(path, error.strerror or str(error))))
+                scan.findings.append(("link_loop", Offender(path, error.strerror or str(error))))
                 continue
             try:
-                found = entry.stat()
+                size = entry.stat().st_size
             except OSError:  # a link to nowhere: reading it will say so
                 yield _Entry(entry.name, path, is_folder, None, None)
                 continue
             identity = _identity(entry.path) if is_folder else None
-            yield _Entry(entry.name, path, is_folder, identity, found.st_size)
+            yield _Entry(entry.name, path, is_folder, identity, size)
 
 
 def _identity(folder: str) -> Identity:
     try:
-        found = os.stat(folder)  # the entry's own has no numbers on Windows
+        status = os.stat(folder)  # the entry's own has no numbers on Windows
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
