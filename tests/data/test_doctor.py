@@ -576,7 +576,7 @@ def test_file_that_cannot_be_opened_is_a_row(error, reason, clean, monkeypatch):
     def refuse(path):
         raise error
 
-    monkeypatch.setattr(image_check, "_read", refuse)
+    monkeypatch.setattr(image_check, "read_file", refuse)
     checked = check_image(CheckTask(str(clean / "train/cat/00.png")))
     assert (checked.readable, checked.findings) == (False, [("unreadable", reason)])
 
@@ -637,7 +637,7 @@ DETAILS = {
     "too_few_classes": "1 class folder(s)",
     "missing_class": "is not there",
     "link_loop": "leads back to a folder above it",
-    "unreadable: a pipe": "not a regular file",
+    "unreadable: a pipe": "it is not a regular file",
     "unreadable: a link to nowhere": "No such file or directory",
     "unreadable: larger than any image": "the file has 400,000,001 bytes, more than the limit of 400,000,000",
     "empty_file": "0 bytes",

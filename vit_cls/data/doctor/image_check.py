@@ -6,17 +6,16 @@ import hashlib
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vit_cls import formatting as fmt
-from vit_cls.data.decode import FORMATS, MAX_BYTES, decode_image
+from vit_cls.data.decode import FORMATS, decode_image, read_file
 from vit_cls.errors import ImageError
 
 MIN_SIDE = 32
@@ -100,8 +99,8 @@ CRASHED = Checked(False, [("unreadable", "the decoder crashed or ran out of memo
 def check_image(task: CheckTask) -> Checked:
     """Read, hash, decode and look at one file; whatever is wrong with it is in the answer."""
     try:
-        data = _read(task.path)
-    except (OSError, MemoryError) as error:
+        data = read_file(Path(task.path))
+    except (ImageError, OSError, MemoryError) as error:
         return Checked(False, [("unreadable", getattr(error, "strerror", None) or str(error) or "no memory")])
     if not data:
         return Checked(False, [("empty_file", "0 bytes")])
@@ -139,17 +138,6 @@ def sign(pixels: Tensor) -> np.ndarray | None:
     steps = np.concatenate([np.diff(cells, axis=0).ravel(), np.diff(cells, axis=1).ravel()])
     length = float(np.linalg.norm(steps))
     return steps / length if length > 2 * steps.size**0.5 else None  # 2 of 255 levels, on average
-
-
-def _read(path: str) -> bytes:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(None, "not a regular file")  # to open a pipe would wait for ever
-    if status.st_size > MAX_BYTES:
-        held, limit = fmt.count(status.st_size), fmt.count(MAX_BYTES)
-        raise OSError(None, f"the file has {held} bytes, more than the limit of {limit}")
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _failure(data: bytes, reason: str) -> tuple[str, str]:
