@@ -13,7 +13,7 @@ from PIL import Image
 
 import vit_cls.lab.features as features
 from vit_cls.cli import main
-from vit_cls.commands.parsing import comma_lists
+from vit_cls.commands.words import comma_lists
 from vit_cls.data.partition import partition_data
 from vit_cls.lab.probes.common import UNKNOWN, find_record, overlap_note
 from vit_cls.lab.probes.head_fits import LEARNING_RATES, HeadRecipe

@@ -15,7 +15,8 @@ import pytest
 import vit_cls
 from vit_cls.cli import COMMANDS
 from vit_cls.commands import compare, doctor, evaluate, export, fit, models, predict, probe, study, verify
-from vit_cls.commands.parsing import ALIASES, LISTS, known_keys
+from vit_cls.commands.parsing import known_keys
+from vit_cls.commands.words import ALIASES, LISTS
 from vit_cls.lab.probes.head_fits import HeadRecipe
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.lab.studies.table import STUDIES

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from vit_cls.checks import check_range
-from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.outcome import Outcome, tell_unreadable, with_files
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_data_arguments,
@@ -84,7 +84,7 @@ def run(words: list[str]) -> Outcome:
     text = (
         page.comparison_text(result) if images is None else f"{images.words}\n{page.comparison_text(result)}"
     )
-    return Outcome(data, text + ("" if output is None else f"\nfiles in {output}"))
+    return Outcome(data, with_files(text, output))
 
 
 def _check(args: Namespace) -> None:
@@ -110,8 +110,7 @@ def _predict(name: str, args: Namespace) -> tuple[Answers, ScoredImages]:
     images = images_for_model(args.data, classifier, split=args.split)
     config = inference_config(args, show_progress=sys.stderr.isatty())
     predictions = predict_index(classifier, images.source, config)
-    for position, reason in list(predictions.errors.items())[:5]:
-        print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)
+    tell_unreadable(predictions)
     return answers_of(name, predictions.rows()), images
 
 

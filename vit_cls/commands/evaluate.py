@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from vit_cls.checks import check_range
-from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.outcome import Outcome, tell_unreadable, with_files
 from vit_cls.commands.parsing import (
     DATA_HELP,
     MODEL_HELP,
@@ -20,16 +20,9 @@ from vit_cls.commands.parsing import (
     make_parser,
     parse,
 )
-from vit_cls.data.parts import ALL
 from vit_cls.data.thumbnails import reader_by_path, thumbnails
 from vit_cls.environment import environment
-from vit_cls.errors import ConfigError
-from vit_cls.evaluation.calibration import (
-    TemperatureFit,
-    calibratable_file,
-    fit_temperature,
-    store_temperature,
-)
+from vit_cls.evaluation.calibration import calibratable_file, calibrate, fit_text
 from vit_cls.evaluation.predictions import (
     Predictions,
     ScoredImages,
@@ -47,7 +40,6 @@ from vit_cls.evaluation.results import (
     write_tables,
 )
 from vit_cls.files import output_folder, writing
-from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.reports.html import MOST_PICTURES, ImageCases, write_evaluation_report
 from vit_cls.weights.factory import load
@@ -89,13 +81,12 @@ def run(words: list[str]) -> Outcome:
     config = inference_config(args, show_progress=sys.stderr.isatty())
     classifier = load(args.model)
     images = images_for_model(args.data, classifier, split=args.split)
-    fit = None if file is None else _calibrate(classifier, file, images, args, config)
+    fit = None if file is None else calibrate(classifier, file, args.calibrate, images, config)
     predictions = predict_index(classifier, images.source, config, restrict=args.restrict, tta=args.tta)
     result = evaluate_predictions(predictions, seed=args.seed)
     if output is not None:
         _write(output, predictions, result, classifier, images, args)
-    for position, reason in list(predictions.errors.items())[:5]:
-        print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)
+    tell_unreadable(predictions)
     told = {
         "split": images.split,
         "origin": images.origin,
@@ -103,37 +94,9 @@ def run(words: list[str]) -> Outcome:
         "calibration": None if fit is None else {"data": args.calibrate, **dataclasses.asdict(fit)},
         "output": None if output is None else str(output),
     }
-    text = (
-        "" if fit is None else _fit_text(fit, file, args.calibrate)
-    ) + f"{images.words}\n{to_text(result)}"
-    return Outcome(to_dict(result) | told, text if output is None else f"{text}\nfiles in {output}")
-
-
-def _calibrate(
-    classifier: ImageClassifier, file: Path, scored: ScoredImages, args: Namespace, config: InferenceConfig
-) -> TemperatureFit:
-    """Fit on one view of every validation image, all classes allowed, and store what was found."""
-    images = images_for_model(args.calibrate, classifier, order=("val", ALL), name="--calibrate")
-    fitted, index = images.source.index, scored.source.index
-    if fitted.root.resolve() == index.root.resolve() and fitted.fingerprint() == index.fingerprint():
-        raise ConfigError(
-            f"--calibrate {args.calibrate} are the images of --data, on which a temperature fitted to them "
-            "would look better than it is. Give other images: those that validated the training."
-        )
-    classifier.temperature = 1.0
-    fit = fit_temperature(predict_index(classifier, images.source, config))
-    store_temperature(file, fit, args.calibrate)
-    classifier.temperature = fit.temperature
-    return fit
-
-
-def _fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
-    return (
-        f"temperature {fit.temperature:.4f} fitted on {fit.images} images of {data} ({fit.failed} could not "
-        f"be read), stored in {file}\n"
-        f"  NLL there {fit.nll_before:.4f} -> {fit.nll_after:.4f}, "
-        f"ECE {fit.ece_before:.4f} -> {fit.ece_after:.4f}; on the images that are scored:\n"
-    )
+    calibration = "" if fit is None else fit_text(fit, file, args.calibrate)
+    text = f"{calibration}{images.words}\n{to_text(result)}"
+    return Outcome(to_dict(result) | told, with_files(text, output))
 
 
 def _write(

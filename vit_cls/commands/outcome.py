@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from vit_cls.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,17 @@ class Caller:
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller")
+
+MOST_TOLD = 5
+"""Files that could not be read which stderr names; reports list them all."""
+
+
+def with_files(text: str, output: Path | None) -> str:
+    """The text for people, and where the files are if there are any."""
+    return text if output is None else f"{text}\nfiles in {output}"
+
+
+def tell_unreadable(predictions: Predictions) -> None:
+    """Name on stderr the first images that could not be read."""
+    for position, reason in list(predictions.errors.items())[:MOST_TOLD]:
+        print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,6 @@ MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
 DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
-_LISTS = "counts depths heads layers modes neighbours temperatures tokens variants pools"
-LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
-"""Options that hold several values, which people write with commas."""
-ALIASES = {"--ways": "--pools"}
-NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
 
 
@@ -104,45 +98,6 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         return parser.parse_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser)) from error
-
-
-def comma_lists(words: list[str]) -> list[str]:
-    """``--heads cls,gap`` as the list that the parser wants, and old spellings as today's.
-
-    Args:
-        words: The words after the verb.
-
-    Example:
-        >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2", "--temperatures", ".07,1e-1"])
-        ['--heads', '["cls", "ep:8"]', '--layers=[1, 2]', '--temperatures', '[0.07, 0.1]']
-        >>> comma_lists(["--ways=cls"])
-        ['--pools=["cls"]']
-    """
-    words = [re.sub(r"^--\w+", lambda flag: ALIASES.get(flag[0], flag[0]), word) for word in words]
-    found = list(words)
-    for i, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in LISTS and equals:
-            found[i] = f"{flag}={_list(value)}"
-        elif word in LISTS and i + 1 < len(words):
-            found[i + 1] = _list(words[i + 1])
-    return found
-
-
-def _list(text: str) -> str:
-    if text.startswith("[") or text == "null":
-        return text
-    parts = [part.strip() for part in text.split(",")]
-    written = (_number(part) if NUMBER.fullmatch(part) else json.dumps(part) for part in parts if part)
-    return f"[{', '.join(written)}]"
-
-
-def _number(text: str) -> str:
-    """As JSON has it, which knows no ``.5`` and no ``+1``."""
-    try:
-        return json.dumps(json.loads(text))
-    except ValueError:
-        return repr(float(text))
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

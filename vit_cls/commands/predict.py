@@ -7,7 +7,7 @@ import sys
 from jsonargparse import Namespace
 
 from vit_cls.checks import check_choice
-from vit_cls.commands.outcome import CALLER, Outcome
+from vit_cls.commands.outcome import CALLER, Outcome, with_files
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_runtime_arguments,
@@ -73,12 +73,11 @@ def run(words: list[str]) -> Outcome:
         f"{data['images']} images, {data['failed']} of them could not be read; "
         + (f"features in {output}" if args.features else _calibration(data["temperature"]))
         + f"\n{data['images_per_second']:.0f} images/s"
-        + ("" if output is None else f"\nfiles in {output}")
     )
     if output is None and not caller.as_json:
         print(text, file=sys.stderr)
         return Outcome(data, "", silent=True)
-    return Outcome(data, text)
+    return Outcome(data, with_files(text, output))
 
 
 def _calibration(temperature: float) -> str:

@@ -10,19 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from vit_cls.checks import check_range
-from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.outcome import Outcome, with_files
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_data_arguments,
     add_runtime_arguments,
-    comma_lists,
     inference_config,
     make_parser,
     parse,
 )
+from vit_cls.commands.words import comma_lists, name_and_rest
 from vit_cls.data.partition import partition_data
 from vit_cls.environment import environment
-from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.errors import ConfigError
 from vit_cls.files import output_folder, writing
 from vit_cls.lab.probes.common import described, find_record, overlap_note
 from vit_cls.lab.probes.table import PROBES
@@ -48,7 +48,8 @@ def run(words: list[str]) -> Outcome:
         VitClsError: If the request cannot be carried out.
     """
     started = time.perf_counter()
-    name, rest = _name(words)
+    example = "vit-cls probe linear --model runs/x --data photos"
+    name, rest = name_and_rest("probe", words, PROBES, usage="--model M --data DIR", example=example)
     probe = PROBES[name]
     parser = make_parser(f"probe {name}", probe.question)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
@@ -89,9 +90,8 @@ def run(words: list[str]) -> Outcome:
     if output is not None:
         with writing(output):
             write_lab_report(output, result, versions=environment()["versions"])
-        text += f"\nfiles in {output}"
     told = {"split": parts.split, "output": None if output is None else str(output)}
-    return Outcome(result.to_dict() | told, text)
+    return Outcome(result.to_dict() | told, with_files(text, output))
 
 
 def cache_folder(cache: str | None) -> Path | None:
@@ -114,18 +114,3 @@ def cache_folder(cache: str | None) -> Path | None:
     except ConfigError as error:
         log.warning(f"tokens are not kept; --cache FOLDER keeps them: {error}")
         return None
-
-
-def _name(words: list[str]) -> tuple[str, list[str]]:
-    known = ", ".join(PROBES)
-    if words and words[0] in ("-h", "--help"):
-        print("usage: vit-cls probe NAME --model M --data DIR [options]\n")
-        print("\n".join(f"  {name:<10} {probe.question}" for name, probe in PROBES.items()))
-        print("\n  vit-cls probe NAME --help   the options of a probe")
-        raise SystemExit(0)
-    if not words or words[0].startswith("-"):
-        example = "vit-cls probe linear --model runs/x --data photos"
-        raise ConfigError(f"probe needs a name: {known}. Example: {example}.")
-    if words[0] not in PROBES:
-        raise ConfigError(f"there is no probe {words[0]!r}.{did_you_mean(words[0], PROBES)} Known: {known}.")
-    return words[0], words[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import warnings
@@ -13,13 +12,13 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import DATA_HELP, comma_lists, make_parser, parse
+from vit_cls.commands.outcome import Outcome, with_files
+from vit_cls.commands.parsing import DATA_HELP, make_parser, parse
+from vit_cls.commands.words import comma_lists, name_and_rest
 from vit_cls.data.parts import PARTS
 from vit_cls.environment import environment
-from vit_cls.errors import ConfigError, RunError, VitClsError, did_you_mean
-from vit_cls.files import write_text, writing
-from vit_cls.lab.results import plain
+from vit_cls.errors import VitClsError
+from vit_cls.lab.studies.folder import claim_folder
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.runner import Spread, default_jobs, is_done, run_trials
 from vit_cls.lab.studies.study import Answers, Setup, Study
@@ -29,8 +28,6 @@ from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text
 from vit_cls.signals import Stopped, StopSignals
 from vit_cls.training.trial import train_trial
-
-RECORD = "study.json"
 
 
 def run(words: list[str]) -> Outcome:
@@ -47,7 +44,8 @@ def run(words: list[str]) -> Outcome:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     started = time.perf_counter()
-    name, rest = _name(words)
+    example = "vit-cls study heads --data digits"
+    name, rest = name_and_rest("study", words, STUDIES, usage="--data DIR", example=example)
     kind = STUDIES[name]
     parser = make_parser(f"study {name}", kind.question)
     parser.add_argument("--data", required=True, help=DATA_HELP)
@@ -67,7 +65,7 @@ def run(words: list[str]) -> Outcome:
     }
     parts.refuse_unused(fractions)
     images = {part: getattr(parts, part).index.fingerprint() for part in PARTS}
-    left = _train(trials, folder, spread, new=_claim_folder(folder, study, images))
+    left = _train(trials, folder, spread, new=claim_folder(folder, study, images))
     if left:
         text = f"{left} of {len(trials)} trainings are left for other shards; their results merge in {folder}"
         return Outcome({"kind": f"study {name}", "left": left, "trainings": len(trials)}, text)
@@ -76,22 +74,8 @@ def run(words: list[str]) -> Outcome:
     told = {"split": parts.split, "output": str(folder)}
     return Outcome(
         result.to_dict() | told,
-        f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}\nfiles in {folder}",
+        with_files(f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}", folder),
     )
-
-
-def _name(words: list[str]) -> tuple[str, list[str]]:
-    known = ", ".join(STUDIES)
-    if not words or words[0].startswith("-"):
-        if words and words[0] in ("-h", "--help"):
-            print("usage: vit-cls study NAME --data DIR [options]\n")
-            print("\n".join(f"  {name:<11} {kind.question}" for name, kind in STUDIES.items()))
-            print("\n  vit-cls study NAME --help   the options of a study")
-            raise SystemExit(0)
-        raise ConfigError(f"study needs a name: {known}. Example: vit-cls study heads --data digits.")
-    if words[0] not in STUDIES:
-        raise ConfigError(f"there is no study {words[0]!r}.{did_you_mean(words[0], STUDIES)} Known: {known}.")
-    return words[0], words[1:]
 
 
 def _study(name: str, kind: type[Study], args: Namespace) -> tuple[Study, Path]:
@@ -123,45 +107,3 @@ def _train(trials: Sequence[Trial], folder: Path, spread: Spread, *, new: bool) 
         if new and not num_done():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _claim_folder(folder: Path, study: Study, images: dict[str, str]) -> bool:
-    """Begin there, or go on where the same study began; gives whether it begins."""
-    record = {"study": study.name, "images": images, **plain(study.settings())}
-    file = folder / RECORD
-    if file.is_file():
-        before, now = _flat(_read(file)), _flat(record)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if changed:
-            key = changed[0]
-            if key.startswith("images."):
-                raise RunError(
-                    f"--output {folder} holds a study of other images: in the {key.partition('.')[2]} part "
-                    f"of {study.setup.data} files were added, removed or renamed since. Give a new folder."
-                )
-            raise RunError(
-                f"--output {folder} holds a study with another {key}: {before.get(key)!r} there, "
-                f"{now.get(key)!r} now. Give another folder, or the same settings to go on."
-            )
-        return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"--output {folder} is not empty, and holds no study. Give a new folder.")
-    with writing(folder):
-        write_text(file, json.dumps(record, indent=1) + "\n")
-    return True
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file} cannot be read ({error}); it says what the study in that folder is. Give a new --output."
-        ) from error
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's settings, and the images, by their dotted names."""
-    nested = ("recipe", "images")
-    dotted = {f"{name}.{key}": value for name in nested for key, value in record.get(name, {}).items()}
-    return {key: value for key, value in record.items() if key not in nested} | dotted

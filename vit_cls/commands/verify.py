@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_cls import formatting as fmt
-from vit_cls.commands.outcome import Outcome
+from vit_cls.commands.outcome import Outcome, with_files
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
 from vit_cls.files import output_folder, write_text, writing
 
@@ -49,8 +49,7 @@ def run(words: list[str]) -> Outcome:
     text = _text(data)
     if output is not None:
         _write(output, data)
-        text += f"\nfiles in {output}"
-    return Outcome(data, text, code=0 if found.ok else 1)
+    return Outcome(data, with_files(text, output), code=0 if found.ok else 1)
 
 
 def _write(output: Path, data: dict[str, Any]) -> None:

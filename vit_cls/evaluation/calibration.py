@@ -12,8 +12,12 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
+from vit_cls import formatting as fmt
+from vit_cls.data.parts import ALL
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.evaluation.predictions import Predictions
+from vit_cls.evaluation.predictions import Predictions, ScoredImages, images_for_model, predict_index
+from vit_cls.inference import InferenceConfig
+from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.metrics import ECE_BINS, equal_width_bins, negative_log
 from vit_cls.weights.bundle import MODEL_FILE, is_own_file, load_classifier, read_metadata, save_classifier
 
@@ -162,3 +166,50 @@ def store_temperature(path: Path, fit: TemperatureFit, data: str) -> None:
         raise ConfigError(
             f"the temperature cannot be stored in {path}: {error.strerror or error}. The file is as it was."
         ) from error
+
+
+def calibrate(
+    classifier: ImageClassifier, file: Path, data: str, scored: ScoredImages, config: InferenceConfig
+) -> TemperatureFit:
+    """Fit on one view of every validation image, all classes allowed, store what was found, and use it.
+
+    Args:
+        classifier: Gets the temperature.
+        file: Its file, from `calibratable_file`.
+        data: The validation images, as ``--calibrate`` has them: the val part if there is one.
+        scored: What is scored afterwards, which must be other images.
+        config: How the model is run.
+
+    Raises:
+        ConfigError: If the images are those that are scored, or the file cannot be written.
+        DataError: If no temperature can be fitted to them.
+    """
+    images = images_for_model(data, classifier, order=("val", ALL), name="--calibrate")
+    fitted, index = images.source.index, scored.source.index
+    if fitted.root.resolve() == index.root.resolve() and fitted.fingerprint() == index.fingerprint():
+        raise ConfigError(
+            f"--calibrate {data} are the images of --data, on which a temperature fitted to them "
+            "would look better than it is. Give other images: those that validated the training."
+        )
+    classifier.temperature = 1.0
+    fit = fit_temperature(predict_index(classifier, images.source, config))
+    store_temperature(file, fit, data)
+    classifier.temperature = fit.temperature
+    return fit
+
+
+def fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
+    """What was fitted, for people; what follows is about the images that are scored.
+
+    Args:
+        fit: From `calibrate`.
+        file: Where it is stored.
+        data: The validation images, as the user wrote them.
+    """
+    return (
+        f"temperature {fmt.decimals(fit.temperature)} fitted on {fit.images} images of {data} ({fit.failed} "
+        f"could not be read), stored in {file}\n"
+        f"  NLL there {fmt.decimals(fit.nll_before)} -> {fmt.decimals(fit.nll_after)}, "
+        f"ECE {fmt.decimals(fit.ece_before)} -> {fmt.decimals(fit.ece_after)}; on the images "
+        "that are scored:\n"
+    )
