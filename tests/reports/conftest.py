@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -24,6 +30,27 @@ FAILURES = [
     ("d/" + "y" * 200 + ".png", "cannot identify image file " + "z" * 150),
     ("not utf-8: \udcff, control: \x01.jpg", "the file is empty"),
 ]
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--virtual-time-budget=2000", "--enable-logging=stderr", "--window-size=1400,900", "--dump-dom"),
+]
+WIDTHS = (360, 1280)
+# A window cannot be narrower than 500 px; a frame can. The page in it is untouched, its own policy included.
+FRAME = '<iframe srcdoc="{}" style="border:0;width:{}px;height:{}px"></iframe>'
+MEASURE = """
+<!doctype html><meta name="color-scheme" content="{scheme}"><title></title>{frames}
+<script>onload = () => document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(
+frame => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  return {{
+    inner: frame.contentWindow.innerWidth, width: root.scrollWidth, height: root.scrollHeight,
+    images: page.images.length, shown: [...page.images].filter(image => image.naturalWidth > 0).length,
+    ground: +frame.contentWindow.getComputedStyle(page.body).backgroundColor.match(/\\d+/)[0],
+  }};
+}}))</script>
+"""
 VERSIONS = {"vit_cls": "0.1.0", "torch": "2.15.0"}
 
 
@@ -175,3 +202,36 @@ def any_page(request, evaluation, evaluation_page, fit_page, record, history):
         return fit_page(record, history if request.param == "fit" else history[:1])
     result = evaluation(int(request.param.split()[0]), failed=len(FAILURES), names=HOSTILE)
     return evaluation_page(result, model=HOSTILE[0] + HOSTILE[2], data=HOSTILE[4], failures=FAILURES)
+
+
+@pytest.fixture
+def in_browser(tmp_path):
+    """Pages in Chromium at the width of a phone and of a screen: none scrolls sideways or logs anything.
+
+    Gives for each page and width its ``height``, its ``images``, how many are ``shown``, and the red of its
+    ``ground``.
+    """
+    if CHROMIUM is None:
+        pytest.skip("needs chromium on PATH")
+
+    def measure(*pages, scheme="light", height=800):
+        frames = "".join(FRAME.format(html.escape(page), width, height) for page in pages for width in WIDTHS)
+        (tmp_path / "measure.html").write_text(MEASURE.format(frames=frames, scheme=scheme), encoding="utf-8")
+        dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        done = subprocess.run(
+            [CHROMIUM, *FLAGS, *dark, profile, (tmp_path / "measure.html").as_uri()],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+            check=True,
+        )
+        title = re.search(r"<title>(.+?)</title>", done.stdout)
+        assert title is not None, done.stderr[-2000:]
+        sizes = json.loads(title[1])
+        assert [size["inner"] for size in sizes] == list(WIDTHS) * len(pages)
+        assert all(size["width"] <= size["inner"] for size in sizes), sizes
+        assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+        return sizes
+
+    return measure
