@@ -12,8 +12,7 @@ from torch import nn
 
 from vit_cls.lab.features import FrozenTokens, Rows
 from vit_cls.lab.reads import Reader
-from vit_cls.lab.studies.runner import trial_folder
-from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial
+from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial, trial_folder
 from vit_cls.model.tokens import TokenLayout
 
 

@@ -19,9 +19,17 @@ from vit_cls.lab.probes.common import compare_with
 from vit_cls.lab.studies.depth import DepthStudy
 from vit_cls.lab.studies.heads import HeadsStudy
 from vit_cls.lab.studies.recipe import RECIPES, Recipe
-from vit_cls.lab.studies.runner import Spread, is_done, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
-from vit_cls.lab.studies.trials import ANSWERS, RUN, Trial, TrialData
+from vit_cls.lab.studies.trials import (
+    ANSWERS,
+    RUN,
+    Spread,
+    Trial,
+    TrialData,
+    is_done,
+    run_trials,
+    trial_folder,
+)
 from vit_cls.lab.studies.when import WhenStudy
 from vit_cls.signals import Stopped
 from vit_cls.stats.verdicts import SUPPORTED
@@ -132,7 +140,7 @@ def test_a_stopped_study_goes_on_without_training_anything_again(setup):
     train = Counting({keys[2]: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
         _finish(study, train)
-    assert [is_done(setup.folder, trial) for trial in study.trials()] == [True, True, False, False]
+    assert [is_done(setup.folder, trial.key) for trial in study.trials()] == [True, True, False, False]
     train.errors = {}
     left, _ = _finish(study, train)
     assert left == 0
@@ -160,7 +168,7 @@ def test_a_training_stopped_in_the_middle_goes_on_and_gives_the_same_model(setup
     study = _study(setup)
     with pytest.raises(Stopped):
         _finish(study, train_trial)
-    assert not any(is_done(setup.folder, trial) for trial in study.trials())
+    assert not any(is_done(setup.folder, trial.key) for trial in study.trials())
     left, found = _finish(study, train_trial)
     assert left == 0
     assert epochs == [0, 1, 2, 0, 1, 2]
@@ -218,7 +226,7 @@ def test_a_trial_that_starts_from_another_comes_after_it_and_on_its_machine(setu
     trials = _chains(setup)
     third, *second, root0, root1 = trials
     ran = []
-    monkeypatch.setattr("vit_cls.lab.studies.runner.WorkerPool", lambda *args: _ThreadsInOrder(ran))
+    monkeypatch.setattr("vit_cls.lab.studies.trials.WorkerPool", lambda *args: _ThreadsInOrder(ran))
     train = Counting()
     assert run_trials(trials, setup.folder, train, Spread(jobs, 2, 2)) == 2
     assert list(train.calls) == [root1.key, second[1].key, third.key]
@@ -323,7 +331,7 @@ def test_a_wrong_request_is_no_failed_training(setup, error):
     first = study.trials()[0]
     with pytest.raises(type(error)):
         _finish(study, Counting({first.key: error}))
-    assert not is_done(setup.folder, first)
+    assert not is_done(setup.folder, first.key)
 
 
 def _encoder_macs(config, *, reads_one: bool) -> int:

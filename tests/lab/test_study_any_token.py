@@ -17,9 +17,8 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.lab.studies.any_token import AnyTokenStudy, overall
 from vit_cls.lab.studies.patch_tokens import FrozenReads, chosen_patches, frozen_claims, grid_of, heat_maps
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup
-from vit_cls.lab.studies.trials import MODEL, TrialData
+from vit_cls.lab.studies.trials import MODEL, Spread, TrialData, run_trials
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -255,11 +254,11 @@ def test_one_patch_that_is_not_the_same_refutes_all(verdicts, wanted):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": ["cls", "middle"]}, r"--tokens must be some of .*got 'middle'"),
+        ({"tokens": ["cls", "middle"]}, r"--tokens must be one of .*got 'middle'"),
         ({"tokens": ["cls", "token:99"]}, r"--tokens token:99: the number must be from 0 to 15"),
         ({"tokens": ["first", "gap"]}, r"--tokens needs cls and one patch at least.*got first, gap"),
         ({"tokens": ["cls", "gap"]}, r"--tokens needs cls and one patch at least"),
-        ({"modes": ["froze"]}, r"--modes must be some of .*got 'froze'.*frozen"),
+        ({"modes": ["froze"]}, r"--modes must be one of .*got 'froze'.*frozen"),
         ({"modes": []}, r"--modes needs one or more"),
     ],
 )

@@ -20,9 +20,8 @@ from vit_cls.lab.studies.causal import (
     sees_nothing,
 )
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.runner import Spread, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
-from vit_cls.lab.studies.trials import RUN
+from vit_cls.lab.studies.trials import RUN, Spread, run_trials, trial_folder
 from vit_cls.stats.verdicts import EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier

@@ -20,8 +20,8 @@ from vit_cls.lab.studies.position import (
     without_order,
 )
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.lab.studies.trials import Spread, run_trials
 from vit_cls.stats.verdicts import EQUIVALENT, REFUTED, SUPPORTED
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier

@@ -20,8 +20,8 @@ from vit_cls.inference import InferenceConfig
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.refine import Curves, RefineStudy, headline
 from vit_cls.lab.studies.refinement import refinement
-from vit_cls.lab.studies.runner import Spread, run_trials
 from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.lab.studies.trials import Spread, run_trials
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer

@@ -21,8 +21,9 @@ from vit_cls.errors import ConfigError
 from vit_cls.lab.features import Rows
 from vit_cls.lab.seeding import seeded
 from vit_cls.lab.studies import specialise
-from vit_cls.lab.studies.class_token_views import COLLAPSED, ArmTokens, alike_table, knowledge_table
 from vit_cls.lab.studies.class_tokens import (
+    COLLAPSED,
+    ArmTokens,
     ClassTokens,
     TokenAnswers,
     against_seeds,
@@ -34,10 +35,10 @@ from vit_cls.lab.studies.class_tokens import (
     token_answers,
 )
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.runner import Spread, run_trials
-from vit_cls.lab.studies.specialise import SpecialiseStudy
+from vit_cls.lab.studies.specialise import SpecialiseStudy, alike_table, knowledge_table
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.table import STUDIES
+from vit_cls.lab.studies.trials import Spread, run_trials
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.weights.bundle import save_classifier
@@ -375,7 +376,7 @@ def _made(arm: str, trials) -> ArmTokens:
         output = factor @ bases
         layers = np.stack([output] * 3, axis=1)
         tokens.append(ClassTokens(layers, output, None, None, rows, Preprocess((8, 8)), (4, 4)))
-    return ArmTokens(tokens, [answers] * len(tokens))
+    return ArmTokens(tokens, [answers] * len(tokens), seed=0)
 
 
 def test_each_claim_is_about_the_arms_and_the_quantity_that_it_names(tmp_path, told, monkeypatch):
@@ -385,7 +386,7 @@ def test_each_claim_is_about_the_arms_and_the_quantity_that_it_names(tmp_path, t
         rows = [np.roll(np.arange(599) < round(RIGHT[arm] * 599), seed) for seed in range(2)]
         told(tmp_path, trials, rows, tokens=17)
     monkeypatch.setattr(
-        specialise, "measure_arm", lambda answers, trials, parts: _made(trials[0].arm, trials)
+        specialise, "measure_arm", lambda answers, trials, parts, seed: _made(trials[0].arm, trials)
     )
     result = study.analyse(Answers(tmp_path))
     beat, lowers = "class tokens read by their mean beat", "The diverse head lowers the cosine of"
@@ -427,7 +428,7 @@ def test_the_headline_and_the_table_compare_with_other_images_and_independent_mo
     for trials in study.arms().values():
         told(tmp_path, trials, [np.arange(599) % 2 == 0] * 3, tokens=17)
     monkeypatch.setattr(
-        specialise, "measure_arm", lambda answers, trials, parts: _made(trials[0].arm, trials)
+        specialise, "measure_arm", lambda answers, trials, parts, seed: _made(trials[0].arm, trials)
     )
     result = study.analyse(Answers(tmp_path))
     measured = _made("mean 4", study.arms()["mean 4"])
@@ -435,7 +436,7 @@ def test_the_headline_and_the_table_compare_with_other_images_and_independent_mo
     assert chance["p"] == 1 / 500  # tokens of cosine 0.99 are not met again by dealing them out anew
     assert abs(chance["independent"]) < 0.1  # bases at random
     assert (
-        f"; the same token on another image has {measured.other_image_cosine(0):.3f}, tokens of independent "
+        f"; the same token on another image has {measured.other_image_cosine:.3f}, tokens of independent "
         f"models {chance['independent']:.3f} (p 0.002)."
     ) in result.headline
     columns = list(result.tables[0].columns)
@@ -483,12 +484,13 @@ def test_tables_state_cosine_with_other_images_beside(collapsed):
     _silence(classifier.model)
     source = _source(9)
     tokens = collect_class_tokens(classifier, source)
-    measured = ArmTokens([tokens], [token_answers(classifier, Partition(source, source, source, ""), tokens)])
-    table = alike_table({"mean 2": measured}, seed=0)
+    answers = token_answers(classifier, Partition(source, source, source, ""), tokens)
+    measured = ArmTokens([tokens], [answers], seed=0)
+    table = alike_table({"mean 2": measured})
     row = {name: table.rows[0][list(table.columns).index(name)] for name in table.columns}
     assert row["same token, other image"] == pytest.approx(1.0)
     assert row["cosine"] < 0.9
-    known = knowledge_table({"mean 2": measured}, seed=0)
+    known = knowledge_table({"mean 2": measured})
     assert known.rows[0][list(known.columns).index("p")] == 1.0
 
 
@@ -499,7 +501,7 @@ def test_tables_state_cosine_with_other_images_beside(collapsed):
         ({"counts": (1,)}, "and a larger number; got 1"),
         ({"counts": (0, 1, 2)}, "--counts needs 1.*got 0, 1, 2"),
         ({"counts": (1, 2, 2)}, "--counts must name each one once; got 1, 2, 2"),
-        ({"variants": ("mean", "divers")}, "--variants must be of mean, concat, diverse; got 'divers'"),
+        ({"variants": ("mean", "divers")}, "--variants must be one of mean, concat, diverse; got 'divers'"),
         ({"variants": ("concat",)}, "--variants needs mean.*got concat"),
     ],
 )

@@ -11,10 +11,9 @@ import pytest
 from vit_cls.errors import ConfigError
 from vit_cls.lab.seeding import seeded
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.runner import Spread, run_trials, trial_folder
 from vit_cls.lab.studies.study import Answers, Setup
 from vit_cls.lab.studies.table import STUDIES
-from vit_cls.lab.studies.trials import ANSWERS, DONE
+from vit_cls.lab.studies.trials import ANSWERS, DONE, Spread, run_trials, trial_folder
 from vit_cls.lab.studies.when import WhenStudy
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text

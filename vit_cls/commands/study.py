@@ -20,10 +20,9 @@ from vit_cls.environment import environment
 from vit_cls.errors import VitClsError
 from vit_cls.lab.studies.folder import claim_folder
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.runner import Spread, default_jobs, is_done, run_trials
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.table import STUDIES
-from vit_cls.lab.studies.trials import Trial
+from vit_cls.lab.studies.trials import Spread, Trial, default_jobs, is_done, run_trials
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text
 from vit_cls.signals import Stopped, StopSignals
@@ -93,7 +92,7 @@ def _train(trials: Sequence[Trial], folder: Path, spread: Spread, *, new: bool) 
     """Train what is left; a new folder goes away again if the request was wrong."""
 
     def num_done() -> int:
-        return sum(is_done(folder, trial) for trial in trials)
+        return sum(is_done(folder, trial.key) for trial in trials)
 
     def hint() -> str:
         return f"{num_done()} of {len(trials)} trainings are done, and the same command goes on from here"

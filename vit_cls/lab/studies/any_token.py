@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from vit_cls import formatting as fmt
-from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.checks import check_choice
+from vit_cls.errors import ConfigError
 from vit_cls.lab.results import Figure, LabResult, Table, forest
 from vit_cls.lab.studies.heads import head_settings
 from vit_cls.lab.studies.patch_tokens import (
@@ -71,10 +72,7 @@ class AnyTokenStudy(Study):
         self.tokens = list(dict.fromkeys(tokens))
         self.modes = [mode for mode in MODES if mode in modes]
         for mode in modes:
-            if mode not in MODES:
-                raise ConfigError(
-                    f"--modes must be some of {', '.join(MODES)}; got {mode!r}.{did_you_mean(mode, MODES)}"
-                )
+            check_choice("--modes", mode, MODES)
         if not self.modes:
             raise ConfigError(f"--modes needs one or more of {', '.join(MODES)}; got none.")
         self.patches, self.left_out = chosen_patches(self.tokens, grid_of(setup.recipe), setup.seed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,10 +20,15 @@ from vit_cls.lab.attention import attention_module, capture_attention
 from vit_cls.lab.features import Rows
 from vit_cls.lab.probes.linear import LinearSettings, fit_linear
 from vit_cls.lab.reads import Reader
+from vit_cls.lab.studies.study import Answers
+from vit_cls.lab.studies.trials import Trial
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.pooling_tokens import ClassTokenPool, MultiClassTokenPool
 from vit_cls.stats.intervals import permutation_p
+from vit_cls.stats.random_effects import Mean
 
+COLLAPSED = 0.95
+"""Tokens with a larger cosine are called parallel."""
 PERMUTATIONS = 499
 CONFIG = InferenceConfig(precision="32")
 """As the models of a study answer."""
@@ -38,7 +45,6 @@ class ClassTokens:
         overlap: Jensen-Shannon divergence of the tokens' attention to the patches in the last block, the mean
             over heads and pairs, in units of log 2, shape ``(images,)``; None where weights are not known.
         maps: That attention, the mean over heads, shape ``(images, K, patches)``; rows sum to 1.
-        grid_size: Patch rows and columns.
     """
 
     layers: np.ndarray
@@ -56,10 +62,7 @@ class ClassTokens:
 
 
 def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> ClassTokens:
-    """Run a model over images and keep its class tokens and their attention.
-
-    Args:
-        classifier: With a class token at least; is moved to the device and put in evaluation mode.
+    """Run a model, which ends in evaluation mode, over images; keep its class tokens and their attention.
 
     Raises:
         ConfigError: If the model has no class token.
@@ -93,10 +96,10 @@ def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Cl
             if (tokens := outputs.values) is not None:
                 kept.append(torch.stack([tokens[layer][:, :count] for layer in layers], dim=1))
     rows = Rows.of(source, failures)
-    found = torch.cat(kept)
+    collected = torch.cat(kept)
     return ClassTokens(
-        found.numpy(),
-        Reader(model).normed(found[:, -1]).numpy(),
+        collected.numpy(),
+        Reader(model).normed(collected[:, -1]).numpy(),
         torch.cat(overlaps).double().numpy() if blocks else None,
         torch.cat(maps).numpy() if blocks else None,
         rows,
@@ -106,13 +109,7 @@ def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Cl
 
 
 def pair_cosine(tokens: np.ndarray) -> np.ndarray:
-    """Mean cosine over the pairs of different tokens.
-
-    Args:
-        tokens: At least two, none of them zero, shape ``(..., K, dim)``.
-
-    Returns:
-        float64, shape ``(...)``.
+    """Mean cosine over the pairs of two or more tokens, none of them zero: ``(..., K, dim)`` to ``(...)``.
 
     Example:
         >>> round(float(pair_cosine(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))), 6)
@@ -125,24 +122,22 @@ def pair_cosine(tokens: np.ndarray) -> np.ndarray:
 
 
 def cosine_matrix(tokens: np.ndarray) -> np.ndarray:
-    """Cosine of each token with each.
-
-    Args:
-        tokens: Shape ``(..., K, dim)``.
-
-    Returns:
-        float64, shape ``(..., K, K)``.
-    """
-    unit = tokens.astype(np.float64)
-    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+    """Cosine of each of ``(..., K, dim)`` tokens with each: float64, shape ``(..., K, K)``."""
+    unit = _unit(tokens)
     return unit @ np.swapaxes(unit, -1, -2)
+
+
+def _unit(tokens: np.ndarray) -> np.ndarray:
+    """Tokens of length 1, float64."""
+    tokens = tokens.astype(np.float64)
+    return tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
 
 
 def image_cosine(tokens: np.ndarray, *, seed: int) -> float:
     """Mean cosine of the same token on two different images: what parallel tokens must be judged against.
 
     Args:
-        tokens: Shape ``(images, K, dim)``, at least two images.
+        tokens: Of two images at least, shape ``(images, K, dim)``.
 
     Example:
         >>> round(image_cosine(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), seed=0), 6)
@@ -181,16 +176,14 @@ def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
         None for fewer than two seeds.
 
     Example:
-        >>> one, other = [[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
-        >>> against_seeds(np.array([[one], [other]]), seed=0).independent
+        >>> right, up = [[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
+        >>> against_seeds(np.array([[right], [up]]), seed=0).independent
         0.0
     """
     seeds, images, count, dim = outputs.shape
     if seeds < 2:
         return None
-    unit = outputs.astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
-    tokens = unit.transpose(0, 2, 1, 3).reshape(seeds * count, images * dim)
+    tokens = _unit(outputs).transpose(0, 2, 1, 3).reshape(seeds * count, images * dim)
     cosines = tokens @ tokens.T / images  # the mean over images
     model = np.repeat(np.arange(seeds), count)
     pairs = ~np.eye(len(model), dtype=bool)
@@ -201,12 +194,16 @@ def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
 
     rng = np.random.default_rng(seed)
     dealt = np.array([within(rng.permutation(len(model))) for _ in range(PERMUTATIONS)])
-    # Sums in another order differ by rounding: what is equal shall count as equal.
-    p = permutation_p(within(np.arange(len(model))) - 1e-12, dealt)
+    p = _rounded_p(within(np.arange(len(model))), dealt)
     divisions = math.factorial(seeds * count) // (math.factorial(count) ** seeds * math.factorial(seeds))
     return AgainstSeeds(
         float(cosines[model[:, None] != model].mean()), p, max(1 / divisions, 1 / (1 + len(dealt)))
     )
+
+
+def _rounded_p(observed: float, null_draws: np.ndarray) -> float:
+    """As `permutation_p`; sums in another order differ by rounding: what is equal counts as equal."""
+    return permutation_p(observed - 1e-12, null_draws)
 
 
 def jensen_shannon(rows: Tensor) -> Tensor:
@@ -230,9 +227,9 @@ def jensen_shannon(rows: Tensor) -> Tensor:
     if count == 1:
         return rows.new_zeros(rows.shape[:-2])
     i, j = torch.triu_indices(count, count, offset=1)
-    one, other = rows[..., i, :], rows[..., j, :]
-    own = (torch.special.entr(one).sum(dim=-1) + torch.special.entr(other).sum(dim=-1)) / 2
-    joint = torch.special.entr((one + other) / 2).sum(dim=-1)
+    left, right = rows[..., i, :], rows[..., j, :]
+    own = (torch.special.entr(left).sum(dim=-1) + torch.special.entr(right).sum(dim=-1)) / 2
+    joint = torch.special.entr((left + right) / 2).sum(dim=-1)
     return (joint - own).clamp(min=0).mean(dim=-1) / math.log(2)
 
 
@@ -272,26 +269,26 @@ def token_answers(classifier: ImageClassifier, parts: Partition, test: ClassToke
     ridge classifier, whose penalty is chosen on validation.
     """
     model = classifier.model
-    if type(model.pool) in (ClassTokenPool, MultiClassTokenPool):
+    own_head = type(model.pool) in (ClassTokenPool, MultiClassTokenPool)
+    if own_head:
         with torch.inference_mode():
             head = copy.deepcopy(model.head).to("cpu", torch.float32)
             scores = head(torch.from_numpy(test.output)).softmax(dim=-1).numpy()
-        return _answers(scores, test, "own head")
-    train, val = (collect_class_tokens(classifier, part) for part in (parts.train, parts.val))
-    columns = []
-    for k in range(test.count):
-        fit = fit_linear(
-            (train.output[:, k], train.rows.labels),
-            (val.output[:, k], val.rows.labels),
-            num_classes=len(classifier.class_names),
-            settings=LinearSettings(),
-        )
-        columns.append(test.output[:, k].astype(np.float64) @ fit.weight + fit.bias)
-    return _answers(np.stack(columns, axis=1), test, "ridge")
-
-
-def _answers(scores: np.ndarray, test: ClassTokens, read_by: str) -> TokenAnswers:
-    return TokenAnswers(scores.argmax(axis=2), scores.max(axis=2).argmax(axis=1), test.rows.labels, read_by)
+    else:
+        train, val = (collect_class_tokens(classifier, part) for part in (parts.train, parts.val))
+        columns = []
+        for k in range(test.count):
+            fit = fit_linear(
+                (train.output[:, k], train.rows.labels),
+                (val.output[:, k], val.rows.labels),
+                num_classes=len(classifier.class_names),
+                settings=LinearSettings(),
+            )
+            columns.append(test.output[:, k].astype(np.float64) @ fit.weight + fit.bias)
+        scores = np.stack(columns, axis=1)
+    most_confident = scores.max(axis=2).argmax(axis=1)
+    read_by = "own head" if own_head else "ridge"
+    return TokenAnswers(scores.argmax(axis=2), most_confident, test.rows.labels, read_by)
 
 
 def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
@@ -308,16 +305,15 @@ def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
         >>> mutual_information(np.array([[0, 0, 1, 1]]), np.array([3, 3, 5, 5]))
         1.0
     """
-    classes = int(labels.max()) + 1
-    return float(np.mean([_information(row * classes + labels, classes) for row in tokens]))
-
-
-def _information(cells: np.ndarray, classes: int) -> float:
-    """Mutual information in bits, from the number of the cell that each image falls into."""
     from sklearn.metrics import mutual_info_score
 
-    joint = np.bincount(cells, minlength=(int(cells.max()) // classes + 1) * classes).reshape(-1, classes)
-    return float(mutual_info_score(None, None, contingency=joint)) / math.log(2)
+    classes = int(labels.max()) + 1
+    bits = []
+    for row in tokens:
+        counts = np.bincount(row * classes + labels, minlength=(int(row.max()) + 1) * classes)
+        joint = counts.reshape(-1, classes)  # (K, classes)
+        bits.append(float(mutual_info_score(None, None, contingency=joint)) / math.log(2))
+    return float(np.mean(bits))
 
 
 def information_test(tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tuple[float, float, float]:
@@ -327,7 +323,67 @@ def information_test(tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tu
         Mutual information in bits, its mean under permutation, and the p-value of no dependence.
     """
     rng = np.random.default_rng(seed)
-    found = mutual_information(tokens, labels)
+    bits = mutual_information(tokens, labels)
     null = np.array([mutual_information(tokens, rng.permutation(labels)) for _ in range(PERMUTATIONS)])
-    # Sums in another order differ by rounding: what is equal shall count as equal.
-    return found, float(null.mean()), permutation_p(found - 1e-12, null)
+    return bits, float(null.mean()), _rounded_p(bits, null)
+
+
+def collapse(cosine: Mean) -> str:
+    """Whether tokens are parallel, as far as the interval of their cosine tells."""
+    low, high = cosine.ci95
+    return "yes" if low > COLLAPSED else "no" if high < COLLAPSED else "cannot tell"
+
+
+@dataclass(frozen=True)
+class ArmTokens:
+    """What the models of one arm showed on the test part, a seed each.
+
+    Args:
+        seed: Which images are paired for comparison; also of the permutations.
+    """
+
+    tokens: list[ClassTokens]
+    answers: list[TokenAnswers]
+    seed: int
+
+    @cached_property
+    def cosines(self) -> np.ndarray:
+        """Mean over the pairs of output tokens, shape ``(seeds, images)``."""
+        return np.stack([pair_cosine(tokens.output) for tokens in self.tokens])
+
+    @cached_property
+    def layer_cosines(self) -> np.ndarray:
+        """The same by layer, as the blocks left the tokens, shape ``(depth + 1, seeds, images)``."""
+        return np.stack([pair_cosine(tokens.layers).T for tokens in self.tokens], axis=1)
+
+    @cached_property
+    def overlaps(self) -> np.ndarray | None:
+        """Divergence of attention, shape ``(seeds, images)``; None where weights are not known."""
+        overlaps = [tokens.overlap for tokens in self.tokens if tokens.overlap is not None]
+        return np.stack(overlaps) if len(overlaps) == len(self.tokens) else None
+
+    @cached_property
+    def against_seeds(self) -> AgainstSeeds | None:
+        """Cosines within the models against those between them; None for one seed."""
+        return against_seeds(np.stack([tokens.output for tokens in self.tokens]), seed=self.seed)
+
+    @cached_property
+    def other_image_cosine(self) -> float:
+        """Cosine of a token with itself on another image, the mean over seeds."""
+        return float(np.mean([image_cosine(tokens.output, seed=self.seed) for tokens in self.tokens]))
+
+
+def measure_arm(
+    answers: Answers, trials: Sequence[Trial], parts: Mapping[int, Partition], seed: int
+) -> ArmTokens:
+    """Watch the class tokens of the models of one arm.
+
+    Raises:
+        RunError: If a training failed.
+    """
+    tokens, token_preds = [], []
+    for trial in trials:
+        model = answers.model(trial)
+        tokens.append(collect_class_tokens(model, parts[trial.seed].test))
+        token_preds.append(token_answers(model, parts[trial.seed], tokens[-1]))
+    return ArmTokens(tokens, token_preds, seed)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_cls import formatting as fmt
-from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.checks import check_choice
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.probes.common import freeze_parts
 from vit_cls.lab.probes.tokens import SINGLE
@@ -75,11 +75,8 @@ def chosen_patches(
     for token in tokens:
         if token in (CLS, GAP):
             continue
-        if token not in named and not token.startswith("token:"):
-            known = [*TOKENS, "token:K"]
-            raise ConfigError(
-                f"--tokens must be some of {', '.join(known)}; got {token!r}.{did_you_mean(token, known)}"
-            )
+        if not token.startswith("token:"):
+            check_choice("--tokens", token, [*TOKENS, "token:K"])
         if token not in named:
             layout = TokenLayout(False, 0, grid_size)
             named[token] = parse_pool(token, layout, 1, name="--tokens")[0].number or 0

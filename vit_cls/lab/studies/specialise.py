@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vit_cls import formatting as fmt
+from vit_cls.checks import check_choice
+from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
-from vit_cls.errors import ConfigError, did_you_mean
-from vit_cls.lab.results import Figure, LabResult, Table, forest
-from vit_cls.lab.studies.class_token_views import (
-    COLLAPSED,
-    FROM_TO,
-    ArmTokens,
-    alike_table,
-    cosine_map,
-    knowledge_table,
-    layer_chart,
-    token_pictures,
+from vit_cls.data.transforms import model_reader
+from vit_cls.errors import ConfigError
+from vit_cls.lab.results import (
+    MOST_LINES,
+    Figure,
+    HeatMap,
+    LabResult,
+    Line,
+    LineChart,
+    Pictures,
+    Table,
+    forest,
 )
-from vit_cls.lab.studies.class_tokens import collect_class_tokens, token_answers
+from vit_cls.lab.studies.class_tokens import (
+    COLLAPSED,
+    ArmTokens,
+    ClassTokens,
+    collapse,
+    cosine_matrix,
+    information_test,
+    measure_arm,
+)
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study, train_arms
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.metrics import METRICS, Scored
-from vit_cls.stats.random_effects import paired_difference
+from vit_cls.stats.random_effects import Mean, mean_interval, paired_difference
 from vit_cls.stats.verdicts import GREATER, LESS, REFUTED, SUPPORTED, Claim, Finding, judge_all
 
+EXAMPLES = 6
+FROM_TO = ("from (%)", "to (%)")
 VARIANTS = {"mean": "multicls", "concat": "multicls-concat", "diverse": "multicls-diverse"}
 """Poolings by the word that is typed."""
 ONE, REGISTER = "cls", "extra register"
@@ -70,20 +83,15 @@ class SpecialiseStudy(Study):
         super().__init__(setup)
         self.counts = sorted(counts)
         self.variants = list(variants)
-        given = ", ".join(map(str, counts)) or "none"
+        given, named = (", ".join(map(str, values)) or "none" for values in (counts, variants))
         if 1 not in self.counts or self.counts[0] < 1 or len(self.counts) < 2:
             raise ConfigError(
                 f"--counts needs 1, which others are compared with, and a larger number; got {given}. "
                 "Write --counts 1,2,4."
             )
         for variant in self.variants:
-            if variant not in VARIANTS:
-                raise ConfigError(
-                    f"--variants must be of {', '.join(VARIANTS)}; got {variant!r}."
-                    f"{did_you_mean(variant, VARIANTS)}"
-                )
+            check_choice("--variants", variant, VARIANTS)
         if "mean" not in self.variants:
-            named = ", ".join(self.variants) or "none"
             raise ConfigError(f"--variants needs mean, which others are compared with; got {named}.")
         for option, values in (("--counts", self.counts), ("--variants", self.variants)):
             if len(set(values)) < len(values):
@@ -92,8 +100,7 @@ class SpecialiseStudy(Study):
     @property
     def several(self) -> dict[str, str]:
         """Poolings of the arms with several class tokens."""
-        counts = [count for count in self.counts if count > 1]
-        return {f"{word} {k}": f"{VARIANTS[word]}:{k}" for word in self.variants for k in counts}
+        return {f"{word} {k}": f"{VARIANTS[word]}:{k}" for word in self.variants for k in self.counts[1:]}
 
     def arms(self) -> dict[str, list[Trial]]:
         """Trials by arm, a seed each."""
@@ -106,17 +113,14 @@ class SpecialiseStudy(Study):
         grid = self.arms()
         right = {arm: answers.correct(trials) for arm, trials in grid.items()}
         parts = {seed: grid[ONE][0].data.parts(seed) for seed in self.setup.all_seeds}
-        measured = {arm: measure_arm(answers, grid[arm], parts) for arm in self.several}
+        measured = {arm: measure_arm(answers, grid[arm], parts, self.setup.seed) for arm in self.several}
         findings = self._findings(measured, right)
+        parallel, gain = findings[0], findings[len(self.counts) - 1]  # of the most tokens
         return self.result(
             answers,
-            self._headline(findings),
+            f"{parallel.verdict.capitalize()}: {parallel.sentence} {gain.sentence}",
             findings,
-            tables=[
-                alike_table(measured, seed=self.setup.seed),
-                knowledge_table(measured, seed=self.setup.seed),
-                self._accuracy(answers, grid, right),
-            ],
+            tables=[alike_table(measured), knowledge_table(measured), self._accuracy(answers, grid, right)],
             figures=self._figures(measured, right, parts[self.setup.seed]),
             more_settings={"cosine_margin": COSINE_MARGIN},
             values=self._values(measured, right),
@@ -124,13 +128,8 @@ class SpecialiseStudy(Study):
             notes=self._notes(measured),
         )
 
-    def _headline(self, findings: Sequence[Finding]) -> str:
-        """Whether the most tokens end parallel, and what they gain over one."""
-        parallel, gain = findings[0], findings[len(self.counts) - 1]
-        return f"{parallel.verdict.capitalize()}: {parallel.sentence} {gain.sentence}"
-
     def _findings(self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray]) -> list[Finding]:
-        counts, margin = [count for count in reversed(self.counts) if count > 1], self.setup.margin
+        counts, margin = self.counts[:0:-1], self.setup.margin  # from the most tokens to two
         parallel = [
             Claim(
                 f"{k} class tokens read by their mean end parallel: their cosine is above {COLLAPSED}.",
@@ -170,12 +169,10 @@ class SpecialiseStudy(Study):
             for k in counts
             if "diverse" in self.variants
         ]
-        found = judge_all([*parallel, *gains, *lower], seed=self.setup.seed)
-        spoken = [
-            _with_sentence(one, k, measured[f"mean {k}"], self.setup.seed)
-            for one, k in zip(found, counts, strict=False)
-        ]
-        return [*spoken, *found[len(spoken) :]]
+        findings = judge_all([*parallel, *gains, *lower], seed=self.setup.seed)
+        for i, k in enumerate(counts):
+            findings[i] = _with_sentence(findings[i], k, measured[f"mean {k}"])
+        return findings
 
     def _accuracy(
         self, answers: Answers, grid: dict[str, list[Trial]], right: dict[str, np.ndarray]
@@ -183,11 +180,15 @@ class SpecialiseStudy(Study):
         rows: list[list[Any]] = []
         for arm, trials in grid.items():
             note = answers.note(trials[0])
-            errors = [_ece(answers, trial) for trial in trials]
+            errors = [
+                METRICS["ece"].estimate(Scored(probs.astype(np.float64), targets, trial.seed)).value
+                for trial in trials
+                for probs, targets in [answers.probs(trial)]
+            ]
             gains = [
-                [None] * 3 if arm == other else [found.estimate, *found.ci95]
+                [None] * 3 if arm == other else [gain.estimate, *gain.ci95]
                 for other in (ONE, REGISTER)
-                for found in [paired_difference(right[other], right[arm], seed=self.setup.seed)]
+                for gain in [paired_difference(right[other], right[arm], seed=self.setup.seed)]
             ]
             calibration = [float(np.mean(errors)), min(errors), max(errors)]
             costs = [note["tokens"], note["parameters"]]
@@ -211,32 +212,30 @@ class SpecialiseStudy(Study):
         }
         most = [f"{word} {self.counts[-1]}" for word in ("mean", "diverse") if word in self.variants]
         first = {arm: measured[arm].tokens[0] for arm in most}
-        figures: list[Figure] = [
+        return [
             layer_chart(measured),
             *forest("Accuracy against one class token", gains, self.setup.margin),
             *(cosine_map(arm, tokens) for arm, tokens in first.items()),
+            *token_pictures(parts.test, first),
         ]
-        pictures = token_pictures(parts.test, first)
-        return figures if pictures is None else [*figures, pictures]
 
     def _values(self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray]) -> dict[str, Any]:
         return {
             "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
-            "output_cosine": {arm: one.cosines.mean(axis=1) for arm, one in measured.items()},
-            "layer_cosine": {arm: one.layer_cosines.mean(axis=2).T for arm, one in measured.items()},
-            "other_image_cosine": {
-                arm: one.other_image_cosine(self.setup.seed) for arm, one in measured.items()
-            },
+            "output_cosine": {arm: each.cosines.mean(axis=1) for arm, each in measured.items()},
+            "layer_cosine": {arm: each.layer_cosines.mean(axis=2).T for arm, each in measured.items()},
+            "other_image_cosine": {arm: each.other_image_cosine for arm, each in measured.items()},
             "token_top1": {
-                arm: [each.right.mean(axis=0) for each in one.answers] for arm, one in measured.items()
+                arm: [answers.right.mean(axis=0) for answers in each.answers]
+                for arm, each in measured.items()
             },
             "independent_models": {
-                arm: None if (found := one.against_seeds(self.setup.seed)) is None else vars(found)
-                for arm, one in measured.items()
+                arm: None if each.against_seeds is None else vars(each.against_seeds)
+                for arm, each in measured.items()
             },
             "attention_apart": {
-                arm: [None if each.overlap is None else each.overlap.mean() for each in one.tokens]
-                for arm, one in measured.items()
+                arm: [None if tokens.overlap is None else tokens.overlap.mean() for tokens in each.tokens]
+                for arm, each in measured.items()
             },
         }
 
@@ -258,45 +257,142 @@ class SpecialiseStudy(Study):
                 "Whether class tokens of one model are more parallel than those of independent models takes "
                 "two seeds at least, and was not tested."
             )
-        if any(each.overlap is None for one in measured.values() for each in one.tokens):
+        if any(each.overlaps is None for each in measured.values()):
             notes.append("Attention weights are not known for this architecture, and were left out.")
         return notes
 
 
-def measure_arm(answers: Answers, trials: Sequence[Trial], parts: dict[int, Partition]) -> ArmTokens:
-    """Watch the class tokens of the models of one arm.
-
-    Raises:
-        RunError: If a training failed.
-    """
-    tokens, said = [], []
-    for trial in trials:
-        model = answers.model(trial)
-        tokens.append(collect_class_tokens(model, parts[trial.seed].test))
-        said.append(token_answers(model, parts[trial.seed], tokens[-1]))
-    return ArmTokens(tokens, said)
-
-
-def _ece(answers: Answers, trial: Trial) -> float:
-    probs, targets = answers.probs(trial)
-    return METRICS["ece"].estimate(Scored(probs.astype(np.float64), targets, trial.seed)).value
-
-
-def _with_sentence(finding: Finding, count: int, measured: ArmTokens, seed: int) -> Finding:
+def _with_sentence(finding: Finding, count: int, measured: ArmTokens) -> Finding:
     """A claim on one quantity, not on a difference: a sentence of its own, and what to compare it with."""
     low, high = finding.ci95 or (0.0, 0.0)
     seeds, images = finding.counts["seeds"], finding.counts["images"]
     place = {SUPPORTED: "above", REFUTED: "below"}.get(finding.verdict, "not told from")
-    found = measured.against_seeds(seed)
     others = ""
-    if found is not None:
-        p = fmt.p_value(found.p)
-        others = f", tokens of independent models {found.independent:.3f} (p {p})"
+    if (chance := measured.against_seeds) is not None:
+        others = f", tokens of independent models {chance.independent:.3f} (p {fmt.p_value(chance.p)})"
     needed = f"; needed: {finding.needed}" if finding.needed else ""
     sentence = (
         f"the mean cosine of {count} class tokens after the final norm is {finding.estimate:.3f} "
         f"({fmt.interval((low, min(1.0, high)), fmt.three_decimals)}; {seeds} "
         f"seed{'s' if seeds > 1 else ''}, {fmt.count(images)} images), {place} {COLLAPSED:g}; "
-        f"the same token on another image has {measured.other_image_cosine(seed):.3f}{others}{needed}."
+        f"the same token on another image has {measured.other_image_cosine:.3f}{others}{needed}."
     )
     return dataclasses.replace(finding, sentence=sentence)
+
+
+def alike_table(measured: Mapping[str, ArmTokens]) -> Table:
+    """Cosines and attention of the class tokens of each arm."""
+    rows: list[list[Any]] = []
+    for arm, each in measured.items():
+        mean, seeds = mean_interval(each.cosines), each.cosines.mean(axis=1)
+        likeness = [*_bounded(mean), collapse(mean), float(seeds.min()), float(seeds.max())]
+        others = [each.other_image_cosine, float(each.layer_cosines[0].mean())]
+        chance = dataclasses.astuple(each.against_seeds) if each.against_seeds else [None] * 3
+        apart = [None] * 3 if each.overlaps is None else _bounded(mean_interval(each.overlaps), 0.0)
+        rows.append([arm, *likeness, *others, *chance, *apart, mean.seeds, mean.images])
+    columns = ["arm", "cosine", "from", "to", "collapsed", "lowest seed", "highest seed"]
+    columns += ["same token, other image", "at the input", "independent models", "p", "smallest p"]
+    columns += ["attention apart", "from", "to", "seeds", "images"]
+    return Table(
+        "How alike the class tokens are",
+        columns,
+        rows,
+        "Cosine of the output tokens after the final norm, the mean over pairs and images. Collapsed: the "
+        f"interval lies above {COLLAPSED:g}. Independent models: a token of one seed and one of another, on "
+        "the same image; p by dealing all tokens out anew over the models, not adjusted for the number of "
+        "arms; smallest p: what so few seeds and tokens allow. Attention apart: Jensen-Shannon divergence in "
+        "the last block, 0 where tokens look at the same patches, 1 where at different ones.",
+    )
+
+
+def knowledge_table(measured: Mapping[str, ArmTokens]) -> Table:
+    """What each class token of each arm says on its own."""
+    rows: list[list[Any]] = []
+    for arm, each in measured.items():
+        right = np.stack([answers.right for answers in each.answers])  # (seeds, images, K)
+        tokens, single = right.mean(axis=1), mean_interval(right.mean(axis=2))
+        differ = mean_interval(np.stack([answers.disagreement for answers in each.answers]))
+        oracle = mean_interval(np.asarray(right.any(axis=2)))
+        most_confident = np.stack([answers.most_confident for answers in each.answers])
+        bits = information_test(most_confident, each.answers[0].targets, seed=each.seed)
+        own = [*_bounded(single, 0.0), float(tokens.min()), float(tokens.max())]
+        shares = [*_bounded(differ, 0.0), *_bounded(oracle, 0.0)]
+        rows.append([arm, each.answers[0].read_by, *own, *shares, *bits, single.seeds, single.images])
+    columns = ["arm", "read by", "one token (%)", *FROM_TO, "worst (%)", "best (%)"]
+    columns += ["pairs that disagree (%)", *FROM_TO, "any token right (%)", *FROM_TO]
+    columns += ["most confident token tells (bits)", "by chance (bits)", "p", "seeds", "images"]
+    return Table(
+        "What each class token knows",
+        columns,
+        rows,
+        "Test images, each token classified on its own. Any token right: what a perfect choice of the token "
+        "would reach. Bits: mutual information of the most confident token and the class; p by permuting "
+        "classes.",
+    )
+
+
+def layer_chart(measured: Mapping[str, ArmTokens]) -> LineChart:
+    """Cosine of the class tokens, block by block."""
+    lines = []
+    for arm, each in list(measured.items())[:MOST_LINES]:
+        means = [_bounded(mean_interval(values)) for values in each.layer_cosines]
+        points = [(float(layer), estimate) for layer, (estimate, _, _) in enumerate(means)]
+        lines.append(Line(arm, points, [(low, high) for _, low, high in means]))
+    return LineChart(
+        "Cosine of the class tokens by layer",
+        "block",
+        "cosine",
+        lines,
+        percent=False,
+        marks={f"{COLLAPSED:g}": COLLAPSED},
+        note="As the blocks left the tokens; 0: the learned tokens and their positions. At most "
+        f"{MOST_LINES} arms are drawn; bands are 95 % intervals over seeds and images.",
+    )
+
+
+def cosine_map(arm: str, tokens: ClassTokens) -> HeatMap:
+    """Cosine of each output token with each, averaged over images."""
+    matrix = cosine_matrix(tokens.output).mean(axis=0)
+    labels = [f"token {k + 1}" for k in range(len(matrix))]
+    note = "Mean over the test images, of the first seed's model."
+    title = f"Cosine of the output tokens, {arm}"
+    return HeatMap(title, matrix.tolist(), labels, labels, percent=False, limits=(-1.0, 1.0), note=note)
+
+
+def token_pictures(source: ImageSource, measured: Mapping[str, ClassTokens]) -> list[Pictures]:
+    """Where each class token of some models attends to, beside an image of each class; of known weights."""
+    shown = {arm: tokens for arm, tokens in measured.items() if tokens.maps is not None}
+    if not shown:
+        return []
+    first = next(iter(shown.values()))
+    labels = first.rows.labels
+    repeat = np.array([int((labels[:i] == label).sum()) for i, label in enumerate(labels)])
+    chosen = np.lexsort((labels, repeat))[:EXAMPLES].tolist()
+    reader = model_reader(first.preprocess)
+    rows = []
+    for i in chosen:
+        pixels = reader(source.read(int(first.rows.positions[i])))
+        row = [np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())]
+        for tokens in shown.values():
+            assert tokens.maps is not None
+            row += [_picture(values, tokens.grid_size, row[0].shape[:2]) for values in tokens.maps[i]]
+        rows.append(row)
+    columns = [f"{arm}: token {k + 1}" for arm, tokens in shown.items() for k in range(tokens.count)]
+    title = "Attention of each class token to the patches, last block"
+    row_labels = [first.rows.class_names[int(labels[i])] for i in chosen]
+    note = "Mean over heads, of the first seed's models. In each map the highest value is white, 0 is black."
+    return [Pictures(title, ["image", *columns], rows, row_labels, note)]
+
+
+def _picture(values: np.ndarray, grid_size: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
+    """A map of patches as grey pixels in the size of the image."""
+    grid = values.reshape(grid_size) / max(float(values.max()), 1e-12)
+    rows, columns = (np.arange(n) * cells // n for n, cells in zip(size, grid_size, strict=True))
+    grey = np.rint(255 * grid[rows][:, columns]).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _bounded(mean: Mean, least: float = -1.0) -> tuple[float, float, float]:
+    """Estimate and interval of what lies between ``least`` and 1."""
+    low, high = mean.ci95
+    return mean.estimate, max(least, low), min(1.0, high)

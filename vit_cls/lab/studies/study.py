@@ -17,8 +17,7 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.lab.probes.common import check_margin
 from vit_cls.lab.results import LabResult, Table
 from vit_cls.lab.studies.recipe import DATA_KEYS, MODEL_KEYS, OPTIM_KEYS, Recipe
-from vit_cls.lab.studies.runner import trial_folder
-from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, Trial, TrialData
+from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, Trial, TrialData, trial_folder
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import Finding

@@ -1,18 +1,44 @@
-"""One training of a study, as plain data: what is trained, on what, under which seed, and where it goes."""
+"""The trainings of a study: each is plain data, done once, and again only where it stopped.
+
+They spread over processes and machines.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit_cls import formatting as fmt
+from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition, partition_data
+from vit_cls.environment import cpu_count
+from vit_cls.errors import ConfigError, ModelFileError, RunError
+from vit_cls.files import replacing, write_text
+from vit_cls.lab.features import logits_of
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.signals import Stopped
+from vit_cls.weights.factory import load
+from vit_cls.workers import WorkerPool
+
+log = logging.getLogger("vit_cls")
 
 RUN = "run"
 MODEL = f"{RUN}/model.safetensors"
@@ -105,3 +131,260 @@ class TrainFunction(Protocol):
         epochs: int,
     ) -> Path:
         """Train, or go on where an earlier try stopped; gives the model file."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the trials of a study are spread.
+
+    Args:
+        jobs: Processes on this machine.
+        shard: Which part of the trials is trained here, from 1.
+        shards: How many parts there are.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    jobs: int = 1
+    shard: int = 1
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("--jobs", self.jobs, at_least=1)
+        if not 1 <= self.shard <= self.shards:
+            raise ConfigError(f"--shard i/n needs i from 1 to n; got {self.shard}/{self.shards}.")
+
+    @classmethod
+    def parse(cls, jobs: int, shard: str | None) -> Spread:
+        """From what the user wrote.
+
+        Args:
+            shard: ``i/n``, or None.
+
+        Raises:
+            ConfigError: If it is written otherwise.
+
+        Example:
+            >>> Spread.parse(2, "1/4")
+            Spread(jobs=2, shard=1, shards=4)
+        """
+        if shard is None:
+            return cls(jobs)
+        number, slash, count = shard.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal()):
+            raise ConfigError(f"--shard must be written i/n, such as 1/4; got {shard!r}.")
+        return cls(jobs, int(number), int(count))
+
+
+def trial_folder(study: Path, trial: Trial) -> Path:
+    """Where a trial of a study goes."""
+    return study / "trials" / trial.key
+
+
+def is_done(study: Path, key: str) -> bool:
+    """Whether a trial has come to its end, good or bad.
+
+    Args:
+        study: Folder of the study.
+        key: See `Trial.key`.
+    """
+    return (study / "trials" / key / DONE).is_file()
+
+
+def run_trials(trials: Sequence[Trial], study: Path, train: TrainFunction, spread: Spread) -> int:
+    """Train what is not done yet; those that start from another's model come after it.
+
+    Args:
+        trials: All of the study, each once.
+        study: Folder of the study.
+        train: Trains one.
+        spread: Over which processes, and which part of them here.
+
+    Returns:
+        How many of all trials are not done, because they belong to other machines.
+
+    Raises:
+        ConfigError: If a trial starts from one that is not in the study.
+        RunError: If a training process was killed.
+    """
+    by_key = {trial.key: trial for trial in trials}
+    assert len(by_key) == len(trials), "two trials are the same"
+    lines = {key: _line(trial, by_key) for key, trial in by_key.items()}
+    roots = [trial.key for trial in trials if trial.after is None]
+    owner = {key: i % spread.shards + 1 for i, key in enumerate(roots)}
+    mine = [
+        trial
+        for trial in sorted(trials, key=lambda trial: len(lines[trial.key]))
+        if owner[lines[trial.key][-1]] == spread.shard and not is_done(study, trial.key)
+    ]
+    if mine:
+        log.info(f"{len(mine)} of {len(trials)} trainings to do here, in {study}")
+    if spread.jobs == 1 or len(mine) <= 1:
+        _run_here(mine, study, train)
+    else:
+        try:
+            _run_spread(mine, study, train, spread.jobs)
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a training process was killed from outside, as happens where memory runs out. What is "
+                "complete is kept: run the study again, with fewer --jobs if memory is short."
+            ) from error
+    return sum(not is_done(study, trial.key) for trial in trials)
+
+
+def _line(trial: Trial, by_key: Mapping[str, Trial]) -> list[str]:
+    """Its key, that of the trial it starts from, and so on."""
+    keys = [trial.key]
+    while trial.after is not None:
+        if trial.after not in by_key:
+            raise ConfigError(
+                f"the trial {trial.key} starts from {trial.after}, which is not in the study. Let the "
+                "study's trials() give that one too."
+            )
+        trial = by_key[trial.after]
+        keys.append(trial.key)
+    return keys
+
+
+def _run_here(trials: Sequence[Trial], study: Path, train: TrainFunction) -> None:
+    for done, trial in enumerate(trials, 1):
+        seconds = run_trial(trial, study, train)
+        log.info(f"{done} of {len(trials)}: {trial.key}, {fmt.duration(seconds)}")
+
+
+def _run_spread(trials: Sequence[Trial], study: Path, train: TrainFunction, jobs: int) -> None:
+    """A process lives for many trials: to import torch takes as long as a small training."""
+    waiting = [trial for trial in trials if trial.after is not None and not is_done(study, trial.after)]
+    late = {trial.key for trial in waiting}
+    names: dict[Future[float], str] = {}
+    done = 0
+    jobs = min(jobs, len(trials))
+    with WorkerPool(jobs, partial(torch.set_num_threads, max(1, cpu_count() // jobs))) as pool:
+
+        def submit(ready: Sequence[Trial]) -> set[Future[float]]:
+            new = {pool.submit(run_trial, trial, study, train): trial.key for trial in ready}
+            names.update(new)
+            return set(new)
+
+        running = submit([trial for trial in trials if trial.key not in late])
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                done, key = done + 1, names[future]
+                log.info(f"{done} of {len(trials)}: {key}, {fmt.duration(future.result())}")
+                running |= submit([trial for trial in waiting if trial.after == key])
+
+
+def run_trial(trial: Trial, study: Path, train: TrainFunction) -> float:
+    """Train one trial, let it answer for every validation and test image, and note that it is done.
+
+    A training that fails, such as by a learning rate that is too high, is an answer too: it is noted with its
+    reason. What was wrong before it began, such as weights that do not exist, is not: it raises.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        ConfigError: If its settings do not make a run.
+        DataError: If its images cannot be used.
+        ModelFileError: If the weights it starts from cannot be had.
+    """
+    started = time.perf_counter()
+    folder = trial_folder(study, trial)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = trial.data.parts(trial.seed)
+    note: dict[str, Any] = {"trial": trial.to_dict(), "data": parts.counts(), "origin": parts.origin}
+    try:
+        classifier = load(_train(trial, study, train, parts))
+        note |= _costs(classifier)
+        note["failures"] = _save_answers(folder / ANSWERS, classifier, {"val": parts.val, "test": parts.test})
+    except Stopped:
+        raise
+    except RunError as error:
+        note["error"] = str(error)
+        log.warning(f"{trial.key} failed: {error}")
+    note["seconds"] = time.perf_counter() - started
+    write_text(folder / DONE, json.dumps(note, indent=1))
+    return note["seconds"]
+
+
+def _train(trial: Trial, study: Path, train: TrainFunction, parts: Partition) -> Path:
+    model = dict(trial.model)
+    if trial.after is not None:
+        before = study / "trials" / trial.after
+        error = json.loads((before / DONE).read_text(encoding="utf-8")).get("error")
+        if error is not None:
+            raise RunError(f"the training {trial.after}, which it starts from, failed: {error}")
+        model["pretrained"] = str(before / MODEL)
+    return train(
+        trial_folder(study, trial) / RUN,
+        parts.train,
+        parts.val,
+        origin=parts.origin,
+        seed=trial.seed,
+        model=model,
+        optim=trial.optim,
+        loader=trial.loader,
+        epochs=trial.epochs,
+    )
+
+
+def _costs(classifier: ImageClassifier) -> dict[str, Any]:
+    """Parameters of the model, and what pooling and head add to the encoder."""
+    model = classifier.model
+    head = _count(model.head)
+    rows = model.layout.num_prefix_tokens - model.layout.reg_tokens if model.pool.per_class else 1
+    return {
+        "parameters": _count(model),
+        "macs": _macs(classifier),
+        "head_parameters": head + _count(model.pool),
+        "head_macs": model.pool.macs + rows * head,
+        "tokens": model.layout.num_tokens,
+    }
+
+
+def _macs(classifier: ImageClassifier) -> int:
+    """Multiply-adds of one image, as torch counts them; not the fused attention, which is taken apart."""
+    config = classifier.model.config
+    image = torch.zeros(1, config.in_chans, *config.image_hw)
+    # Not no_grad: in it, a view of a parameter given to a module makes the counter raise.
+    model = classifier.cpu().eval().model.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _save_answers(path: Path, classifier: ImageClassifier, parts: dict[str, ImageSource]) -> dict[str, str]:
+    arrays: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for part, source in parts.items():
+        try:
+            logits = logits_of(classifier, source)
+        except ModelFileError as error:  # it diverged
+            raise RunError(f"{error} Use a lower learning rate.") from error
+        probs = classifier.probs(torch.from_numpy(logits.logits)).numpy().astype(np.float32)
+        arrays |= {
+            f"{part}_probs": probs,
+            f"{part}_targets": logits.targets,
+            f"{part}_positions": logits.positions,
+        }
+        failures |= {source.index.paths[i]: reason for i, reason in logits.failures.items()}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    return failures
+
+
+def default_jobs(data: str) -> int:
+    """Processes where the user gave no number: one a core for tiny images on a CPU, else one.
+
+    Args:
+        data: ``digits``, or a folder.
+    """
+    if torch.cuda.is_available() or data != "digits":
+        return 1
+    return min(8, cpu_count())
