@@ -437,7 +437,7 @@ def test_the_headline_and_the_table_compare_with_other_images_and_independent_mo
     assert abs(chance["independent"]) < 0.1  # bases at random
     assert (
         f"; the same token on another image has {measured.other_image_cosine:.3f}, tokens of independent "
-        f"models {chance['independent']:.3f} (p 0.002)."
+        f"models {chance['independent']:.3f} (p 0.0020)."
     ) in result.headline
     columns = list(result.tables[0].columns)
     row = dict(zip(columns, result.tables[0].rows[0], strict=True))
