@@ -262,7 +262,7 @@ def test_fewer_blocks_are_the_first_ones(make, images):
 def test_more_blocks_are_refused_unless_allowed_by_name(make):
     checkpoint = make()
     with pytest.raises(
-        ModelFileError, match=r"3\d% of the encoder would be fresh.*blocks\.2.*raise model.max_fresh"
+        ModelFileError, match=r"3\d % of the encoder would be fresh.*blocks\.2.*raise model.max_fresh"
     ):
         checkpoint.load(depth=3)
     model = checkpoint.load(depth=3, max_fresh=0.5)
