@@ -17,6 +17,7 @@ MODEL_HELP = (
     "a run folder, model.safetensors, .ckpt, a name of timm's with or without tag, or name=weights file"
 )
 DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
+SPLIT_HELP = "the part to score: train, val or test (default: test if there is one, else val, else all)"
 EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
 
 
@@ -34,9 +35,6 @@ def make_parser(verb: str, description: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-
-
-SPLIT_HELP = "the part to score: train, val or test (default: test if there is one, else val, else all)"
 
 
 def add_data_arguments(parser: ArgumentParser, *, required: bool = True, split: str = SPLIT_HELP) -> None:
