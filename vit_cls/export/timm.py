@@ -44,7 +44,6 @@ class TimmExport:
     """A folder that timm opens.
 
     Args:
-        folder: ``config.json`` and ``model.safetensors``.
         architecture: timm's name for it.
         difference: Largest difference of logits between this model and timm's, relative to the largest logit.
     """
@@ -55,9 +54,7 @@ class TimmExport:
 
 
 def export_timm(classifier: ImageClassifier, folder: Path) -> TimmExport:
-    """Write a model as timm's hub stores it.
-
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens it.
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens.
 
     Args:
         classifier: What to write, in float32.
@@ -97,11 +94,8 @@ def export_timm(classifier: ImageClassifier, folder: Path) -> TimmExport:
 def check_new_folder(folder: Path) -> None:
     """Refuse to write among other files.
 
-    Args:
-        folder: As the user wrote it.
-
     Raises:
-        ConfigError: If it exists and is anything but an empty folder.
+        ConfigError: If ``folder`` exists and is anything but an empty folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {folder} is not an empty folder. Give a new one.")

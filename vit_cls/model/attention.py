@@ -13,14 +13,6 @@ from vit_cls.model.linear import Linear, linear
 class Attention(nn.Module):
     """Self-attention with fused softmax, and queries for a part of the tokens if asked.
 
-    Args:
-        dim: Width of a token; divisible by ``num_heads``.
-        qkv_bias: Whether query, key and value have a bias.
-        qk_norm: Whether queries and keys are normalised for each head.
-        attn_drop: Dropout of the attention weights.
-        proj_drop: Dropout after the projection.
-        norm_eps: Epsilon of the query and key norms.
-
     Source:
         Attention is all you need, https://arxiv.org/abs/1706.03762; weight layout: timm's ``Attention``.
     """
@@ -47,16 +39,11 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, tokens: Tensor, read: slice | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attend from the tokens in ``read`` to all tokens.
+        """Attend from the tokens in ``read`` (None: all) to all tokens, (B, N, D) to (B, read, D).
 
         Args:
-            tokens: Normalised tokens, shape ``(batch, tokens, dim)``.
-            read: The tokens whose result is wanted; None means all. Keys and values are always of all.
             mask: True where a token may attend to another, bool, shape ``(read tokens, tokens)`` with any
                 axes before; None means everywhere. Each read token may attend to one token at least.
-
-        Returns:
-            Shape ``(batch, read tokens, dim)``.
         """
         dropout = self.attn_drop.p if self.training else 0.0
         plain = dropout == 0.0 and isinstance(self.k_norm, nn.Identity)
@@ -86,18 +73,10 @@ class Attention(nn.Module):
         return q, k, v
 
     def _attend_from_one(self, tokens: Tensor, reader: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of a single query without projecting any key or value.
+        """Attention of a single query, (B, D) to (B, 1, D), without projecting any key or value.
 
         ``q . (W_k x) = (W_k^T q) . x``, and ``sum a (W_v x) = W_v (sum a x)``: the projections move from all
         tokens to the query and to the weighted sum. The key bias adds the same to every score and cancels.
-
-        Args:
-            tokens: Normalised tokens, shape ``(batch, tokens, dim)``.
-            reader: The token that attends, shape ``(batch, dim)``.
-            mask: As for `forward`.
-
-        Returns:
-            Before the projection, shape ``(batch, 1, dim)``.
         """
         w_q, w_k, w_v = self.qkv.weight.chunk(3)
         bias_q, _, bias_v = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)

@@ -10,11 +10,7 @@ from vit_cls.model.linear import Linear
 
 
 class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``, the activation that OpenAI's CLIP was trained with.
-
-    Source:
-        https://github.com/openai/CLIP/blob/main/clip/model.py
-    """
+    """``x * sigmoid(1.702 x)`` of CLIP. Source: https://github.com/openai/CLIP/blob/main/clip/model.py"""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every element of ``x``; the shape stays."""
@@ -22,12 +18,7 @@ class QuickGELU(nn.Module):
 
 
 def make_activation(name: str) -> nn.Module:
-    """The activation module of that name, one of `vit_cls.model.config.ACTIVATIONS`.
-
-    Example:
-        >>> make_activation("gelu_tanh")
-        GELU(approximate='tanh')
-    """
+    """The activation module of that name, one of `vit_cls.model.config.ACTIVATIONS`."""
     rows = {
         "gelu": nn.GELU(),
         "gelu_tanh": nn.GELU(approximate="tanh"),
@@ -38,10 +29,7 @@ def make_activation(name: str) -> nn.Module:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop the whole branch for some samples, and scale the rest up.
-
-    Args:
-        rate: Probability that a sample's branch is dropped, in [0, 1).
+    """Stochastic depth: drop the branch of some samples with probability ``rate``, and scale the rest up.
 
     Source:
         https://arxiv.org/abs/1603.09382; one draw a sample, as in timm.
@@ -65,11 +53,7 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a branch; each starts from ``init_values``.
-
-    Source:
-        CaiT, https://arxiv.org/abs/2103.17239.
-    """
+    """A learned factor for each channel of a branch. Source: CaiT, https://arxiv.org/abs/2103.17239."""
 
     def __init__(self, dim: int, init_values: float) -> None:
         super().__init__()
@@ -86,12 +70,7 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between, for each token on its own.
-
-    Args:
-        hidden_dim: Width between the layers.
-        drop: Dropout after each layer.
-    """
+    """Two linear layers with an activation between, for each token on its own; dropout after each."""
 
     def __init__(self, dim: int, hidden_dim: int, *, act: str = "gelu", drop: float = 0.0) -> None:
         super().__init__()
@@ -107,10 +86,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLUPacked(nn.Module):
-    """Gated MLP whose gate and value share one matrix: ``fc2(act(gate) * value)``.
-
-    Args:
-        hidden_dim: Width of gate and value together; even.
+    """Gated MLP whose gate and value share one matrix of ``hidden_dim`` rows: ``fc2(act(gate) * value)``.
 
     Source:
         GLU variants, https://arxiv.org/abs/2002.05202; packed as in DINOv2's ``w12`` and timm's ``GluMlp``
@@ -133,11 +109,6 @@ class SwiGLUPacked(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm encoder block, which computes only the tokens that are read after it.
-
-    Args:
-        init_values: First value of LayerScale; None means none.
-        drop_path: Stochastic depth of both branches, in [0, 1).
-        norm_eps: Epsilon of both norms.
 
     Source:
         ViT, https://arxiv.org/abs/2010.11929, equations 2 and 3; parameter names as in timm's ``Block``.
@@ -164,16 +135,10 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, tokens: Tensor, read: slice | None = None, mask: Tensor | None = None) -> Tensor:
-        """Run the block.
+        """What the whole block gives for the read tokens, (B, read, D), from tokens (B, N, D).
 
-        Args:
-            tokens: Shape ``(batch, tokens, dim)``.
-            read: The tokens whose result is wanted; None means all.
-            mask: Which token may attend to which, as for `Attention.forward`.
-
-        Returns:
-            Shape ``(batch, read tokens, dim)``: what the whole block would give for those tokens, from
-            keys and values of all tokens and everything else of the read ones alone.
+        Keys and values are of all tokens, everything else of the read ones alone; None reads all. The mask is
+        that of `Attention.forward`.
         """
         # No name for what attention returns: it would live, and cost memory, until the MLP is done.
         kept = tokens if read is None else tokens[:, read]

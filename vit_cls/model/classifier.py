@@ -23,7 +23,7 @@ INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What happens to an image between the file and the patch embedding.
+    """What happens to an image between the file and the patch embedding; ConfigError if that is impossible.
 
     Args:
         img_size: Height and width that the model takes, in pixels.
@@ -33,9 +33,6 @@ class Preprocess:
         crop_mode: ``center`` keeps the aspect ratio and crops; ``squash`` resizes both sides.
         interpolation: Filter of the resize: ``bicubic``, ``bilinear`` or ``nearest``.
         background: Red, green and blue, from 0 to 255, of what shows through transparent pixels.
-
-    Raises:
-        ConfigError: If a value is impossible.
 
     Source:
         Fields and defaults (mean and std 0.5, crop 0.9, bicubic): timm's configurations of plain ViTs.
@@ -64,18 +61,12 @@ class Preprocess:
 
     @classmethod
     def for_size(cls, img_size: tuple[int, int]) -> Preprocess:
-        """The usual preprocessing of a model trained from scratch at that height and width, in pixels.
-
-        Up to 64 pixels, and from 384, the crop is the whole image.
-        """
+        """The usual one for training from scratch; up to 64 pixels, and from 384, nothing is cropped."""
         whole = max(img_size) <= 64 or max(img_size) >= 384
         return cls(img_size, crop_pct=1.0 if whole else 0.9)
 
     def resized(self, img_size: tuple[int, int], in_chans: int) -> Preprocess:
-        """The same preprocessing for another height and width, in pixels, and number of channels.
-
-        For one channel mean and std are averaged, for others repeated in turn.
-        """
+        """The same for another size and number of channels: mean and std averaged for one, else repeated."""
         mean, std = self.mean, self.std
         if in_chans == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
@@ -147,10 +138,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std).view(shape), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 pixels to the model's input.
-
-        Args:
-            images: RGB, uint8, shape ``(batch, channels, height, width)``.
+        """RGB pixels, uint8, shape ``(batch, channels, height, width)``, to the model's input.
 
         Returns:
             Floats in the model's dtype: pixels over 255, less the mean, over the standard deviation; to
@@ -168,13 +156,7 @@ class ImageClassifier(nn.Module):
         return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify.
-
-        Args:
-            images: RGB, uint8, shape ``(batch, channels, height, width)``.
-
-        Returns:
-            Logits, shape ``(batch, classes)``, in the order of ``class_names``.
+        """RGB pixels, uint8, shape ``(batch, channels, height, width)``, to logits, ``(batch, classes)``.
 
         Raises:
             TypeError: If the images are not uint8.
@@ -188,13 +170,7 @@ class ImageClassifier(nn.Module):
         return self.temperature != 1.0
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Logits to probabilities, by the temperature; the order of the classes stays.
-
-        Args:
-            logits: Of `forward`, shape ``(batch, classes)``; minus infinity where a class is ruled out.
-
-        Returns:
-            float64, of the same shape, on the same device; rows add up to 1.
+        """Logits (minus infinity rules a class out) to probabilities, by the temperature, in float64.
 
         Source:
             Temperature scaling: https://arxiv.org/abs/1706.04599.
@@ -219,7 +195,6 @@ class ImageClassifier(nn.Module):
         """Rebuild a classifier, with fresh weights, from `to_metadata`.
 
         Args:
-            metadata: What `to_metadata` returned, after JSON or not.
             build: Makes the model of an architecture; None makes native ones alone.
 
         Raises:

@@ -75,19 +75,15 @@ class ViTConfig:
     Args:
         img_size: Image height and width in pixels; one number means a square.
         patch_size: Side of a square patch in pixels; divides both image sides.
-        in_chans: Channels of the image.
         num_classes: Classes of the linear head; 0 leaves the model headless (it returns features).
         pool: What the head reads, a row of `vit_cls.model.pooling.POOLINGS`: ``cls``, ``gap``, ``max``,
             ``token:K`` (patch K, counted from 0 in raster order), ``cls+gap``, ``map``... It decides how many
             class tokens there are: K with ``multicls:K``, one a class with ``classtok``.
         embed_dim: Width of a token; divisible by ``num_heads``.
         depth: Encoder blocks.
-        num_heads: Attention heads in each block.
         mlp_ratio: Hidden width of the MLP, in multiples of ``embed_dim``.
-        qkv_bias: Whether query, key and value have a bias.
         qk_norm: Whether queries and keys are normalised for each head.
         init_values: First value of LayerScale; None means no LayerScale.
-        class_token: Whether a learnable class token is prepended.
         reg_tokens: Register tokens, after the class token; read by no pooling.
         no_embed_class: Whether prefix tokens go without a position embedding.
         pos_embed: Positions: ``learn``, ``sincos2d`` (fixed) or ``none``.
@@ -95,20 +91,18 @@ class ViTConfig:
         final_norm: Whether there is a norm after the last block at all.
         fc_norm: Whether that norm stands after pooling; None follows timm's constructor where timm has the
             pooling: after ``gap``, ``max``, ``avgmax``, ``gem``, ``lse`` and ``cait:K``, before all others.
-        norm_eps: Epsilon of every LayerNorm.
         act: ``gelu``, ``gelu_tanh``, ``quick_gelu`` or ``silu``.
         mlp: ``mlp``, or ``swiglu_packed``: gated, both halves in one matrix (DINOv2 giant).
         pool_include_prefix: Whether poolings over the patches read class token and registers too.
         causal: Whether each token attends to itself and to what comes before it alone.
-        class_position: Where class tokens stand among the others: ``first``, ``middle`` or ``last``. To a
-            causal model that is everything; to any other it makes no difference at all, since attention knows
-            no order (`vit-cls verify` shows it). Tensors hold them first in any case.
+        class_position: Where class tokens stand among the others: ``first``, ``middle`` or ``last``. Only a
+            causal model can tell, since attention knows no order (`vit-cls verify` shows it). Tensors hold
+            them first in any case.
         floor_grid: Whether an image side that the patch size does not divide is allowed; the patches then
             leave out its last pixels, as in SigLIP's 384 pixels of 14.
         drop_rate: Dropout before the head, in [0, 1).
         pos_drop_rate: Dropout after the position embedding, in [0, 1).
         proj_drop_rate: Dropout after attention's and the MLP's projections, in [0, 1).
-        attn_drop_rate: Dropout of attention weights, in [0, 1).
         drop_path_rate: Stochastic depth of the last block, in [0, 1); rises linearly from 0.
 
     Raises:
@@ -232,14 +226,7 @@ class ViTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
-        """Rebuild a config from `to_dict`, after JSON or not.
-
-        Args:
-            values: Field names and values.
-
-        Raises:
-            ConfigError: If a name is not a field of this class, or a value is impossible.
-        """
+        """Rebuild a config from `to_dict`, after JSON or not; ConfigError for an unknown or bad setting."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [name for name in values if name not in known]
         if unknown:

@@ -13,13 +13,6 @@ class SkipInit(TorchFunctionMode):
     """Let no in-place function change a tensor: for building on the ``meta`` device, where nothing is.
 
     Half of the time of building a skeleton goes into drawing weights that do not exist.
-
-    Example:
-        >>> import torch
-        >>> with torch.device("meta"), SkipInit():
-        ...     layer = torch.nn.Linear(1000, 1000)
-        >>> layer.weight.shape
-        torch.Size([1000, 1000])
     """
 
     def __torch_function__(

@@ -35,19 +35,6 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     On a CPU that MKL is slow on, fp32 tokens go through oneDNN instead, as the 1x1 convolution that a
     linear layer is; PyTorch has no other public way to it that keeps full precision.
-
-    Args:
-        tokens: Shape ``(batch, tokens, in)``.
-        weight: Shape ``(out, in)``.
-        bias: Shape ``(out,)``, or None.
-
-    Returns:
-        Shape ``(batch, tokens, out)``.
-
-    Example:
-        >>> import torch
-        >>> linear(torch.ones(1, 2, 3), torch.ones(4, 3), None).shape
-        torch.Size([1, 2, 4])
     """
     if not USE_ONEDNN or not tokens.is_cpu or torch.compiler.is_compiling():
         return F.linear(tokens, weight, bias)

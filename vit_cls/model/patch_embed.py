@@ -9,15 +9,6 @@ from torch import Tensor, nn
 class PatchEmbed(nn.Module):
     """Cut an image into square patches and project each to a token.
 
-    Args:
-        img_size: Image height and width in pixels.
-        patch_size: Side of a patch in pixels; divides both.
-
-    Example:
-        >>> import torch
-        >>> PatchEmbed((224, 224), 16, 3, 192)(torch.zeros(2, 3, 224, 224)).shape
-        torch.Size([2, 196, 192])
-
     Source:
         ViT, https://arxiv.org/abs/2010.11929, equation 1. A convolution with stride == kernel is that
         linear projection; it keeps timm's weight layout.
@@ -33,11 +24,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images, (B, C, H, W), to patch tokens in raster order, (B, P, D).
-
-        Raises:
-            ValueError: If the shape is not the one the model was built for.
-        """
+        """Normalised images, (B, C, H, W), to patch tokens in raster order, (B, P, D); or ValueError."""
         expected = (self.proj.in_channels, *self.img_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(

@@ -37,18 +37,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_config(name: str, **overrides: Any) -> ViTConfig:
-    """The architecture of that row of `PRESETS`, with some settings changed.
+    """The architecture of that row of `PRESETS`, with some fields of `ViTConfig` changed.
 
     Args:
         name: Such as ``vit_tiny_patch16_224``.
-        overrides: Fields of `ViTConfig`.
 
     Raises:
         ConfigError: If the name or a setting is unknown, or the settings do not fit together.
-
-    Example:
-        >>> preset_config("vit_tiny_patch16_224", depth=2, img_size=96).grid_size
-        (6, 6)
     """
     if name not in PRESETS:
         raise ConfigError(

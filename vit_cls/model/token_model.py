@@ -40,13 +40,10 @@ class TokenModel(nn.Module):
         """Images to the encoder's input.
 
         Args:
-            images: Normalised floats, shape ``(batch, channels, height, width)``.
+            images: Normalised floats, shape ``(batch, channels, height, width)``; others are a ValueError.
 
         Returns:
             Class token, registers and patches with positions, shape ``(batch, tokens, dim)``.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
         """
         raise NotImplementedError(f"{type(self).__name__} must define embed_tokens")
 
@@ -64,45 +61,23 @@ class TokenModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define run_blocks")
 
     def encode(self, images: Tensor) -> Tensor:
-        """Every token after the last block, whatever the pooling reads.
-
-        Args:
-            images: As for `embed_tokens`.
+        """Every token after the last block, whatever the pooling reads; images as for `embed_tokens`.
 
         Returns:
             Shape ``(batch, tokens, dim)``, after the final norm where that stands before the pooling.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
         """
         return self.norm(self.run_blocks(self.embed_tokens(images)))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The vector that the head reads.
-
-        Args:
-            images: As for `embed_tokens`.
+        """The vector that the head reads; images as for `embed_tokens`.
 
         Returns:
             Features, shape ``(batch, pool.out_dim)``; ``(batch, classes, dim)`` where each class has a token.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
         """
         pool = self.pool
         tokens = self.run_blocks(self.embed_tokens(images), pool.read, pool.num_layers)
         return self.fc_norm(pool(self.norm(tokens)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify.
-
-        Args:
-            images: As for `embed_tokens`.
-
-        Returns:
-            Logits, shape ``(batch, classes)``; features where the model is headless.
-
-        Raises:
-            ValueError: If the image shape is not the model's.
-        """
+        """Images to logits, shape ``(batch, classes)``; to features where the model is headless."""
         return self.head(self.head_drop(self.forward_features(images)))

@@ -25,16 +25,12 @@ class VisionTransformer(TokenModel):
     """A plain ViT whose weights and numbers are timm's, key for key.
 
     Args:
-        config: The architecture.
-
-    Raises:
-        ConfigError: If the pooling does not fit the tokens.
+        config: The architecture; ConfigError if its pooling does not fit its tokens.
 
     Example:
         >>> import torch
         >>> config = ViTConfig(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, num_classes=10)
-        >>> model = VisionTransformer(config)
-        >>> model.embed_tokens(torch.zeros(1, 3, 28, 28)).shape
+        >>> VisionTransformer(config).embed_tokens(torch.zeros(1, 3, 28, 28)).shape
         torch.Size([1, 17, 32])
 
     Source:
@@ -106,14 +102,11 @@ class VisionTransformer(TokenModel):
 
     @torch.no_grad()
     def init_weights(self, keys: Collection[str] | None = None) -> None:
-        """Draw fresh weights: linear weights N(0, .02), biases 0.
+        """Draw fresh weights, linear ones N(0, .02), biases 0, of the modules that have one of these keys.
 
         One seed comes from torch's global generator of the CPU, which moves on by that one draw; what a layer
         draws then depends on that seed and on the layer's name. So two models under one seed start from the
         same encoder, whatever reads its tokens.
-
-        Args:
-            keys: Names of weights; the modules that have none of them are left alone. None means all.
         """
         seed = int(torch.randint(INIT_SEEDS, (), device="cpu"))
         for name, module in self.named_modules():

@@ -28,9 +28,6 @@ class EpochLog(Callback):
     """Write one row an epoch to ``metrics.csv``.
 
     Lightning's own CSV logger deletes an existing file, and so the first half of a resumed run.
-
-    Args:
-        folder: The run folder.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -121,10 +118,6 @@ class RunCheckpoint(Checkpoint):
     lower: on a small validation set many epochs are equal, and the first of them is the worst choice.
     Lightning's ModelCheckpoint keeps the first, writes ``last`` only together with ``best``, and forgets
     the best score when the folder was moved.
-
-    Args:
-        folder: The run folder.
-        epoch_log: Holds the metrics of the epoch.
     """
 
     def __init__(self, folder: RunFolder, epoch_log: EpochLog) -> None:
@@ -162,11 +155,7 @@ class RunCheckpoint(Checkpoint):
 
 
 class StopBetweenSteps(Callback):
-    """Let a signal wait for the end of the step, and then stop.
-
-    Args:
-        signals: Watches for the whole run.
-    """
+    """Let a signal wait for the end of the step, and then stop."""
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals

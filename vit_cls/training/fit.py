@@ -59,7 +59,6 @@ class FitResult:
     """What a finished run has to show, for its best epoch.
 
     Args:
-        folder: The run folder.
         epochs: Epochs trained in all.
         best_epoch: Epoch of the model file, from 0.
         correct: Validation images whose class was predicted.
@@ -89,17 +88,13 @@ def fit(
     config_yaml: str = "",
     command: list[str] | None = None,
 ) -> FitResult:
-    """Train one classifier and leave a run folder.
+    """Train one classifier and leave a run folder; what it returns is of the best epoch.
 
     Args:
-        options: Architecture, optimiser, seed, folder.
         data: The images, not yet configured.
         trainer_options: Arguments of Lightning's Trainer, on top of `TRAINER_DEFAULTS`.
         config_yaml: The resolved configuration, stored as ``config.yaml``.
         command: The words that started the run, for the record.
-
-    Returns:
-        The result of the best epoch.
 
     Raises:
         VitClsError: If the request cannot be carried out. Before the first epoch is complete nothing is

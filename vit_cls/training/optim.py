@@ -34,24 +34,14 @@ DEFAULT_WARMUP_SHARE = 0.1
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter belongs to the head or to a pooling with weights.
-
-    Args:
-        name: Of a parameter, as ``named_parameters`` gives it.
-    """
+    """Whether a parameter, by its name in ``named_parameters``, is of the head or a pooling with weights."""
     return name.split(".")[0] in HEAD_MODULES
 
 
 def layer_of(name: str, depth: int) -> int:
     """The layer of a parameter, counted from the image: what layer decay and freezing go by.
 
-    Args:
-        name: Of a parameter, as ``named_parameters`` gives it.
-        depth: Encoder blocks.
-
-    Returns:
-        0 for patch embedding, tokens and positions; i + 1 for block i; ``depth + 1`` for what follows the
-        blocks.
+    0 for patch embedding, tokens and positions; i + 1 for block i; ``depth + 1`` for what follows them.
 
     Example:
         >>> [layer_of(n, 12) for n in ("cls_token", "blocks.0.norm1.weight", "fc_norm.weight", "head.bias")]
@@ -71,27 +61,17 @@ def parameter_groups(
     layer_decay: float = 1.0,
     head_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups that share weight decay and learning rate.
+    """Trainable parameters in groups, last layer first, that share weight decay and learning rate.
 
     The learning rate of a layer is in its group's ``lr``, where every scheduler finds it; timm's
     ``lr_scale`` is honoured by timm's schedulers alone.
 
     Args:
-        named_parameters: Of the Vision Transformer.
         weight_decay: For weight matrices. Norms, biases, LayerScale (all one-dimensional), tokens, queries
             and positions are never decayed.
         lr: Peak learning rate of the last layer.
         layer_decay: Factor from each layer to the one below, in (0, 1].
         head_lr_ratio: Learning rate of head and pooling over that of the last layer.
-
-    Returns:
-        Groups from the last layer to the first, each with ``params``, ``weight_decay``, ``lr`` and ``name``.
-
-    Example:
-        >>> from vit_cls import create_model
-        >>> groups = parameter_groups(create_model("vit_pico_patch7_28").named_parameters(), weight_decay=0.1)
-        >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
-        [('decayed', 0.1, 18), ('not decayed', 0.0, 38)]
 
     Source:
         timm's ``param_groups_weight_decay`` and ``param_groups_layer_decay`` with its ``group_matcher``.
@@ -133,11 +113,7 @@ def _layer_name(layer: int, depth: int) -> str:
 
 
 def lr_table(groups: Iterable[dict[str, Any]]) -> str:
-    """The groups of an optimiser for people: learning rate, weight decay, parameters.
-
-    Args:
-        groups: From `parameter_groups`.
-    """
+    """The groups of `parameter_groups` for people: learning rate, weight decay, parameters."""
     rows = [group for group in groups if group["params"]]
     lines = [f"{'group':<26}{'peak lr':>12}{'decay':>8}{'parameters':>14}"]
     for group in rows:
@@ -147,14 +123,9 @@ def lr_table(groups: Iterable[dict[str, Any]]) -> str:
 
 
 class Freezer:
-    """Keeps part of a model frozen.
+    """Keeps part of a model frozen: ``backbone``, a number of blocks with the embedding below, or nothing.
 
-    Args:
-        model: The model.
-        freeze: ``backbone``, a number of blocks (with the embedding below them), or None for nothing.
-
-    Raises:
-        ConfigError: If the model has fewer blocks, or nothing would be left to train.
+    ConfigError if the model has fewer blocks, or nothing would be left to train.
     """
 
     def __init__(self, model: TokenModel, freeze: int | str | None) -> None:
@@ -175,11 +146,7 @@ class Freezer:
         self.set(freeze)
 
     def set(self, freeze: int | str | None) -> None:
-        """Freeze that much, and thaw the rest.
-
-        Args:
-            freeze: As for the class.
-        """
+        """Freeze that much, and thaw the rest."""
         self.current = freeze
         depth = self.model.config.depth
         trainable = set(self._trainable)
@@ -213,16 +180,7 @@ def _is_frozen(name: str, freeze: int | str | None, depth: int) -> bool:
 
 
 def peak_lr(options: OptimOptions, *, images_per_step: int) -> float:
-    """The highest learning rate of the run.
-
-    Args:
-        options: Holds either the rate or its base for 256 images.
-        images_per_step: Over all processes and accumulated batches.
-
-    Example:
-        >>> peak_lr(OptimOptions(base_lr_per_256_images=1e-3), images_per_step=128)
-        0.0005
-    """
+    """The highest learning rate of the run, by the images of a step over all processes and batches."""
     if options.lr is not None:
         return options.lr
     assert not isinstance(options.base_lr_per_256_images, str), "auto was not resolved"
@@ -230,13 +188,7 @@ def peak_lr(options: OptimOptions, *, images_per_step: int) -> float:
 
 
 def warmup_steps(options: OptimOptions, *, steps_per_epoch: int, total_steps: int) -> int:
-    """Steps of linear warm-up, fewer than the steps of the run.
-
-    Args:
-        options: Holds ``warmup_epochs``, or None for a tenth of the run and 5 epochs at most.
-        steps_per_epoch: Optimiser steps of one epoch.
-        total_steps: Optimiser steps of the run.
-    """
+    """Steps of linear warm-up, fewer than the run's; by default a tenth of it, and 5 epochs at most."""
     if options.warmup_epochs is not None:
         wanted = options.warmup_epochs * steps_per_epoch
     else:
@@ -245,16 +197,7 @@ def warmup_steps(options: OptimOptions, *, steps_per_epoch: int, total_steps: in
 
 
 def lr_factor(step: int, *, warmup: int, total_steps: int, min_ratio: float) -> float:
-    """The learning rate over its peak, at one step.
-
-    Args:
-        step: Optimiser step, from 0.
-        warmup: Steps that rise linearly to the peak.
-        total_steps: Optimiser steps of the run.
-        min_ratio: What the cosine ends at.
-
-    Returns:
-        A factor in [0, 1].
+    """The learning rate over its peak, at one step: a linear rise, then a cosine down to ``min_ratio``.
 
     Example:
         >>> [round(lr_factor(s, warmup=2, total_steps=5, min_ratio=0.0), 2) for s in range(5)]
@@ -267,30 +210,14 @@ def lr_factor(step: int, *, warmup: int, total_steps: int, min_ratio: float) -> 
 
 
 def make_optimizer(model: nn.Module, options: OptimOptions, *, lr: float, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
-
-    Args:
-        model: The Vision Transformer.
-        options: Decay, layer decay, betas and eps.
-        lr: Peak learning rate.
-        fused: Whether the update is one kernel.
-
-    Source:
-        https://arxiv.org/abs/1711.05101
-    """
+    """AdamW over the trainable parameters. Source: https://arxiv.org/abs/1711.05101"""
     groups = optimizer_groups(model, options, lr=lr)
     betas = (options.beta1, options.beta2)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=options.eps, fused=fused)
 
 
 def optimizer_groups(model: nn.Module, options: OptimOptions, *, lr: float) -> list[dict[str, Any]]:
-    """The groups that `make_optimizer` optimises.
-
-    Args:
-        model: The Vision Transformer.
-        options: Decay, layer decay and head ratio.
-        lr: Peak learning rate.
-    """
+    """The groups that `make_optimizer` optimises."""
     assert not isinstance(options.layer_decay, str), "auto was not resolved"
     return parameter_groups(
         model.named_parameters(),
@@ -305,12 +232,6 @@ def make_schedule(
     optimizer: torch.optim.Optimizer, options: OptimOptions, *, steps_per_epoch: int, total_steps: int
 ) -> LambdaLR:
     """Warm-up and cosine, one call a step; with ``head_first_epochs`` once for the head, then once for all.
-
-    Args:
-        optimizer: Its groups hold the peak learning rates.
-        options: Warm-up, last rate and the head's first stage.
-        steps_per_epoch: Optimiser steps of one epoch.
-        total_steps: Optimiser steps of the run.
 
     Source:
         Cosine: SGDR, https://arxiv.org/abs/1608.03983, without restarts.

@@ -108,7 +108,6 @@ class ModelOptions:
         """A classifier, fresh weights drawn from torch's global generator.
 
         Args:
-            class_names: One name an output.
             load_weights: Whether pretrained weights are read; a resumed run has its own.
 
         Raises:
@@ -200,11 +199,7 @@ class OptimOptions:
             )
 
     def resolved(self, recipe: Recipe) -> OptimOptions:
-        """The same with numbers in place of ``auto``.
-
-        Args:
-            recipe: Of the weights.
-        """
+        """The same with the numbers of a recipe in place of ``auto``."""
         names = ("base_lr_per_256_images", "layer_decay")
         values = {name: getattr(recipe, name) for name in names if getattr(self, name) == AUTO}
         return dataclasses.replace(self, **values)

@@ -81,11 +81,7 @@ class RunFolder:
         return self.path / "report.html"
 
     def read_record(self) -> dict[str, Any]:
-        """What ``run.json`` holds.
-
-        Raises:
-            RunError: If it is missing or damaged.
-        """
+        """What ``run.json`` holds; RunError if it is missing or damaged."""
         try:
             return json.loads(self.record_file.read_text())
         except (OSError, ValueError) as error:
@@ -116,16 +112,10 @@ class RunFolder:
 def open_run(
     run_dir: str | None, resume: str | None, *, stem: str, first_process: bool = True
 ) -> tuple[RunFolder, bool]:
-    """Decide where a run goes and whether it continues; creates nothing.
+    """Where a run goes, and whether its last checkpoint is to be continued; creates nothing.
 
-    Args:
-        run_dir: The folder asked for; None means ``runs/STEM_N`` with the first free N.
-        resume: None, ``auto`` or a run folder, as in `FitOptions`.
-        stem: Start of the folder's name where none was asked for.
-        first_process: Whether this process makes the folder; the others of a run find it made.
-
-    Returns:
-        The folder, and whether its last checkpoint is to be continued.
+    Without ``run_dir`` it goes to ``runs/STEM_N`` with the first free N. The first process makes the folder;
+    the others of a run find it made.
 
     Raises:
         RunError: If the folder is taken, or there is nothing to resume.
@@ -176,16 +166,7 @@ def is_first_process() -> bool:
 
 
 def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to continue a run whose identity changed.
-
-    Args:
-        record: ``identity`` in ``run.json`` of the run.
-        now: The identity of what was asked for.
-        folder: The run folder, for the message.
-
-    Raises:
-        RunError: If they differ; says in what.
-    """
+    """Refuse (RunError) to continue a run whose identity in ``run.json`` has changed; says in what."""
     changed = [key for key in now if record.get(key) != now[key]]
     if changed:
         key = changed[0]
@@ -201,13 +182,7 @@ def _number(value: float) -> str:
 
 
 def run_identity(options: FitOptions, data: ImageDataModule, classifier: ImageClassifier) -> dict[str, Any]:
-    """What must not change between the parts of a resumed run.
-
-    Args:
-        options: Of the run.
-        data: Configured.
-        classifier: What is trained.
-    """
+    """What must not change between the parts of a resumed run."""
     return {
         "architecture": _plain(classifier.model.config.to_dict()),
         "class_names": data.class_names,
@@ -228,17 +203,7 @@ def run_record(
     identity: dict[str, Any],
     command: list[str] | None,
 ) -> dict[str, Any]:
-    """What ``run.json`` says from the start.
-
-    Args:
-        options: Of the run.
-        data: Configured.
-        classifier: What is trained.
-        trainer: Lightning's.
-        schedule: Steps and peak learning rate.
-        identity: From `run_identity`.
-        command: The words that started the run.
-    """
+    """What ``run.json`` says from the start."""
     model = classifier.model
     return {
         "format_version": 1,
@@ -285,13 +250,7 @@ def run_record(
 
 
 def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule: Schedule) -> None:
-    """Say what became of the weights, and at which rate each layer learns.
-
-    Args:
-        options: Of the run.
-        classifier: What is trained.
-        schedule: Steps and peak learning rate.
-    """
+    """Say what became of the weights, and at which rate each layer learns."""
     if not is_first_process():
         return
     if classifier.model.load_report is not None:
@@ -311,13 +270,7 @@ def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule:
 
 
 def announce_run(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedule) -> None:
-    """Say before the first step what is about to be trained, on what.
-
-    Args:
-        record: From `run_record`.
-        data: Configured.
-        schedule: Steps and peak learning rate.
-    """
+    """Say before the first step what is about to be trained, on what."""
     if not is_first_process():
         return
     model = record["model"]

@@ -25,13 +25,7 @@ RNG_KEY = "vit_cls_rng"
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is, in optimiser steps, and its peak learning rate.
-
-    Args:
-        steps_per_epoch: Optimiser steps of one epoch.
-        total_steps: Optimiser steps of the run.
-        lr: Peak learning rate.
-    """
+    """How long a run is, in optimiser steps, and its peak learning rate."""
 
     steps_per_epoch: int
     total_steps: int
@@ -81,11 +75,7 @@ class ClassificationTask(LightningModule):
         )
 
     def train(self, mode: bool = True) -> ClassificationTask:
-        """Training mode for what is trained; what is frozen stays in evaluation mode.
-
-        Args:
-            mode: Whether to train.
-        """
+        """Training mode for what is trained; what is frozen stays in evaluation mode."""
         super().train(mode)
         if hasattr(self, "freezer"):  # Lightning calls this while the object is being made
             self.freezer.set_eval()
@@ -98,14 +88,7 @@ class ClassificationTask(LightningModule):
             self.freezer.set(wanted)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
-        """Loss of one batch.
-
-        Args:
-            batch: uint8 images and targets.
-            batch_index: Position in the epoch.
-
-        Returns:
-            Mean cross entropy with label smoothing, a scalar; None where no image of the batch could be read.
+        """Mean cross entropy of a batch of uint8 images and targets; None where no image could be read.
 
         Raises:
             DataError: If that happens to one of several processes, which would wait for it in vain.
@@ -134,12 +117,7 @@ class ClassificationTask(LightningModule):
         return mixed_cross_entropy(logits, targets, label_smoothing=smoothing, class_weights=weights)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Count one batch.
-
-        Args:
-            batch: uint8 images and targets.
-            batch_index: Position in the epoch; unused.
-        """
+        """Count one batch."""
         if not len(batch.targets):  # none could be read
             return
         logits = self.classifier(batch.images).float()
@@ -180,14 +158,9 @@ class ClassificationTask(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as ``trainer.gradient_clip_val`` and ``trainer.gradient_clip_algorithm`` say.
+        """Clip as the trainer's ``gradient_clip_val`` and ``gradient_clip_algorithm`` say.
 
         Lightning's own refuses fused optimisers under bf16, where nothing needs unscaling.
-
-        Args:
-            optimizer: Holds the parameters.
-            gradient_clip_val: Largest norm, or largest absolute value; None or 0 leaves gradients alone.
-            gradient_clip_algorithm: ``norm`` (default) or ``value``.
         """
         if not gradient_clip_val:
             return
@@ -224,17 +197,9 @@ def mixed_cross_entropy(
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean cross entropy, each image counted for its two classes by their shares.
+    """Mean cross entropy, weighted by class, each image counted for its two classes by their shares.
 
-    Args:
-        logits: Shape ``(batch, classes)``.
-        targets: Two classes an image.
-        label_smoothing: Probability mass spread over all classes, in [0, 1).
-        class_weights: Weight of each class, shape ``(classes,)``; None weighs all alike. The mean is
-            weighted.
-
-    Returns:
-        A scalar. With a share of 1 it is what `torch.nn.functional.cross_entropy` gives for ``first``.
+    With a share of 1 it is what `torch.nn.functional.cross_entropy` gives for ``first``.
 
     Example:
         >>> import torch

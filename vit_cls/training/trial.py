@@ -28,21 +28,15 @@ def train_trial(
     loader: Mapping[str, Any],
     epochs: int,
 ) -> Path:
-    """Train one model, or go on with it where an earlier try stopped.
+    """Train one model, or go on with it where an earlier try stopped; returns the model file.
 
     Args:
-        run_dir: The run folder.
-        train: Images to train on.
-        val: Images to validate on.
-        origin: One sentence: where they come from.
+        origin: One sentence: where the images come from.
         seed: Of weights, order and augmentation.
         model: Settings of `ModelOptions`.
         optim: Settings of `OptimOptions`.
         loader: Settings of `ImageDataModule`, such as ``batch_size``.
         epochs: How long. The last epoch alone is validated: its model is kept, none is selected.
-
-    Returns:
-        The model file.
 
     Raises:
         VitClsError: If the settings do not make a run, or the run fails.

@@ -40,25 +40,14 @@ _OWN_FIELDS = (
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Architecture of an adapted model: timm's name, and what is ours to choose.
+    """Architecture of an adapted model: timm's name, and what is ours to choose; see also `ViTConfig`.
 
     Args:
-        timm_architecture: timm's name, without a tag.
-        pool: What the head reads, as for a native model; also ``distilled``: class and distillation token,
-            each with its own head, logits averaged.
-        num_classes: Classes of the head; 0 leaves the model headless.
-        img_size: Image height and width in pixels.
-        patch_size: Side of a patch in pixels.
-        in_chans: Channels of the image.
-        embed_dim: Width of a token.
-        depth: Encoder blocks.
-        num_heads: Attention heads in each block.
-        class_token: Whether token 0 is the class token.
-        reg_tokens: Register tokens after it; the distillation token counts as one.
-        no_embed_class: Whether prefix tokens go without a position embedding.
+        timm_architecture: Without a tag.
+        pool: As for a native model; also ``distilled``: class and distillation token, each with its own head,
+            logits averaged.
+        reg_tokens: The distillation token counts as one.
         fc_norm: Whether the final norm stands after pooling; None follows timm's constructor.
-        pool_include_prefix: Whether poolings over the patches read prefix tokens too.
-        drop_rate: Dropout before the head, in [0, 1).
         arguments: Further arguments of timm's constructor.
     """
 
@@ -98,11 +87,7 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """Rebuild a config from `to_dict`, after JSON or not.
-
-        Raises:
-            ConfigError: If a name is not a field of this class.
-        """
+        """Rebuild a config from `to_dict`, after JSON or not; ConfigError where a field is unknown."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := [name for name in values if name not in known]:
             raise ConfigError(
@@ -112,10 +97,7 @@ class AdapterConfig:
 
 
 def timm_config(name: str, model: Any, **arguments: Any) -> ViTConfig | AdapterConfig:
-    """The architecture of timm's model of that name: native where native blocks compute the same.
-
-    A skeleton of the model will do; ``arguments`` are what it was built with, beyond the name.
-    """
+    """The architecture of timm's model, or skeleton, built with these arguments; native where it can be."""
     return native_config(model) or adapter_config(name.partition(".")[0], model, **arguments)
 
 
@@ -145,11 +127,7 @@ def adapter_config(name: str, model: Any, **arguments: Any) -> AdapterConfig:
 
 
 def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
-    """An adapted architecture with fields, or arguments of its constructor in timm, changed.
-
-    Raises:
-        ConfigError: If timm's constructor does not know a setting, or it cannot be changed.
-    """
+    """An adapted architecture with fields or arguments of timm's constructor changed, or ConfigError."""
     name = config.timm_architecture
     own = {key: value for key, value in changes.items() if key in _OWN_FIELDS}
     if isinstance(own.get("img_size"), int):
@@ -204,18 +182,7 @@ class DistilledPool(Pooling):
 class TimmAdapter(TokenModel):
     """A model of timm with its pooling, final norm and head taken over by ours; keys and numbers are timm's.
 
-    Args:
-        config: timm's name and our choices.
-
-    Raises:
-        ConfigError: If timm refuses the settings, or the pooling does not fit the tokens.
-
-    Example:
-        >>> from vit_cls.weights.timm_models import skeleton
-        >>> beit = "beit_base_patch16_224"
-        >>> config = adapter_config(beit, skeleton(beit, depth=1), depth=1)
-        >>> config.pool, config.class_token
-        ('gap', True)
+    ConfigError if timm refuses the settings, or the pooling does not fit the tokens.
     """
 
     config: AdapterConfig

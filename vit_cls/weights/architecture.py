@@ -17,11 +17,7 @@ from vit_cls.model.vit import VisionTransformer
 
 
 def architecture_from_dict(values: Mapping[str, Any]) -> Any:
-    """The `ViTConfig`, or the `AdapterConfig`, whose ``to_dict`` gave these values, after JSON or not.
-
-    Raises:
-        ConfigError: If they describe none.
-    """
+    """The `ViTConfig` or `AdapterConfig` whose ``to_dict`` gave these values; ConfigError for others."""
     if "timm_architecture" not in values:
         return ViTConfig.from_dict(values)
     from vit_cls.weights.adapter import AdapterConfig
@@ -30,14 +26,7 @@ def architecture_from_dict(values: Mapping[str, Any]) -> Any:
 
 
 def changed(config: Any, **changes: Any) -> Any:
-    """An architecture with some settings changed.
-
-    Args:
-        config: A `ViTConfig`, or an `AdapterConfig`.
-        changes: Fields of it; for an adapted one also arguments of its constructor in timm.
-
-    Raises:
-        ConfigError: If a setting is unknown or impossible.
+    """An architecture with some settings changed; for an adapted one also arguments of timm's constructor.
 
     Example:
         >>> changed(ViTConfig(), pool="gap").pool
@@ -56,7 +45,6 @@ def build_model(config: Any, *, init: bool = True) -> TokenModel:
     """A model with fresh weights, drawn from torch's global generator.
 
     Args:
-        config: A `ViTConfig`, or an `AdapterConfig`.
         init: Whether the weights of a native model are drawn; without, they are whatever was in memory.
 
     Raises:

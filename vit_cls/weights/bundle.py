@@ -30,12 +30,8 @@ def save_classifier(
     """Write a classifier as one safetensors file; the old file stays until the new one is complete.
 
     Args:
-        classifier: What to save. Weights are stored with their dtype.
         path: The file to write; its folder must exist.
         extra: More plain data for the metadata: metrics, versions, licence.
-
-    Returns:
-        The path written.
 
     Raises:
         OSError: If the folder cannot be written or is full; nothing is left behind.
@@ -52,14 +48,7 @@ def save_classifier(
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a model file, without its weights.
-
-    Args:
-        path: A file that `save_classifier` wrote.
-
-    Raises:
-        ModelFileError: If the file is missing, damaged or not one of ours.
-    """
+    """The metadata of a model file, without its weights; ModelFileError if it is not one of ours."""
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file. --model takes a run folder or its {MODEL_FILE}.")
@@ -110,18 +99,9 @@ def is_own_file(path: Path) -> bool:
 
 
 def read_own_file(path: Path, *, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and weights of a model file or a training checkpoint of ours.
+    """Metadata, and weights under timm's names if wanted, of a model file or a checkpoint; or ModelFileError.
 
-    Args:
-        path: ``model.safetensors`` or ``.ckpt``. The latter is read with ``weights_only=True``: no code in it
-            ever runs.
-        weights: Whether the weights are wanted too.
-
-    Returns:
-        The metadata, and the weights under timm's names; none where they are not wanted.
-
-    Raises:
-        ModelFileError: If the file is missing, unsafe, damaged or not one of ours.
+    A ``.ckpt`` is read with ``weights_only=True``: no code in it ever runs.
     """
     if path.suffix == ".ckpt":
         checkpoint = _read_checkpoint(path)
@@ -152,13 +132,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_classifier(path: str | Path) -> ImageClassifier:
-    """Rebuild a classifier from a file that `save_classifier` wrote, or from a training checkpoint of ours.
-
-    Args:
-        path: The file: ``model.safetensors`` or ``.ckpt``.
-
-    Returns:
-        The classifier in evaluation mode, on the CPU, weights bit for bit those saved.
+    """Rebuild a classifier, bit for bit and in evaluation mode, from a model file or checkpoint of ours.
 
     Raises:
         ModelFileError: If the file is missing, damaged, not one of ours, or does not hold every weight.

@@ -34,14 +34,7 @@ NORMALISATIONS = {
 
 
 def find(pattern: str) -> list[str]:
-    """Architectures that a name or a pattern means, natively ours first.
-
-    Args:
-        pattern: ``vit_base_patch16_224``, ``*clip*``, or with a tag: ``*.openai``.
-
-    Raises:
-        ConfigError: If there is none; near names are given.
-    """
+    """Architectures that a name or a pattern (``*clip*``; of tags ``*.openai``) means, or ConfigError."""
     own = [name for name in fnmatch.filter(PRESETS, pattern) if name not in architectures()]
     names = own + matching(pattern)
     if not names:
@@ -54,14 +47,7 @@ def find(pattern: str) -> list[str]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Everything about one architecture; of its tags the default one first.
-
-    Args:
-        name: Without a tag.
-
-    Raises:
-        ConfigError: If it is unknown.
-    """
+    """Everything about one architecture, named without a tag, its default tag first; or ConfigError."""
     if name in PRESETS and name not in architectures():
         return _row(name, preset_config(name), _parameters_of_preset(name), "0.5", [])
     default = pretrained_config(name)

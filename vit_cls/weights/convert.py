@@ -26,17 +26,11 @@ KEEPS_FUNCTION = "ones, which keep the function"
 
 @dataclass
 class Conversion:
-    """Weights on their way from one architecture to another.
+    """Weights on their way from one architecture to another; the functions here change them."""
 
-    Args:
-        state: Tensors under timm's names; functions here change it.
-        fates: What became of a key, where it was not simply loaded: fate and note.
-        notes: Remarks for the user.
-    """
-
-    state: dict[str, Tensor]
-    fates: dict[str, tuple[str, str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    state: dict[str, Tensor]  # under timm's names
+    fates: dict[str, tuple[str, str]] = field(default_factory=dict)  # fate and note, unless simply loaded
+    notes: list[str] = field(default_factory=list)  # for the user
 
     def drop(self, key: str, note: str) -> None:
         """Take a tensor out, and say why; a key that is not there has no fate."""
@@ -54,7 +48,6 @@ def convert_tokens(work: Conversion, source: ModelConfig, target: ModelConfig) -
 
     A position that has no token any more goes; a new token starts with a position of zero. Where only the
     bookkeeping of positions differs (``no_embed_class``), they are added to the tokens: the same function.
-
     A further class token is the first one with a little noise, at the first one's position. With a token for
     each class they are the rows of the head, and `convert_head` chooses among them.
     """
@@ -75,12 +68,7 @@ def convert_tokens(work: Conversion, source: ModelConfig, target: ModelConfig) -
 
 
 def num_class_tokens_of(config: ModelConfig) -> int:
-    """How many class tokens an architecture has.
-
-    Example:
-        >>> num_class_tokens_of(ViTConfig(pool="multicls:4")), num_class_tokens_of(ViTConfig(pool="gap"))
-        (4, 1)
-    """
+    """How many class tokens an architecture has."""
     if isinstance(config, ViTConfig):
         return config.layout.num_prefix_tokens - config.reg_tokens
     return int(config.class_token)  # adapted architectures have one at most
@@ -194,11 +182,7 @@ def convert_norm(work: Conversion, shapes: Mapping[str, torch.Size]) -> None:
 
 
 def convert_channels(work: Conversion, in_chans: int) -> None:
-    """Adapt the patch embedding to another number of channels.
-
-    One channel sums the weights (a grey image as three equal channels gives the same tokens); more are
-    repeated in turn, and scaled so that the sum stays.
-    """
+    """One channel sums the weights (a grey image gives the same tokens); more repeat them, the sum stays."""
     key = "patch_embed.proj.weight"
     weight = work.state.get(key)
     if weight is not None and weight.ndim == 4 and weight.shape[1] != in_chans:
@@ -209,11 +193,7 @@ def convert_channels(work: Conversion, in_chans: int) -> None:
 
 
 def convert_layer_scale(work: Conversion, shapes: Mapping[str, torch.Size]) -> None:
-    """Keep the function where one of the two has LayerScale.
-
-    What the model lacks goes into the weights before it; what is new starts at 1, not at its usual small
-    value.
-    """
+    """Keep the function where one has no LayerScale: it goes into the weights before it, or starts at 1."""
     for key in [key for key in work.state if _is_layer_scale(key) and key not in shapes]:
         block, name = key.removesuffix(".gamma").rsplit(".", 1)
         layer = f"{block}.attn.proj" if name == "ls1" else f"{block}.mlp.fc2"
@@ -239,20 +219,9 @@ def _is_layer_scale(key: str) -> bool:
 def match_class_names(
     wanted: Sequence[str], known: Sequence[str], aliases: Callable[[str], Sequence[str]] = lambda name: ()
 ) -> list[int] | None:
-    """Where each wanted class stands among the known ones.
+    """Where each wanted class stands among the known ones; None where one has no place of its own.
 
-    Args:
-        wanted: Classes of the new head.
-        known: Classes of the checkpoint's head.
-        aliases: Other names of a known class. They are compared without regard to case; one that fits two
-            known classes fits none.
-
-    Returns:
-        A position for each wanted class, all different; None where one has none.
-
-    Example:
-        >>> match_class_names(["dog", "cat"], ["cat", "cow", "dog"])
-        [2, 0]
+    Aliases of a known class are compared without regard to case; one that fits two known classes fits none.
     """
     places: dict[str, set[int]] = {}
     for i, name in enumerate(known):
@@ -272,17 +241,10 @@ def match_class_names(
 def convert_head(
     work: Conversion, source: ModelConfig, target: ModelConfig, rows: Sequence[int] | None, reason: str
 ) -> None:
-    """Keep the rows of the wanted classes, and the columns of what the pooling still reads.
+    """Keep the rows of the wanted classes, if any, and the columns of what the pooling still reads.
 
     Another pooling's own weights go: the names and shapes of two may be the same, the meaning is not. Where
-    each class has a token, those tokens are the rows.
-
-    Args:
-        work: Is changed.
-        source: Of the weights.
-        target: Of the model.
-        rows: Positions in the checkpoint's head, one a class; None for a new head.
-        reason: Why the head is new, or which rows were kept; for the report.
+    each class has a token, those tokens are the rows. The report gives the reason.
     """
     change = f"pool {source.pool} -> {target.pool}"
     if target.pool != "distilled" and "head_dist.weight" in work.state:
@@ -346,11 +308,7 @@ def _columns(source_pool: str, target_pool: str, weight: Tensor) -> Tensor | Non
 
 
 def finish(work: Conversion, shapes: Mapping[str, torch.Size]) -> tuple[list[KeyFate], list[str]]:
-    """The fate of every key, once nothing is left to convert; what the model lacks leaves the state.
-
-    Returns:
-        The rows of the report, and the keys whose shapes differ.
-    """
+    """The fate of every key, and those whose shapes differ; what the model lacks leaves the state."""
     for key in [key for key in work.state if key not in shapes]:
         work.drop(key, "the model has no such weights")
     wrong = [key for key in shapes if key in work.state and work.state[key].shape != shapes[key]]

@@ -42,16 +42,13 @@ def create_model(
     """Build a Vision Transformer, with fresh or with pretrained weights.
 
     Args:
-        name: An architecture of ``vit-cls models``, such as ``vit_tiny_patch16_224``; with pretrained
-            weights also ``architecture.tag``, or ``auto`` where the weights say their architecture
-            themselves.
+        name: An architecture of ``vit-cls models``, such as ``vit_tiny_patch16_224``; with pretrained weights
+            also ``architecture.tag``, or ``auto`` where the weights say their architecture themselves.
         pretrained: None: fresh weights. True: those of the tag, from the hub's cache or the hub. Otherwise a
             tag, a file (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.npz``) or a folder (a
             run, a model of transformers, an export for timm).
-        num_classes: Classes of the head; 0 leaves the model headless. None keeps those of the weights, or
-            1,000.
-        pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K``, ``cls+gap`` or ``map``; None keeps
-            the architecture's own.
+        num_classes: 0 leaves the model headless; None keeps those of the weights, or 1,000.
+        pool: What the head reads; None keeps the architecture's own.
         class_names: The classes, where a head whose classes agree is to be kept; sets ``num_classes``.
         keep_head: Whether the checkpoint's head is kept where it fits.
         head_init: A new head's weights: ``normal`` or ``zero``.
@@ -97,27 +94,16 @@ def create_classifier(
     crop_mode: str | None = None,
     **overrides: Any,
 ) -> ImageClassifier:
-    """Build a classifier whose preprocessing is that of its weights.
+    """Build a classifier whose preprocessing is that of its weights, as `create_model` builds a model.
 
     Args:
-        name: As for `create_model`.
         class_names: One name an output; None takes those of the weights.
-        pretrained: As for `create_model`.
-        load_weights: Whether the weights are read; without, the architecture is theirs and the weights are
-            fresh.
-        keep_head: As for `create_model`.
-        head_init: As for `create_model`.
-        max_fresh: As for `create_model`.
+        load_weights: Whether the weights are read; without, the architecture is theirs and they are fresh.
         crop_pct: Evaluation crop instead of the weights' own.
         crop_mode: Evaluation crop instead of the weights' own.
-        overrides: Fields of the architecture, ``pool`` among them.
 
     Returns:
         The classifier, in training mode, on the CPU; ``weights_licence`` and ``weights_source`` are set.
-
-    Raises:
-        ConfigError: As for `create_model`.
-        ModelFileError: As for `create_model`.
     """
     head = HeadOptions(class_names, keep_head, head_init, max_fresh)
     crop = {k: v for k, v in (("crop_pct", crop_pct), ("crop_mode", crop_mode)) if v is not None}
@@ -125,19 +111,10 @@ def create_classifier(
 
 
 def architecture_of(name: str, pretrained: bool | str | Path | None = None, **overrides: Any) -> Any:
-    """The architecture that a name and weights stand for, with some settings changed; no weights are read.
+    """The `ViTConfig` or `AdapterConfig` that arguments of `create_model` stand for; no weights are read.
 
     Args:
-        name: As for `create_model`.
-        pretrained: As for `create_model`.
-        overrides: As for `create_model`.
-
-    Returns:
-        A `ViTConfig`, or an `AdapterConfig`.
-
-    Raises:
-        ConfigError: As for `create_model`.
-        ModelFileError: As for `create_model`.
+        overrides: Settings to change.
 
     Example:
         >>> architecture_of("vit_pico_patch7_28", pool="gap").grid_size
@@ -147,18 +124,7 @@ def architecture_of(name: str, pretrained: bool | str | Path | None = None, **ov
 
 
 def load(model: str | Path) -> ImageClassifier:
-    """Load a classifier from anything that ``--model`` takes; see `vit_cls.api.load`.
-
-    Args:
-        model: What the user named.
-
-    Returns:
-        The classifier in evaluation mode, on the CPU.
-
-    Raises:
-        ModelFileError: If there is no such model, or it cannot be read.
-        ConfigError: If the name is unknown.
-    """
+    """Load a classifier from anything that ``--model`` takes; see `vit_cls.api.load`."""
     reference = parse_model(model)
     path = reference.path
     if reference.name == AUTO and path is not None and (path.is_file() or is_own_file(model_file(path))):

@@ -15,12 +15,7 @@ _RESTRICTED = ("cc-by-nc", "noncommercial", "non-commercial", "apple-amlr", "res
 
 
 def is_non_commercial(licence: str | None) -> bool:
-    """Whether a licence forbids commercial use, going by its name in timm or on a model card.
-
-    Example:
-        >>> is_non_commercial("cc-by-nc-4.0"), is_non_commercial("apache-2.0")
-        (True, False)
-    """
+    """Whether a licence forbids commercial use, going by its name in timm or on a model card."""
     return licence is not None and any(part in licence.lower() for part in _RESTRICTED)
 
 
@@ -29,10 +24,8 @@ class Recipe:
     """How weights of one family are usually fine-tuned: what ``auto`` stands for.
 
     Args:
-        family: Its name.
         base_lr_per_256_images: Peak learning rate for 256 images a step, AdamW.
         layer_decay: Factor of the learning rate from a layer to the one below.
-        drop_path_rate: Stochastic depth of the last block.
         source: Where the values come from.
     """
 

@@ -67,24 +67,17 @@ _JOINED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."), ".mlp.fc1.": (".m
 class HFModel:
     """What a folder of transformers holds.
 
-    Args:
-        config: The architecture to build, as timm would write it.
-        stored: The architecture that the weights have: with registers, each of them has a position (of
-            zero), and so has the class token; as timm writes it none has.
-        state: The weights, under timm's names.
-        raw: The same before matrices were joined; what no ViT of ours has is there under the file's own name.
-        preprocess: How images are prepared.
-        class_names: One a class; None where the names are only numbered, or there is no head.
-        licence: Stated nowhere in such a folder but in its README's header; None where it has none.
+    With registers each of them has a position (of zero) in ``stored``, and so has the class token; as timm
+    writes it, in ``config``, none has.
     """
 
     config: ModelConfig
-    stored: ModelConfig
-    state: dict[str, Tensor]
-    raw: dict[str, Tensor]
+    stored: ModelConfig  # the architecture that the weights have
+    state: dict[str, Tensor]  # under timm's names
+    raw: dict[str, Tensor]  # before matrices were joined; unknown parts under the file's names
     preprocess: Preprocess
-    class_names: list[str] | None
-    licence: str | None
+    class_names: list[str] | None  # None: only numbered, or no head
+    licence: str | None  # of the README's header
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -98,9 +91,7 @@ def is_hf_folder(path: Path) -> bool:
 def read_hf_folder(path: Path) -> HFModel:
     """Read ``config.json``, ``model.safetensors`` and, where there is one, ``preprocessor_config.json``.
 
-    Raises:
-        ModelFileError: If a file is missing or damaged, they contradict each other, or the model is of
-            another kind.
+    ModelFileError if one is missing or damaged, they disagree, or the model is of another kind.
     """
     file = path / "config.json"
     settings = _read_json(file)

@@ -27,18 +27,10 @@ SAFE_FILES = {
 
 
 def weights_file(name: str, config: PretrainedCfg) -> Path:
-    """The weights of a tag, fetched if they are not in the cache.
+    """The weights of a tag, fetched if they are not in the cache; ``name`` is for messages.
 
-    Cache and switches are those of huggingface_hub: ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``,
-    ``HF_ENDPOINT``, ``HF_TOKEN``.
-
-    Args:
-        name: ``architecture.tag``, for messages.
-        config: timm's record of the tag.
-
-    Raises:
-        ModelFileError: If they cannot be had; says which file was wanted, where it was looked for, and how to
-            go on without the hub.
+    Cache and switches are huggingface_hub's: ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_TOKEN``.
+    ModelFileError says where the weights were looked for, and how to do without the hub.
     """
     if not config.hf_hub_id:
         if config.url:

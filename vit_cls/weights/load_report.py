@@ -17,17 +17,11 @@ another place in the model. Dropped: of the checkpoint alone. Fresh: of the mode
 
 @dataclass(frozen=True)
 class KeyFate:
-    """The fate of one key.
+    """The fate of one key."""
 
-    Args:
-        key: Of the model; of the checkpoint where it was dropped.
-        fate: One of `FATES`.
-        note: How it was resized, where it came from, how it was initialised; may be empty.
-    """
-
-    key: str
-    fate: str
-    note: str = ""
+    key: str  # of the model; of the checkpoint where it was dropped
+    fate: str  # one of `FATES`
+    note: str = ""  # how it was resized, where it came from, how it was initialised
 
 
 @dataclass(frozen=True)
@@ -36,17 +30,10 @@ class LoadReport:
 
     Args:
         source: Where the weights came from, as a person would say it.
-        keys: One row a key.
         fresh_share: Share of the encoder's parameters that the checkpoint did not hold, in [0, 1].
         notes: What else a user should know: where the norm went, which activation was chosen.
-        licence: Licence of the weights; None where the source states none.
-        class_names: Classes of the checkpoint's head, in order; None where it has none or they are unknown.
-
-    Example:
-        >>> rows = (KeyFate("norm.weight", "loaded"), KeyFate("head.weight", "fresh", "10 classes"))
-        >>> report = LoadReport("weights.pth", rows, fresh_share=0.0)
-        >>> report.counts()
-        {'loaded': 1, 'resized': 0, 'moved': 0, 'dropped': 0, 'fresh': 1}
+        licence: Of the weights; None where the source states none.
+        class_names: Of the checkpoint's head, in order; None where it has none or they are unknown.
     """
 
     source: str

@@ -31,22 +31,12 @@ _NOT_ENCODER = ("head.", "head_dist.", "attn_pool.")
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What becomes of the head when weights are loaded.
+    """What becomes of the head when weights are loaded; ConfigError if a value is impossible."""
 
-    Args:
-        class_names: Classes of the new model; None where only their number matters.
-        keep: Whether the checkpoint's head is kept where its classes are known and agree.
-        init: A new head's weights: ``normal`` (standard deviation 0.02) or ``zero``.
-        max_fresh: Largest share of the encoder's parameters that may be missing, in [0, 1].
-
-    Raises:
-        ConfigError: If a value is impossible.
-    """
-
-    class_names: Sequence[str] | None = None
-    keep: bool = True
-    init: str = "normal"
-    max_fresh: float = MAX_FRESH
+    class_names: Sequence[str] | None = None  # None: only their number matters
+    keep: bool = True  # the checkpoint's head, where its classes agree
+    init: str = "normal"  # one of `HEAD_INITS`; normal has a standard deviation of 0.02
+    max_fresh: float = MAX_FRESH  # largest share of the encoder that may be missing, in [0, 1]
 
     def __post_init__(self) -> None:
         check_choice("model.head_init", self.init, HEAD_INITS)
@@ -56,14 +46,8 @@ class HeadOptions:
 def load_weights(model: TokenModel, source: Source, head: HeadOptions) -> None:
     """Convert a source's weights to a model's architecture and load them; sets ``model.load_report``.
 
-    Args:
-        model: Gets the weights; keys that the source lacks stay as they are.
-        source: The weights.
-        head: What becomes of the head.
-
-    Raises:
-        ModelFileError: If the weights cannot be read, shapes differ, or more than ``head.max_fresh`` of the
-            encoder would be fresh.
+    Keys that the source lacks stay as they are in the model. ModelFileError if the weights cannot be read,
+    do not fit, or too much of the encoder would be fresh.
     """
     assert source.read is not None
     assert source.label is not None

@@ -30,50 +30,29 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Reference:
-    """What a user named: an architecture, and its published weights or a file of weights or neither.
+    """What a user named: an architecture, and its published weights or a file of weights or neither."""
 
-    Args:
-        name: ``architecture`` or ``architecture.tag``, or ``auto``.
-        tag: The published weights that are meant, ``architecture.tag``, or ``architecture`` for its default.
-        path: A file or folder of weights; need not exist.
-        written: How the user wrote it, for messages.
-    """
-
-    name: str
-    tag: str | None = None
-    path: Path | None = None
-    written: str = ""
+    name: str  # architecture, architecture.tag, or auto
+    tag: str | None = None  # of published weights: architecture.tag, or architecture for its default
+    path: Path | None = None  # need not exist
+    written: str = ""  # how the user wrote it, for messages
 
 
 @dataclass(frozen=True)
 class Source:
-    """An architecture, and the weights for it that are known but not yet read.
+    """An architecture, and the weights for it that are known but not yet read."""
 
-    Args:
-        config: The architecture, with the classes of the weights.
-        preprocess: How its images are prepared.
-        label: Where the weights come from, for people; None for fresh ones.
-        read: Reads the weights, with the grid of a target architecture; None for fresh ones.
-        class_names: Classes of the head; None where unknown.
-        licence: Licence of the weights; None where the source does not say.
-        remarks: What a user should know before they are read.
-    """
-
-    config: Any
+    config: Any  # with the classes of the weights
     preprocess: Preprocess
-    label: str | None = None
-    read: Callable[[ModelConfig], Weights] | None = None
-    class_names: list[str] | None = None
-    licence: str | None = None
-    remarks: tuple[str, ...] = ()
+    label: str | None = None  # where the weights come from, for people; None: fresh ones
+    read: Callable[[ModelConfig], Weights] | None = None  # for a target; None: fresh
+    class_names: list[str] | None = None  # None: unknown, or no head
+    licence: str | None = None  # None: the source does not say
+    remarks: tuple[str, ...] = ()  # for the user, before they are read
 
 
 def parse_model(model: str | Path) -> Reference:
-    """What ``--model`` means: a path that exists, a name, or ``name=weights``.
-
-    Raises:
-        ModelFileError: If it is none of these.
-    """
+    """What ``--model`` means: a path that exists, a name, or ``name=weights``; else ModelFileError."""
     text, path = str(model), Path(model)
     if path.exists():
         return Reference(AUTO, path=path, written=f"--model {text}")
@@ -109,14 +88,8 @@ def find_source(
 ) -> Source:
     """The architecture and the weights that a reference means; reads headers and records, no weights yet.
 
-    Args:
-        reference: What the user named.
-        overrides: Settings that may explain why a file differs from the architecture of that name.
-        needed: Whether the weights will be read; where they will not, their file may be gone.
-
-    Raises:
-        ConfigError: If the name is unknown, or needs weights that say their architecture.
-        ModelFileError: If the weights are not there, or are of another architecture.
+    Overrides may explain why a file differs from the architecture of its name. Weights that are not needed
+    may be gone. ConfigError for an unknown name, ModelFileError for weights that are not there or differ.
     """
     name, path = reference.name, reference.path
     if reference.tag is not None:

@@ -42,34 +42,19 @@ PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.", "net.")
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of a source, ready to be converted.
+    """Tensors of a source, ready to be converted."""
 
-    Args:
-        raw: Under the file's own names; None for what was not read.
-        state: Under timm's names, for the grid of the target, with the tokens of ``config``.
-        config: The architecture that the tensors have, tokens and classes as found in the file.
-        remarks: What a user should know of the file.
-    """
-
-    raw: Mapping[str, Tensor | None]
-    state: dict[str, Tensor]
-    config: Any
-    remarks: tuple[str, ...] = ()
+    raw: Mapping[str, Tensor | None]  # under the file's own names; None: not read
+    state: dict[str, Tensor]  # under timm's names, for the grid of the target
+    config: Any  # tokens and classes as found in the file
+    remarks: tuple[str, ...] = ()  # for the user
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Every tensor of a weights file, by name.
+    """Every tensor of a weights file, and remarks: which of several models in it was taken.
 
-    Args:
-        path: A ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` that torch
-            wrote. The latter are pickles: they are opened for tensors and plain data alone, nothing in them
-            runs.
-
-    Returns:
-        The tensors, and remarks for the user: which of several models in the file was taken.
-
-    Raises:
-        ModelFileError: If the file is missing, damaged, holds anything but tensors, or is of another kind.
+    What is no safetensors file is a pickle: opened for tensors and plain data alone, nothing in it runs.
+    ModelFileError if the file is missing, damaged, or holds anything else.
     """
     check_weights_file(path)
     if path.suffix == ".safetensors":
@@ -83,11 +68,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 
 def check_weights_file(path: Path) -> None:
-    """Refuse what its name or its first bytes show to be no weights file.
-
-    Raises:
-        ModelFileError: If it is missing, empty, of an unknown kind, or what a failed download leaves behind.
-    """
+    """ModelFileError for what is missing, or no weights file by its name or first bytes (an error page)."""
     if not path.is_file():
         raise ModelFileError(f"there is no file {str(path)!r}.")
     if path.suffix not in SUFFIXES:
@@ -198,13 +179,7 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what wrappers put in front of every key.
-
-    Example:
-        >>> import torch
-        >>> list(strip_prefixes({"module._orig_mod.norm.weight": torch.ones(1)}))
-        ['norm.weight']
-    """
+    """Take off what wrappers put in front of every key: ``module.``, ``_orig_mod.`` and the like."""
     changed = True
     while changed:
         changed = False

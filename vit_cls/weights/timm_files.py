@@ -26,16 +26,10 @@ _NPZ_PREFIX = re.compile(r"^(opt/target/)?(params/)?(img/)?")
 
 
 def read_timm_file(path: Path, config: Any, target: ModelConfig, *, name: str) -> Weights:
-    """Read a file that is in timm's format, or in one that timm converts.
+    """Read a file that is in timm's format, or in one that timm converts: the name decides how.
 
-    Args:
-        path: The file.
-        config: The architecture that the file should have.
-        target: The architecture that the weights are for: their grid is resized to its.
-        name: The architecture's, which decides how foreign formats are converted.
-
-    Raises:
-        ModelFileError: If the file cannot be read, or does not hold that architecture.
+    The weights are those of ``config``, as far as the file agrees, on the grid of ``target``; ModelFileError
+    where the file does not hold that architecture.
     """
     if path.suffix == ".npz":
         return _read_npz(path, config, target)
@@ -86,11 +80,7 @@ def _structure_in(raw: Mapping[str, Tensor], config: Any) -> Any:
 def fitted(
     raw: Mapping[str, Tensor], config: Any, target: ModelConfig, name: str, path: Path
 ) -> dict[str, Tensor]:
-    """Tensors under timm's names with the target's grid and patch size, by timm's own conversion.
-
-    Raises:
-        ModelFileError: If that conversion stops; the message names the file.
-    """
+    """Tensors under timm's names with the target's grid, by timm's conversion, or ModelFileError."""
     try:
         return filter_of(name)(dict(raw), _skeleton_between(config, target))
     except (RuntimeError, KeyError, AssertionError, ValueError, IndexError, AttributeError) as error:

@@ -64,11 +64,7 @@ def make_timm(name: str, **arguments: Any) -> Any:
     """timm's model of that name, with a tag or without, with fresh weights.
 
     Args:
-        name: ``architecture`` or ``architecture.tag``.
-        arguments: Of timm's constructor.
-
-    Raises:
-        ConfigError: If timm's constructor refuses the arguments.
+        arguments: Of timm's constructor; ConfigError if it refuses them.
     """
     if module_of(name) in ("vision_transformer", "eva"):
         # An environment variable of timm's may reroute these to another class, with other keys.
@@ -84,11 +80,7 @@ def skeleton(name: str, **arguments: Any) -> Any:
     """timm's model of that name without memory for its weights: shapes and settings alone.
 
     Args:
-        name: ``architecture`` or ``architecture.tag``.
-        arguments: Of timm's constructor.
-
-    Raises:
-        ConfigError: If timm's constructor refuses the arguments.
+        arguments: Of timm's constructor; ConfigError if it refuses them.
 
     Example:
         >>> skeleton("vit_tiny_patch16_224").pos_embed.shape
@@ -121,12 +113,7 @@ def module_of(name: str) -> str | None:
 
 
 def is_timm_name(name: str) -> bool:
-    """Whether ``architecture`` or ``architecture.tag`` is one of timm's that can be loaded.
-
-    Example:
-        >>> is_timm_name("vit_base_patch16_224"), is_timm_name("resnet50")
-        (True, False)
-    """
+    """Whether ``architecture`` or ``architecture.tag`` is one of timm's that can be loaded."""
     base = name.partition(".")[0]
     return module_of(base) is not None and (name == base or _record(name) is not None)
 
@@ -139,17 +126,7 @@ def _record(name: str) -> PretrainedCfg | None:
 
 
 def pretrained_config(name: str) -> PretrainedCfg:
-    """timm's record of ``architecture.tag``, or of an architecture's default tag.
-
-    It says where the weights are, how images are prepared, and which classes there are.
-
-    Raises:
-        ConfigError: If the architecture or the tag is unknown; near names are given.
-
-    Example:
-        >>> pretrained_config("vit_base_patch16_clip_224.openai").mean[0]
-        0.48145466
-    """
+    """timm's record of ``architecture.tag``, or of its default tag; ConfigError gives near names."""
     base, _, tag = name.partition(".")
     if module_of(base) is None:
         if timm.is_model(base) and base in timm.list_models():
@@ -215,28 +192,16 @@ def filter_of(name: str) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Placement:
-    """What a model of timm does with its tokens at the end.
+    """What a model of timm does with its tokens at the end."""
 
-    Args:
-        pool: Its pooling, in our words.
-        fc_norm: Whether the final norm stands after the pooling, where that is not what the pooling's
-            name implies; else None.
-        final_norm: Whether there is a final norm.
-        include_prefix: Whether its pooling over the patches reads prefix tokens too.
-    """
-
-    pool: str
-    fc_norm: bool | None
+    pool: str  # in our words
+    fc_norm: bool | None  # None: where the name of the pooling implies it
     final_norm: bool
-    include_prefix: bool
+    include_prefix: bool  # in a pooling over the patches
 
 
 def placement(model: Any) -> Placement:
-    """Read pooling and norm off a model of timm; a skeleton will do.
-
-    Raises:
-        ConfigError: If its pooling has no counterpart here.
-    """
+    """Read pooling and norm off a model of timm, or a skeleton; ConfigError for a pooling unknown here."""
     if model.global_pool not in POOLS:
         raise ConfigError(f"timm's pooling {model.global_pool!r} has no counterpart here.")
     pool = "distilled" if isinstance(model, VisionTransformerDistilled) else POOLS[model.global_pool]
@@ -252,10 +217,7 @@ def native_config(model: Any) -> ViTConfig | None:
     """The native architecture that computes what a model of timm computes, with the same keys.
 
     It is read off the built model, of which a skeleton will do, and not off the constructor's arguments:
-    those may be partials of anything.
-
-    Returns:
-        None where the model has a part that native blocks lack; it then runs through the adapter.
+    those may be partials of anything. None where a part has no native counterpart: the adapter runs it.
     """
     if type(model) is not timm_vit.VisionTransformer:
         return None
@@ -308,11 +270,7 @@ def native_config(model: Any) -> ViTConfig | None:
 
 
 def activation_name(module: nn.Module) -> str:
-    """Our name of an activation of timm's or torch's.
-
-    Raises:
-        ConfigError: If it has none.
-    """
+    """Our name of an activation of timm's or torch's; ConfigError if it has none."""
     name = type(module).__name__
     if name not in _ACTIVATIONS:
         raise ConfigError(f"timm's activation {name} has no counterpart here.")
@@ -324,7 +282,6 @@ def ratio_of(hidden: int, dim: int) -> float:
     """The ratio of which ``int(dim * ratio)`` is ``hidden``; the plain quotient may round below it.
 
     Args:
-        hidden: Hidden width of an MLP.
         dim: Width of a token.
     """
     ratio = hidden / dim
@@ -334,10 +291,8 @@ def ratio_of(hidden: int, dim: int) -> float:
 def timm_arguments(config: ViTConfig) -> dict[str, Any]:
     """A native architecture as arguments of timm's ``VisionTransformer``, all that JSON can hold.
 
-    The kind of MLP and the epsilon of the norms are not among them: they belong to an architecture's name.
-
-    Raises:
-        ConfigError: If timm has no counterpart of its pooling.
+    Without the kind of MLP and the epsilon of the norms, which belong to an architecture's name. ConfigError
+    if timm has no counterpart of its pooling.
     """
     names = {ours: theirs for theirs, ours in POOLS.items()}
     if config.pool not in names:
@@ -354,11 +309,7 @@ def timm_arguments(config: ViTConfig) -> dict[str, Any]:
 
 
 def class_names_of(config: PretrainedCfg) -> list[str] | None:
-    """The classes of a tag's head in order: WordNet ids, or the names that the record has.
-
-    Returns:
-        None where the outputs are no known classes (a text-aligned projection) or there is no head.
-    """
+    """WordNet ids or names of a tag's classes; None for no head, or outputs that are none (an embedding)."""
     if config.label_names:
         names = list(config.label_names)
         return names if len(set(names)) == len(names) == config.num_classes else None
@@ -368,10 +319,7 @@ def class_names_of(config: PretrainedCfg) -> list[str] | None:
 
 @functools.cache
 def class_aliases(class_name: str) -> tuple[str, ...]:
-    """Other names of an ImageNet class: its lemmas, with spaces and with underscores.
-
-    Args:
-        class_name: A WordNet id, ``n01440764``; anything else has no aliases.
+    """Other names of an ImageNet class, by its WordNet id: its lemmas, with spaces and with underscores.
 
     Example:
         >>> class_aliases("n01440764")
