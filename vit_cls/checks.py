@@ -17,22 +17,16 @@ def check_range(
     below: float | None = None,
     hint: str = "",
 ) -> None:
-    """Refuse a number that is out of range; NaN always is.
+    """Refuse a number that is out of range; NaN always is, None (a default) never.
 
     Args:
         name: As the user wrote it: ``--margin``, ``data.batch_size``.
-        value: The number; None, which stands for a default, passes.
-        at_least: Smallest value allowed.
-        above: What the value must be greater than.
-        at_most: Largest value allowed.
-        below: What the value must be smaller than.
         hint: What to do, as a sentence.
 
     Raises:
         ConfigError: If the value is out of range.
 
     Example:
-        >>> check_range("--margin", 0.01, above=0, below=1)
         >>> check_range("--margin", 1.5, above=0, below=1, hint="0.01 is one point.")
         Traceback (most recent call last):
             ...
@@ -56,8 +50,6 @@ def check_choice(name: str, value: object, choices: Iterable[object], *, hint: s
 
     Args:
         name: As the user wrote it: ``--device``, ``model.pos_embed``.
-        value: The word.
-        choices: Those known.
         hint: What to do, as a sentence.
 
     Raises:

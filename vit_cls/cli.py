@@ -31,10 +31,7 @@ EVERYWHERE = "every verb takes --json (one JSON object on stdout, nothing else) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb.
-
-    Args:
-        argv: The words after ``vit-cls``; None takes the process's own.
+    """Run one verb, of the words after ``vit-cls``; None takes the process's own.
 
     Returns:
         The exit code: 0 done, 1 the answer is bad, 2 the request is wrong, 130 or 143 after a signal.

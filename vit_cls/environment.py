@@ -25,11 +25,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_count() -> int:
-    """Cores that this process may use: by its affinity, and by the quota of its container.
-
-    Source:
-        joblib's ``cpu_count``, which also honours the variable ``LOKY_MAX_CPU_COUNT``.
-    """
+    """Cores that this process may use, as joblib says: by its affinity, and by the quota of its container."""
     import joblib  # here: half a second, which a listing of a small folder saves
 
     return int(joblib.cpu_count())

@@ -15,9 +15,6 @@ from vit_cls.errors import ConfigError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, and move it there when it is complete and on the disk.
 
-    Args:
-        path: Where the file goes; its folder exists.
-
     Yields:
         Where to write it. If the block raises, the file there goes away and ``path`` stays as it was.
 
@@ -50,8 +47,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file.
 
     Args:
-        path: The file; its folder exists.
-        text: Its new content.
+        path: Its folder exists.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
@@ -63,9 +59,6 @@ def output_folder(folder: str | Path | None, option: str = "--output") -> Path |
     Args:
         folder: As the user wrote it, or None.
         option: The option that names it, for the message.
-
-    Returns:
-        The folder, or None.
 
     Raises:
         ConfigError: If it is a file, or cannot be made or written.
@@ -86,9 +79,6 @@ def output_folder(folder: str | Path | None, option: str = "--output") -> Path |
 def making(folder: Path) -> Iterator[None]:
     """Make a folder; after an error it goes again if it is empty, with those above it that were made for it.
 
-    Args:
-        folder: May exist.
-
     Raises:
         OSError: If it cannot be made.
     """
@@ -108,8 +98,7 @@ def write_errors(folder: Path, option: str = "--output") -> Iterator[None]:
     """Say of the system's errors inside the ``with`` block which option they are about.
 
     Args:
-        folder: Where the block writes.
-        option: The option that names it, for the message.
+        option: The option that names the folder.
 
     Raises:
         ConfigError: If the block raises OSError.
@@ -122,10 +111,9 @@ def write_errors(folder: Path, option: str = "--output") -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: Path, option: str = "--output") -> Iterator[None]:
-    """Make a folder, and write files into it inside the ``with`` block.
+    """Make a folder as `making` does, and write files into it inside the ``with`` block.
 
     Args:
-        folder: Is made if it does not exist, with those above it; see `making`.
         option: The option that names it, for the message.
 
     Raises:

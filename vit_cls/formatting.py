@@ -33,13 +33,10 @@ def decimals(value: float | None, digits: int = 4, *, signed: bool = False) -> s
 
 
 def percent(share: float | None, digits: int = 1, *, unit: str = " %", signed: bool = False) -> str:
-    """A share in percent.
+    """A share in percent; ``unit`` is empty where a heading or an axis says it.
 
     Args:
         share: Between 0 and 1, or a difference of shares.
-        digits: Decimals.
-        unit: What follows the number; empty where a heading or an axis says it.
-        signed: Whether a positive number has its sign.
 
     Example:
         >>> percent(0.93214), percent(-0.01, 2, unit=" points", signed=True)
@@ -81,8 +78,7 @@ def interval(bounds: tuple[float, float], write: Callable[[float], str] = decima
     """A confidence interval of 95 %.
 
     Args:
-        bounds: Lower and upper.
-        write: How each is written.
+        write: How each bound is written.
 
     Example:
         >>> interval((0.9, 0.95)), interval((0.9, 0.95), bare_percent)
@@ -93,22 +89,12 @@ def interval(bounds: tuple[float, float], write: Callable[[float], str] = decima
 
 
 def bare_percent(share: float) -> str:
-    """`percent` without its unit, for the bounds of an interval.
-
-    Example:
-        >>> bare_percent(0.932)
-        '93.2'
-    """
+    """`percent` without its unit, for the bounds of an interval."""
     return percent(share, unit="")
 
 
 def three_decimals(value: float) -> str:
-    """`decimals` for what has no unit and is about 1, as R2 or a cosine.
-
-    Example:
-        >>> three_decimals(0.93214)
-        '0.932'
-    """
+    """`decimals` for what has no unit and is about 1, as R2 or a cosine."""
     return decimals(value, 3)
 
 
@@ -116,8 +102,6 @@ def estimate_cell(value: float, bounds: tuple[float, float], write: Callable[[fl
     """An estimate and its interval for a cell of a table.
 
     Args:
-        value: The estimate.
-        bounds: Of its interval of 95 %.
         write: How each of the three is written.
 
     Example:

@@ -73,10 +73,7 @@ class InferenceConfig:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device that ``--device`` means.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; a device of torch is itself.
+    """The device that ``--device`` means; one of torch is itself.
 
     Raises:
         ConfigError: If it is unknown or not there.
@@ -133,7 +130,6 @@ def batches(
         images: Those of an index, or paths; an endless source will do. It is read a few batches ahead.
         compute: From uint8 images on the device, shape ``(batch, 3, height, width)``, to one row an image, or
             to such rows by layer. It is called in inference mode, under autocast if there is one.
-        config: How the model is run; None takes the defaults.
 
     Yields:
         Outputs of ``batch_size`` images, of fewer at the end.
@@ -224,17 +220,12 @@ def _progress(images: Images, config: InferenceConfig) -> Iterator[Callable[[int
 
 
 def layer_tokens(classifier: ImageClassifier, layers: Sequence[int]) -> Callable[[Tensor], dict[int, Tensor]]:
-    """What `batches` computes to have the tokens of some layers.
-
-    Hooks on the blocks take them, so native and adapted models are read alike.
+    """What `batches` computes to have the tokens of some layers, as the block left them, ``(batch, tokens,
+    dim)``.
 
     Args:
-        classifier: Its encoder is run.
+        classifier: Hooks on its blocks take the tokens, so native and adapted models are read alike.
         layers: 0 is before the first block, ``l`` after block ``l``.
-
-    Returns:
-        A function from uint8 images to the tokens of each layer, as the block left them, each of shape
-        ``(batch, tokens, dim)``.
     """
 
     def compute(images: Tensor) -> dict[int, Tensor]:
@@ -274,9 +265,6 @@ def _captured(model: TokenModel, layers: Sequence[int]) -> Iterator[dict[int, Te
 
 def require_head(classifier: ImageClassifier) -> None:
     """Refuse a model that cannot name a class.
-
-    Args:
-        classifier: The model.
 
     Raises:
         ModelFileError: If it has no head.

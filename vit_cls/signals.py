@@ -18,7 +18,6 @@ class Stopped(RunError):
     """A signal ended the work; the command line exits with 128 and the signal's number.
 
     Args:
-        signum: The signal's number.
         hint: What is kept, and how to go on.
     """
 
@@ -40,16 +39,6 @@ class StopSignals:
 
     Args:
         hint: Called after the block was stopped: what is kept, and how to go on.
-
-    Example:
-        >>> import os
-        >>> with StopSignals(lambda: "3 rows are kept") as stop:
-        ...     with stop.held():
-        ...         os.kill(os.getpid(), signal.SIGTERM)
-        ...         print("written to the end")
-        Traceback (most recent call last):
-            ...
-        vit_cls.signals.Stopped: stopped by SIGTERM; 3 rows are kept.
     """
 
     def __init__(self, hint: Callable[[], str] = str) -> None:
@@ -102,10 +91,6 @@ class StopSignals:
 
 
 def leave_signals_to_parent(worker_id: int = 0) -> None:
-    """In a process that loads images: a scheduler signals every process of a job, and the parent decides.
-
-    Args:
-        worker_id: What torch hands to a ``worker_init_fn``.
-    """
+    """In a process that loads images: a scheduler signals every process of a job, and the parent decides."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

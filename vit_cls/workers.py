@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CHUNK = 16
-"""Items that a process gets at once. After a crash those in flight are tried again one by one."""
+"""Items that a process gets at once; after a crash those in flight are tried again one by one."""
 PATIENCE_SECONDS = 30.0
 """How long a process may take to stop, such as for the last step of a training."""
 
@@ -70,9 +70,8 @@ def each_in_processes(
     """Call a function on every item, in processes of its own; an item that kills its process is a result too.
 
     Args:
-        function: A function of a module, which does not raise. It, the items and the results are sent
-            between processes.
-        items: Its arguments.
+        function: A function of a module, which does not raise. It, the items and the results are sent between
+            processes.
         crashed: The result of an item whose process died, of a fault in a decoder or for want of memory.
         num_workers: Processes; 0 calls the function here, where such an item would end the program.
 

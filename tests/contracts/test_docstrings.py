@@ -15,6 +15,9 @@ import pytest
 
 import vit_cls
 
+TOLD_IN_A_SENTENCE = 2
+"""So many arguments the first sentence can tell; more need lines of their own, if only those worth a word."""
+
 
 def _modules():
     names = [
@@ -101,9 +104,9 @@ def test_documented_parameters_are_the_signatures(name):
         inherited = any(
             _parameters(base) == _parameters(thing) for base in thing.__mro__[1:-1] if base.__doc__
         )
-        assert not _parameters(thing) or inherited, f"{name} documents no arguments"
+        assert inherited or len(_parameters(thing)) <= TOLD_IN_A_SENTENCE, f"{name} documents no arguments"
     elif not _is_hook(name):
-        assert len(_parameters(thing)) <= 1, f"{name} documents no arguments"
+        assert len(_parameters(thing)) <= TOLD_IN_A_SENTENCE, f"{name} documents no arguments"
 
 
 def _is_hook(name: str) -> bool:

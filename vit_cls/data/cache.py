@@ -31,17 +31,15 @@ class PixelCache:
 
     The file's name is a digest of everything that decides its content: each file's path, size and time of
     change, the reader, and the versions of the libraries that decode and resize. What is not there yet is
-    computed and written by whichever process comes first; images that cannot be read are never written, so
-    they fail again.
+    written by whichever process comes first; images that cannot be read are never written, so they fail
+    again.
 
-    A table of checksums comes first, one an image, 0 where there is none; then the pixels. Pixels count as
-    there only where they have their checksum, so a file that was cut off, overwritten, or half on the disk
-    when the power failed costs time, never a wrong image. It is read and written in calls, not mapped into
-    memory: in a map, a full disk would kill the process.
+    A table of checksums comes first, one an image, 0 where there is none; then the pixels. Pixels without
+    their checksum do not count as there, so a file cut off when the power failed costs time, never a wrong
+    image. It is read and written in calls: in a memory map, a full disk would kill the process.
 
     Args:
-        folder: Where the file goes; is made if it does not exist. It grows to the size of all pixels.
-        index: The images.
+        folder: Is made if it does not exist; grows to the size of all pixels.
         reader: Makes the pixels, with no random draws.
 
     Raises:
@@ -67,11 +65,7 @@ class PixelCache:
         return self._descriptor
 
     def get(self, index: int) -> Tensor | None:
-        """Pixels of one image, uint8 ``(3, height, width)``; None where they are not there yet.
-
-        Args:
-            index: Position in the index.
-        """
+        """Pixels of one image, uint8 ``(3, height, width)``; None where they are not there yet."""
         recorded = os.pread(self._open(), _CHECKSUM.size, index * _CHECKSUM.size)
         if not any(recorded):
             return None
@@ -83,12 +77,7 @@ class PixelCache:
         return planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
     def put(self, index: int, image: Tensor) -> None:
-        """Keep the pixels of one image; where the disk is full, warn and keep no more.
-
-        Args:
-            index: Position in the index.
-            image: uint8, shape ``(3, height, width)``.
-        """
+        """Keep the pixels of one image; where the disk is full, warn and keep no more."""
         assert tuple(image.shape) == self.shape[1:], (image.shape, self.shape)
         if self._full:
             return

@@ -127,7 +127,6 @@ class ImageDataModule(LightningDataModule):
         """Images that somebody else has found and split.
 
         Args:
-            train: To train on.
             val: To validate on, labelled by the classes of ``train``.
             origin: One sentence: where they come from.
             settings: Further arguments of the constructor; those that find or split images have no effect.
@@ -140,7 +139,7 @@ class ImageDataModule(LightningDataModule):
         """Set what the run and the model decide: the seed, and how an image becomes the model's input.
 
         Args:
-            seed: Seed of split, order and augmentation.
+            seed: Of split, order and augmentation.
             preprocess: The model's: ``classifier.preprocess``.
 
         Raises:
@@ -157,10 +156,7 @@ class ImageDataModule(LightningDataModule):
         self.val_set = ImageDataset(self.val_source, val, cache=cache)
 
     def load_index(self, seed: int) -> None:
-        """Find the images and split them; reads names, no pixels.
-
-        Args:
-            seed: Which split is made, where one is made.
+        """Find the images and split them, if they are to be split, by a seed; reads names, no pixels.
 
         Raises:
             DataError: If the images cannot be used.
@@ -181,9 +177,8 @@ class ImageDataModule(LightningDataModule):
     def _check(self, split: Split) -> None:
         """Refuse images that are in training and in validation, unless that was allowed by name.
 
-        Raises:
-            DataError: If there are any. Where the split was made here, they are only warned of: which copies
-                there are is then the folder's matter, not its division's.
+        Where the split was made here, they are only warned of: which copies there are is then the folder's
+        matter.
         """
         if isinstance(split.train, ArraySource):
             return
@@ -211,11 +206,7 @@ class ImageDataModule(LightningDataModule):
         return self.train_source.index.class_names
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count images that cannot be read, and stop at one too many; called in the main process.
-
-        Raises:
-            ImageError: Names the file and the reason.
-        """
+        """Name images that cannot be read, and raise ImageError at one too many, in the main process."""
         for index, reason in batch.failures:
             training = self.trainer is not None and self.trainer.training
             source = self.train_source if training else self.val_source

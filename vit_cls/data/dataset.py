@@ -68,20 +68,11 @@ class ImageSource(Protocol):
     index: ImageIndex
 
     def read(self, index: int) -> bytes | Tensor:
-        """Image ``index``: its file, or pixels, uint8 ``(3, H, W)``.
-
-        Raises:
-            ImageError: If it is no image.
-            OSError: If it cannot be read.
-        """
+        """A file, or pixels, uint8 ``(3, H, W)``; ImageError or OSError where there are none."""
 
 
 class FolderSource:
-    """Images that are files.
-
-    Args:
-        index: The files.
-    """
+    """Images that are files."""
 
     def __init__(self, index: ImageIndex) -> None:
         self.index = index
@@ -92,12 +83,7 @@ class FolderSource:
 
 
 class ArraySource:
-    """Images that are in memory.
-
-    Args:
-        index: Names and labels.
-        images: uint8, shape ``(images, 3, height, width)``, in the order of the index.
-    """
+    """Images that are in memory, uint8, shape ``(images, 3, height, width)``, in the order of the index."""
 
     def __init__(self, index: ImageIndex, images: Tensor) -> None:
         self.index = index
@@ -112,9 +98,7 @@ class ImageDataset(Dataset[Sample]):
     """Samples by (epoch, index), for training and its validation.
 
     Args:
-        source: The images.
-        reader: Makes uint8 ``(3, H, W)`` of the model's size of them.
-        seed: Seed of a random reader; None where it draws nothing.
+        seed: Of a random reader; None where it draws nothing.
         cache: Keeps the pixels of a reader that draws nothing.
     """
 
@@ -152,10 +136,6 @@ class ItemDataset(Dataset[Sample]):
     """Samples by (place in the batch, item), an item being a path or a position in a source.
 
     It holds neither, so it is small however many there are.
-
-    Args:
-        read: The file or the pixels of an item.
-        reader: Makes uint8 ``(3, H, W)`` of the model's size of them.
     """
 
     def __init__(self, read: Callable[[Any], bytes | Tensor], reader: Reader) -> None:

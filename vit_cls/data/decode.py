@@ -29,9 +29,6 @@ BACKGROUND = (255, 255, 255)
 def read_file(path: Path) -> bytes:
     """The bytes of a file, whose size is looked at before it is read.
 
-    Args:
-        path: The file.
-
     Raises:
         ImageError: If it has more than `MAX_BYTES`, is a pipe or a device, or no file can have that name.
         OSError: If it cannot be read.
@@ -51,17 +48,14 @@ def read_file(path: Path) -> bytes:
 
 
 def decode_image(data: bytes, background: tuple[int, int, int] = BACKGROUND) -> Tensor:
-    """Decode one image file.
+    """Decode JPEG, PNG, WebP, BMP, GIF, TIFF or PPM to RGB pixels, uint8, shape ``(3, height, width)``.
 
     Orientation from EXIF is applied, 16-bit pixels are scaled, transparency is laid over one colour, the
     first frame of an animation is taken.
 
     Args:
-        data: The whole file: JPEG, PNG, WebP, BMP, GIF, TIFF or PPM.
+        data: The whole file.
         background: Red, green and blue of the colour that shows through, each from 0 to 255.
-
-    Returns:
-        RGB pixels, uint8, shape ``(3, height, width)``.
 
     Raises:
         ImageError: If the bytes are not a complete image of those formats, or it has too many pixels.
@@ -167,12 +161,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
-    """The one transparent grey level or colour of a PNG, in the 8 bits that the pixels are scaled to.
+    """The one transparent grey level or colour of a PNG that is not loaded yet, in the 8 bits that pixels are
+    scaled to.
 
     Pillow leaves it in the bits of the file. None where it need not be scaled.
-
-    Args:
-        image: Opened and not yet loaded.
     """
     value = image.info.get("transparency")
     layout = image.tile[0].args if image.format == "PNG" and image.tile else None

@@ -18,13 +18,7 @@ CLASS_NAMES = [str(digit) for digit in range(10)]
 
 
 def load_digits(part: str) -> ArraySource:
-    """The digits of one part, the same on every machine.
-
-    Args:
-        part: ``train`` (two thirds of each class) or ``test`` (the held-out third, never trained on).
-
-    Returns:
-        The images as RGB, uint8, shape ``(images, 3, 8, 8)``, with names and labels.
+    """The digits of one part as RGB, uint8, shape ``(images, 3, 8, 8)``: ``train`` or ``test``.
 
     Source:
         scikit-learn's ``load_digits``; UCI, https://archive.ics.uci.edu/dataset/80.
@@ -42,14 +36,10 @@ def load_digits(part: str) -> ArraySource:
 
 
 def write_digits(folder: str | Path, part: str = "test") -> int:
-    """Write a part of the digits as a folder of PNG files, one sub-folder a class.
+    """Write a part of the digits as a folder of PNG files, one sub-folder a class; says how many.
 
     Args:
-        folder: Where to write; must not exist yet, or be empty.
-        part: ``train`` or ``test``.
-
-    Returns:
-        How many images were written.
+        folder: Must not exist yet, or be empty.
 
     Raises:
         DataError: If ``folder`` has something in it.

@@ -28,9 +28,7 @@ class FoundParts:
     """The parts that some data has; the images of a part are listed when it is read.
 
     Args:
-        data: What the user gave.
-        name: What the user calls it, for error messages.
-        kind: What it is.
+        name: What the user calls the data, for error messages.
         places: By part, in the order of `PARTS`: the name of its folder, empty where it has none of its own.
             Undivided data is one part, ``all``.
         manifest: The rows, where it is a manifest.
@@ -80,7 +78,6 @@ class FoundParts:
         """List the images of a part.
 
         Args:
-            part: One of `places`.
             class_names: The classes that the labels point into; None takes those of the part.
             training: Whether something is fitted on them, which takes two classes.
 
@@ -97,11 +94,7 @@ class FoundParts:
         return FolderSource(index if class_names is None else index.with_class_names(class_names))
 
     def training_part(self) -> str:
-        """The part to fit on: train, or everything where the data is undivided.
-
-        Raises:
-            DataError: If there is none.
-        """
+        """The part to fit on: train, or all where the data is undivided; DataError if there is none."""
         part = next((part for part in ("train", ALL) if part in self.places), None)
         if part is not None:
             return part
@@ -125,8 +118,8 @@ def find_parts(
 
     Args:
         data: A folder of parts (``train/``, ``val/``, ``test/`` and their other spellings), one folder of
-            class folders, a manifest (see `read_manifest`), or ``digits``, the embedded ones, unless there
-            is a folder of that name.
+            class folders, a manifest (see `read_manifest`), or ``digits``, the embedded ones, unless there is
+            a folder of that name.
         name: What the user calls it, for error messages.
         class_names: Classes that are known already: a folder of such a name without folders inside is one.
         embedded: Whether ``digits`` means the embedded ones although there is a folder of that name.

@@ -26,7 +26,6 @@ class ImageIndex:
         root: The folder that the paths are relative to.
         paths: Relative paths with forward slashes, sorted within each class.
         labels: Position of each image's class in ``class_names``, int64.
-        class_names: All classes, in the order of their labels.
         groups: What each image belongs to (a patient, a video), where that is known: images of one group are
             not split between training and validation.
         weights: How often each image is drawn in training, relative to the others, where that is given.
@@ -64,7 +63,7 @@ class ImageIndex:
         """The same images with labels that point into another class list, matched by name.
 
         Args:
-            class_names: The classes of the training data or the model; the index may lack some of them.
+            class_names: Of the training data or the model; the index may lack some of them.
             where: Where the images are, in words; empty names the root.
 
         Raises:
@@ -81,10 +80,7 @@ class ImageIndex:
         return replace(self, labels=lookup[self.labels], class_names=list(class_names))
 
     def fingerprint(self) -> str:
-        """A digest of paths and class names, to tell whether two runs saw the same files.
-
-        File contents are not read: that would cost as much as an epoch.
-        """
+        """A digest of paths and class names, to tell whether two runs saw the same files; not of contents."""
         digest = hashlib.blake2b(digest_size=16)
         endings = [f"\0{name}\n".encode("utf-8", "surrogateescape") for name in self.class_names]
         paths = iter_bytes(self.paths)
@@ -95,22 +91,18 @@ class ImageIndex:
 
 
 def index_folder(root: str | Path, *, name: str = "data.root", min_classes: int = 2) -> ImageIndex:
-    """Index a folder with one sub-folder a class.
+    """Index a folder with one sub-folder a class, the layout of torchvision's ``ImageFolder``.
 
     Hidden files and folders are passed over, and files whose extension is no image format's. Images may lie
     deeper inside a class folder. Classes and files are in lexicographic order.
 
     Args:
-        root: The folder.
         name: What the user called it, for error messages.
         min_classes: 1 where the classes are known from elsewhere, and this folder may lack some.
 
     Raises:
         DataError: If the folder is missing or cannot be read, has too few class folders, or a class has no
             image.
-
-    Source:
-        The layout is torchvision's ``ImageFolder``.
     """
     root = Path(root)
     classes = class_folders(root, name=name)
@@ -145,14 +137,9 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def balanced_weights(index: ImageIndex) -> np.ndarray:
-    """Weights with which every class is drawn equally often.
+    """Weights, 1 on average, with which every class is drawn equally often that can be drawn at all.
 
-    Args:
-        index: Training images. Weights of its own say how often an image is drawn within its class.
-
-    Returns:
-        float64, shape ``(images,)``, 1 on average. Classes without an image, or whose weights are all zero,
-        are not drawn.
+    Weights of the index say how often an image is drawn within its class.
 
     Example:
         >>> index = ImageIndex(Path(), ["a/1", "a/2", "a/3", "b/1"], np.array([0, 0, 0, 1]), ["a", "b"])
@@ -177,13 +164,6 @@ class PathTable(Sequence[str]):
     """Strings in a few arrays: a million paths are one object, so worker processes share their memory.
 
     A path is stored as the number of its beginning (its folder, as a rule) and the rest.
-
-    Args:
-        paths: The strings, in order.
-
-    Example:
-        >>> PathTable(["a/1.png", "b/2.png"])[1]
-        'b/2.png'
     """
 
     _beginnings: _Texts
@@ -206,15 +186,7 @@ class PathTable(Sequence[str]):
 
     @classmethod
     def from_runs(cls, runs: Sequence[tuple[bytes, int, bytes]]) -> PathTable:
-        """Build from runs of paths that begin alike.
-
-        Args:
-            runs: The common beginning, how many paths, and their rests, each closed by a NUL byte.
-
-        Example:
-            >>> list(PathTable.from_runs([(b"a/", 2, b"1.png" + bytes(1) + b"2.png" + bytes(1))]))
-            ['a/1.png', 'a/2.png']
-        """
+        """Build from runs of paths: how they begin, their number, and their rests, each closed by a NUL."""
         table = cls(())
         counts = np.array([count for _, count, _ in runs], dtype=np.int64)
         joined = b"".join([rests for _, _, rests in runs])

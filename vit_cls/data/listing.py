@@ -33,8 +33,7 @@ EXTENSIONS = frozenset(
 )
 
 Run = tuple[bytes, int, bytes]
-"""Files of one folder: how their paths begin (``class/IMG_``), how many they are, and the rest of each path,
-closed by a NUL byte."""
+"""How paths in one folder begin (``class/IMG_``), their number, and their rests, each closed by a NUL."""
 
 LONG_SECONDS = 0.04
 """A listing that takes longer in one process is shared."""
@@ -44,13 +43,8 @@ MAX_HELPERS = 7
 
 
 def list_images(root: str, folders: list[str]) -> list[Run]:
-    """Find the images below some sub-folders of ``root``.
-
-    Returns:
-        Runs of paths relative to ``root``: folder by folder, in lexicographic order within each.
-
-    Raises:
-        OSError: If a folder cannot be read.
+    """Runs of the images below some sub-folders of ``root``, in lexicographic order within each; OSError if
+    unreadable.
     """
     runs: list[Run] = []
     started = time.perf_counter()

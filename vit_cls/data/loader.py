@@ -41,13 +41,6 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """Load the sampler's keys in its order, epoch after epoch; the last batch may be smaller.
 
-    Args:
-        dataset: Makes a sample from a key.
-        sampler: Which keys, in which order.
-        batch_size: Samples a batch.
-        num_workers: Processes that make samples; 0 makes them in this one.
-        pin_memory: Whether batches land in page-locked memory, for a faster copy to a GPU.
-
     Raises:
         ConfigError: If a number is out of range.
     """
@@ -74,11 +67,8 @@ def load_once(
 
     Args:
         images: An index's, or paths; an endless source of them will do. It is read a few batches ahead.
-        reader: Makes pixels of a file.
-        batch_size: Images a batch.
-        num_workers: Loading processes; None means one a core, at most 8, and none for images in memory or for
-            no more than one batch.
-        pin_memory: As for `make_loader`.
+        num_workers: None means one a core, at most 8, and none for images in memory or for no more than one
+            batch.
 
     Yields:
         What was asked for, positions or paths, and the batch, whose ``indices`` are places in that list.

@@ -30,14 +30,7 @@ ENDINGS = (".csv", ".tsv", ".tab", ".txt", *PARQUET)
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with some rows.
-
-    Args:
-        text: The fault, as the end of "3 of 10 rows have ...".
-        positions: The rows that have it, counted from 0; there may be none.
-        column: The column whose cells are shown.
-        hint: What to do about it.
-    """
+    """What is wrong with some rows, as the end of "3 of 10 rows have ..."; positions count from 0."""
 
     text: str
     positions: list[int]
@@ -47,11 +40,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Table:
-    """Some columns of a file.
+    """Some columns of a file as text, by name.
 
     Args:
         where: What the user called the file, and its path.
-        columns: The text of each cell, by the name of its column.
         rows: Number of each row as a spreadsheet shows it: the header of a text file is row 1.
     """
 
@@ -81,12 +73,10 @@ class Manifest:
     """The rows of a table, by what they are for.
 
     Args:
-        table: The columns as text.
         folder: Where relative paths start.
         paths: Of each row, spelled in one way: below ``folder`` relative to it, elsewhere absolute or
             beginning with ``../``; empty where the row has none.
         part_of: Part of each row: of `PARTS`, ``all`` where there is no split column, empty where unknown.
-        weights: How often each image is drawn in training, relative to the others, where that is given.
     """
 
     table: Table
@@ -107,7 +97,6 @@ class Manifest:
         """The images of one part, sorted by class and path: the order of the rows has no effect.
 
         Args:
-            part: One of `parts`.
             class_names: The classes that the labels point into; None takes the labels of the part, sorted.
             training: Whether something is fitted on them: it takes two classes, and weights that draw any.
 
@@ -153,12 +142,7 @@ class Manifest:
 
 
 def is_manifest(path: str | Path) -> bool:
-    """Whether a path has the ending of a table and is no folder.
-
-    Example:
-        >>> is_manifest("images.csv"), is_manifest("images")
-        (True, False)
-    """
+    """Whether a path has the ending of a table and is no folder."""
     return Path(path).suffix.lower() in ENDINGS and not os.path.isdir(path)
 
 
@@ -173,7 +157,6 @@ def read_manifest(path: str | Path, *, name: str = "--data") -> Manifest:
     Args:
         path: Parquet (``.parquet``, needs pyarrow), or text with commas, semicolons or tabs, in UTF-8. Paths
             in it are relative to its folder, or absolute; they are only ever opened.
-        name: What the user called it, for error messages.
 
     Raises:
         DataError: Says what is wrong, in how many rows, and in which.
@@ -196,10 +179,7 @@ def read_manifest(path: str | Path, *, name: str = "--data") -> Manifest:
 
 
 def inspect_manifest(path: str | Path, *, name: str = "--data") -> tuple[Manifest, list[Fault]]:
-    """`read_manifest` whatever the rows hold.
-
-    Returns:
-        The rows, and what is wrong with cells of them: without a place for a cell, ``weights`` are NaN.
+    """`read_manifest` whatever the rows hold: they, and what is wrong with their cells.
 
     Raises:
         DataError: If the table itself cannot be read.

@@ -64,7 +64,7 @@ ERASE_RATIO = 3.3
 def mix_batch(
     images: Tensor, targets: Tensor, options: MixOptions, *, key: int
 ) -> tuple[Tensor, MixedTargets]:
-    """Mix each image with another of its batch, and erase rectangles.
+    """Mix each image with another of its batch, and erase rectangles, which become 0, the mean colour.
 
     Every image has draws of its own: its partner, mixup or CutMix, share or box. The draws are a function of
     ``key`` and the batch's size alone, made on the CPU, and cost no synchronisation. Any batch size will do;
@@ -73,17 +73,7 @@ def mix_batch(
     Args:
         images: Normalised floats, shape ``(batch, channels, height, width)``.
         targets: Classes, int64, shape ``(batch,)``.
-        options: What is done, and how often.
         key: Seed of the draws, in [0, 2**63).
-
-    Returns:
-        The images, and their classes with shares. Erased pixels are 0, the mean colour.
-
-    Example:
-        >>> options = MixOptions(mixup_alpha=0.8)
-        >>> x, mixed = mix_batch(torch.ones(3, 3, 8, 8), torch.tensor([0, 1, 2]), options, key=1)
-        >>> x.shape, bool(((mixed.share >= 0) & (mixed.share <= 1)).all())
-        (torch.Size([3, 3, 8, 8]), True)
 
     Source:
         mixup, https://arxiv.org/abs/1710.09412; CutMix, https://arxiv.org/abs/1905.04899; erasing,

@@ -21,12 +21,10 @@ TEST_SEED = 0
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on and what is validated on, and how that came about.
+    """What is trained on and what is validated on, and how that came about in one sentence.
 
     Args:
-        train: Training images.
-        val: Validation images, labelled by the training classes.
-        origin: One sentence for the log and the run record.
+        val: Labelled by the training classes.
         made_here: Whether the images were divided here, not by the user.
     """
 
@@ -42,9 +40,7 @@ def split_for_training(
     """The images that ``fit`` trains on and validates on; the test part is not touched.
 
     Args:
-        parts: From `find_parts`.
         val_fraction: Share of each class to validate on, in (0, 1), where there is no validation part.
-        seed: Which split is made, where one is made.
         group_by: See `held_out_images`. Where there is a validation part, no group may be in both.
 
     Raises:
@@ -90,7 +86,6 @@ class Partition:
     """Images to fit on, to choose by and to report on; no image is in two parts.
 
     Args:
-        train: What is fitted is fitted on these.
         val: Every choice (a penalty, a number of neighbours) is made on these.
         test: Touched once, with what was chosen.
         origin: One sentence: where each part came from.
@@ -127,9 +122,6 @@ class Partition:
 
         Raises:
             ConfigError: If one of them has no effect.
-
-        Example:
-            >>> partition_data("digits").refuse_unused({"val_fraction": 0.3})
         """
         for label, fraction in fractions.items():
             part = label.removesuffix("_fraction")
@@ -156,10 +148,8 @@ def partition_data(
             has neither, both are split off from what there is.
         seed: Which validation images are held out, where there are none.
         val_fraction: Share of each class to validate on, in (0, 1), where that is split here.
-        test_fraction: Share of each class to test on, in (0, 1), where that is split here; the same images
-            whatever ``seed``.
+        test_fraction: Likewise to test on; the same images whatever ``seed``.
         split: The part that is reported on instead; ``train`` splits all three off from it.
-        name: What the user called the data, for error messages.
 
     Raises:
         DataError: If there is no such folder, a part has a class that training lacks, two parts share a

@@ -21,10 +21,8 @@ ALL = "all"
 
 
 def class_folders(root: Path, *, name: str) -> list[str]:
-    """Visible sub-folders of ``root``, in lexicographic order; ``name`` is what the user called it.
-
-    Raises:
-        DataError: If ``root`` is not a folder that can be read.
+    """Visible sub-folders of ``root``, in lexicographic order; DataError, under the user's ``name``, if
+    unreadable.
     """
     try:
         with os.scandir(root) as entries:
@@ -40,17 +38,10 @@ def class_folders(root: Path, *, name: str) -> list[str]:
 def part_folders(
     folders: Sequence[str], *, has_folders: Callable[[str], bool], class_names: Collection[str] = ()
 ) -> dict[str, str]:
-    """Which of some folders are parts; the only place that decides it.
+    """Folder names by part, in the order of `PARTS`, the only place that decides it; empty where folders are
+    classes.
 
     A class may be called train, as CIFAR-100 has one: such a folder has no folders inside.
-
-    Args:
-        folders: Names of the visible folders of a data root.
-        has_folders: Whether the folder of a name has folders inside.
-        class_names: Classes that are known already, such as a model's.
-
-    Returns:
-        The folder's name by part, in the order of `PARTS`; empty where the folders are classes.
 
     Example:
         >>> part_folders(["Test", "extra", "train"], has_folders=lambda name: True)

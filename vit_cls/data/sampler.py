@@ -13,25 +13,16 @@ from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
 
 SampleKey = tuple[int, int] | tuple[int, int, int]
-"""(epoch, index): all a dataset needs, with its seed, to make a sample. Where an image comes more than once
-in an epoch, (epoch, index, copy), copies counted from 0."""
+"""(epoch, index), and the copy, from 0, where an image comes more than once in an epoch."""
 
 
 def sample_seed(seed: int, epoch: int, index: int, copy: int = 0) -> int:
-    """A well-mixed seed for one sample in one epoch.
+    """A well-mixed seed in [0, 2**63) for one sample in one epoch.
 
     Args:
-        seed: Seed of the run.
-        epoch: Epoch, from 0; -1 for what belongs to no epoch.
-        index: Index of the sample, from 0; -1 for what belongs to the whole epoch.
+        epoch: From 0; -1 for what belongs to no epoch.
+        index: From 0; -1 for what belongs to the whole epoch.
         copy: How often the sample came before in the epoch.
-
-    Returns:
-        A number in [0, 2**63).
-
-    Example:
-        >>> sample_seed(0, 0, 0) == sample_seed(0, 0, 0) != sample_seed(0, 1, 0)
-        True
     """
     words = (seed, epoch, index, copy) if copy else (seed, epoch, index)
     digest = hashlib.blake2b(struct.pack(f"<{len(words)}q", *words), digest_size=8).digest()
@@ -41,27 +32,18 @@ def sample_seed(seed: int, epoch: int, index: int, copy: int = 0) -> int:
 class EpochSampler(Sampler[SampleKey]):
     """Keys of one epoch's samples, for this process.
 
-    Shuffled: a new permutation each epoch, the same for all processes, dealt out like cards; what does not
-    go round evenly is left for another epoch, so that every process makes the same number of steps.
-    Not shuffled: every sample exactly once over all processes, none twice.
+    Shuffled: a new permutation each epoch, the same for all processes, dealt out like cards; what does not go
+    round evenly is left for another epoch, so that every process makes the same number of steps. Not
+    shuffled: every sample exactly once over all processes, none twice.
 
     Args:
-        num_samples: Samples of the dataset, and of an epoch.
-        seed: Seed of the run.
-        shuffle: Whether this is training.
-        rank: This process, from 0.
-        world_size: Processes.
-        weights: How often each sample is drawn, relative to the others; with replacement. None draws each
-            once.
-        repeats: Copies of an image that come together, each augmented on its own and, with several
-            processes, in another one; an epoch then sees that many times fewer images.
+        num_samples: Of the dataset, and of an epoch.
+        weights: How often each sample is drawn, relative to the others; with replacement.
+        repeats: Copies of an image that come together, each augmented on its own and, with several processes,
+            in another one; an epoch then sees that many times fewer images.
 
     Raises:
         ConfigError: If weights and repeats are both given, or repeats is below 1.
-
-    Example:
-        >>> list(EpochSampler(3, seed=0, shuffle=False))
-        [(0, 0), (0, 1), (0, 2)]
 
     Source:
         Repeated augmentation: https://arxiv.org/abs/1901.09335.

@@ -23,13 +23,10 @@ def held_out_images(
     files added to a group, in a class it has, move nothing.
 
     Args:
-        index: All images.
         val_fraction: Share of each class's images, or of its groups, in (0, 1), rounded; at least one where a
             class has two or more, and never the last one.
-        seed: Which choice.
-        group_by: A regular expression with one capture group, found anywhere in the relative path: images
-            of which it captures the same are never split. None keeps the groups of the index, if it has
-            some, together.
+        group_by: A regular expression with one capture group, found anywhere in the relative path: images of
+            which it captures the same are never split. None keeps the groups of the index together.
 
     Returns:
         Whether each image is held out, bool, shape ``(images,)``.
@@ -75,8 +72,7 @@ def groups_by_pattern(index: ImageIndex, group_by: str) -> Sequence[str]:
     """The group of each image: what a pattern with one capture group finds in its path.
 
     Raises:
-        ConfigError: If the pattern does not compile, has another number of capture groups, or the index
-            has groups of its own.
+        ConfigError: If the pattern is not usable, or the index has groups of its own.
         DataError: If a path does not match.
     """
     if index.groups is not None:
@@ -121,10 +117,8 @@ def _captured(pattern: re.Pattern[str], paths: Iterable[str], unmatched: list[in
 def refuse_shared_groups(
     train_groups: Sequence[str], val_groups: Sequence[str], *, where: str, parts: tuple[str, str]
 ) -> None:
-    """Check that no group is both trained on and validated on; ``where`` is what the user called the data.
-
-    Raises:
-        DataError: If a group is in both.
+    """Raise DataError if a group is both trained on and validated on; ``where`` is what the user called the
+    data.
     """
     shared = sorted(set(iter_bytes(train_groups)) & set(iter_bytes(val_groups)))
     if shared:

@@ -23,15 +23,11 @@ def reader_by_path(source: ImageSource) -> Callable[[str], bytes | Tensor]:
 
 
 def thumbnails(read: Callable[[str], bytes | Tensor], paths: Iterable[str]) -> dict[str, bytes]:
-    """The pixels that training would see, made small; images that cannot be read are left out.
+    """The pixels that training would see, made small: JPEG by path, without what cannot be read.
 
     Args:
         read: From a path to a file's bytes or to pixels, uint8 ``(3, height, width)``; ImageError, OSError or
             KeyError where there are none.
-        paths: Of the images.
-
-    Returns:
-        JPEG by path.
     """
     made = {}
     for path in paths:

@@ -34,7 +34,7 @@ def eval_transform(
     interpolation: str = "bicubic",
     exact: bool = False,
 ) -> Transform:
-    """The fixed transform of validation, evaluation and prediction.
+    """The fixed transform of validation, evaluation and prediction, on uint8 ``(3, H, W)``.
 
     Args:
         size: Side of the result in pixels, or its height and width.
@@ -43,9 +43,6 @@ def eval_transform(
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
         exact: Whether the resize is Pillow's, pixel for pixel what timm's loader gives. The tensor resize is
             about three times as fast and differs by 2 grey levels at most.
-
-    Returns:
-        A function from uint8 ``(3, H, W)`` of any size to uint8 ``(3, size, size)``.
 
     Raises:
         ConfigError: If ``crop_mode`` is unknown.
@@ -164,16 +161,11 @@ AUGMENTS: dict[str, Callable[[tuple[int, int], InterpolationMode], Transform]] =
 
 
 def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: str = "bicubic") -> Transform:
-    """The transform of training images; it draws from torch's global generator.
+    """The transform of training images, a row of `AUGMENTS`; it draws from torch's global generator.
 
     Args:
         size: Side of the result in pixels, or its height and width.
-        augment: A row of `AUGMENTS`: ``crop_flip``, ``affine``, ``randaugment``, ``trivialaugment`` or
-            ``none``.
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
-
-    Returns:
-        A function from uint8 ``(3, H, W)`` of any size to uint8 ``(3, size, size)``.
 
     Raises:
         ConfigError: If ``augment`` is unknown.
@@ -188,18 +180,10 @@ def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: st
 
 
 def keyed(transform: Transform, image: Tensor, key: int) -> Tensor:
-    """Apply a random transform whose draws are a function of ``key`` alone.
+    """Apply a random transform whose draws are a function of ``key``, in [0, 2**63), alone.
 
-    torch's CPU generator is set for the call and put back after it, so neither the worker nor the order
-    of the images matters, and dropout's draws are not disturbed.
-
-    Args:
-        transform: A function that draws from torch's global generator.
-        image: Its input.
-        key: Seed of the draws, in [0, 2**63).
-
-    Returns:
-        What ``transform`` returns.
+    torch's CPU generator is set for the call and put back after it, so neither the worker nor the order of
+    the images matters, and dropout's draws are not disturbed.
     """
     # torch.manual_seed would reset the generators of CUDA devices too.
     generator = torch.default_generator
@@ -216,7 +200,6 @@ class Reader:
     """One call from an image to uint8 pixels of the model's size.
 
     Args:
-        transform: From decoded pixels to those of the model's size.
         size: Height and width of the result, in pixels.
         background: Colour under transparent pixels.
         description: All settings; readers that give the same pixels have the same.
@@ -228,14 +211,11 @@ class Reader:
     description: str
 
     def __call__(self, data: bytes | Tensor, key: int | None = None) -> Tensor:
-        """Decode and transform.
+        """Decode and transform, to uint8 of shape ``(3, *size)``.
 
         Args:
             data: A whole image file, or pixels: uint8, shape ``(3, height, width)``.
             key: Seed of the random draws, as for `keyed`; None where nothing is random.
-
-        Returns:
-            uint8, shape ``(3, *size)``: what decoding and then transforming gives.
 
         Raises:
             ImageError: If the bytes are not an image.
@@ -297,7 +277,6 @@ def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str
     """How images become the input of a model; whoever makes pixels for one asks here.
 
     Args:
-        preprocess: The model's own: ``classifier.preprocess``.
         exact: As for `eval_transform`.
         augment: As for `train_transform`; None reads as for evaluation, with no random draws.
 

@@ -27,16 +27,11 @@ TEMPERATURES = (0.01, 100.0)
 
 @dataclass(frozen=True)
 class TemperatureFit:
-    """One temperature, and what it did to the images that it was fitted on.
+    """One temperature, and what it did to the images that it was fitted on: losses and ECE at 1, and at it.
 
     Args:
         temperature: What logits are to be divided by: above 1 where the model was overconfident.
-        images: Images that it was fitted on.
         failed: Images that could not be read and are left out.
-        nll_before: Negative log likelihood at temperature 1.
-        nll_after: Likewise at the fitted one.
-        ece_before: Expected calibration error at temperature 1.
-        ece_after: Likewise at the fitted one.
     """
 
     temperature: float
@@ -99,16 +94,7 @@ def fit_temperature(predictions: Predictions) -> TemperatureFit:
 
 
 def tempered(log_probs: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities at another temperature.
-
-    Args:
-        log_probs: Logits, or logarithms of probabilities, shape ``(images, classes)``.
-        temperature: What they are divided by.
-
-    Example:
-        >>> tempered(np.log([[0.8, 0.2]]), 2.0).round(3).tolist()
-        [[0.667, 0.333]]
-    """
+    """Probabilities at another temperature, from logits or log-probabilities, shape ``(images, classes)``."""
     scaled = log_probs / temperature
     return np.exp(scaled - logsumexp(scaled, axis=1, keepdims=True))
 
@@ -121,9 +107,6 @@ def _ece(probs: np.ndarray, targets: np.ndarray) -> float:
 
 def calibratable_file(model: str) -> Path:
     """The file that a temperature for ``--model`` is stored in; checked before any work.
-
-    Args:
-        model: As the user named it.
 
     Raises:
         ConfigError: If it is no model file of ours, or cannot be replaced.
@@ -147,11 +130,6 @@ def calibratable_file(model: str) -> Path:
 def store_temperature(path: Path, fit: TemperatureFit, data: str) -> None:
     """Write the temperature into a model file; the weights and the rest of the metadata stay.
 
-    Args:
-        path: The model file; the old one stays until the new one is complete.
-        fit: The temperature, and how it was found.
-        data: The validation folder as the user named it.
-
     Raises:
         ConfigError: If the file cannot be written; the old one stays.
     """
@@ -174,11 +152,9 @@ def calibrate(
     """Fit on one view of every validation image, all classes allowed, store what was found, and use it.
 
     Args:
-        classifier: Gets the temperature.
-        file: Its file, from `calibratable_file`.
+        file: From `calibratable_file`.
         data: The validation images, as ``--calibrate`` has them: the val part if there is one.
         scored: What is scored afterwards, which must be other images.
-        config: How the model is run.
 
     Raises:
         ConfigError: If the images are those that are scored, or the file cannot be written.
@@ -202,8 +178,6 @@ def fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
     """What was fitted, for people; what follows is about the images that are scored.
 
     Args:
-        fit: From `calibrate`.
-        file: Where it is stored.
         data: The validation images, as the user wrote them.
     """
     return (

@@ -34,9 +34,7 @@ class Answers:
     """What a model said about each image, by the names of the classes.
 
     Args:
-        name: The model.
         paths: Relative paths, each once.
-        labels: True class of each image.
         predictions: Predicted class of each image; empty where the image could not be read.
         probabilities: Of the predicted class; NaN where the image could not be read.
     """
@@ -62,7 +60,6 @@ def answers_of(name: str, rows: Iterable[Row]) -> Answers:
     """The first predictions of a model.
 
     Args:
-        name: What to call the model.
         rows: With labels; from `Predictions.rows` or `read_predictions`.
     """
     rows = list(rows)
@@ -74,9 +71,6 @@ def answers_of(name: str, rows: Iterable[Row]) -> Answers:
 
 def align(answers: Sequence[Answers]) -> list[Answers]:
     """Put every model's answers in the order of the first's images, under names that differ.
-
-    Args:
-        answers: Of two or more models.
 
     Raises:
         DataError: If they are not about the same images with the same true classes, or a model has no
@@ -126,14 +120,7 @@ def _refuse_other_images(first: Answers, other: Answers, place: dict[str, int]) 
 
 @dataclass(frozen=True)
 class ModelScore:
-    """How one model fared, on all the images that it scored.
-
-    Args:
-        correct: Scored images whose class was the first prediction.
-        scored: Images that have a prediction.
-        top1: Correct over scored.
-        top1_ci95: Wilson's 95 % interval of ``top1``.
-    """
+    """How one model fared, on all the images that it scored, with Wilson's interval."""
 
     name: str
     correct: int
@@ -147,12 +134,8 @@ class Pair:
     """Two models on the images that both scored.
 
     Args:
-        images: Images that both scored.
         failed: Images left out, because one or both could not read them.
-        both_right: Images that both classified right.
         only_a: Images that ``a`` alone classified right.
-        only_b: Images that ``b`` alone classified right.
-        both_wrong: Images that neither classified right.
         difference: Accuracy of ``b`` minus that of ``a``.
         difference_ci95: Its 95 % interval, from `difference_interval`.
         p_mcnemar_mid: Of equal accuracy, two-sided, from `mcnemar_mid_p`.
@@ -210,12 +193,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every model, and every pair of them.
+    """Every model in the order given, every pair of them, and the seed of the resampling.
 
     Args:
-        models: In the order given.
-        pairs: All pairs, in that order.
-        seed: Of the resampling.
+        pairs: In the order of the models.
     """
 
     models: list[ModelScore]
@@ -235,7 +216,6 @@ def compare_answers(
     Args:
         answers: Two or more, about the same images in the same order, names distinct.
         margin: The largest difference of accuracies that does not matter, in (0, 1).
-        resamples: How many, of the bootstrap.
 
     Raises:
         DataError: If a pair has no image that both scored.
@@ -309,7 +289,6 @@ class Disagreement:
     """An image that not all models put in the same class.
 
     Args:
-        path: Relative path.
         label: The true class.
         predictions: Each model's class, in the order of the models; empty where it could not read the image.
         probabilities: Of these classes; NaN where there is none.
@@ -327,11 +306,7 @@ class Disagreement:
 
 
 def disagreements(answers: Sequence[Answers]) -> list[Disagreement]:
-    """The images that models put in different classes, in the order of the images.
-
-    Args:
-        answers: Two or more, about the same images in the same order.
-    """
+    """The images that models put in different classes, in the order of the images."""
     differ = np.zeros(len(answers[0].labels), dtype=bool)
     for a, b in itertools.combinations(answers, 2):
         differ |= (a.predictions != b.predictions) & ~a.failed & ~b.failed

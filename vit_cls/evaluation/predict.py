@@ -31,11 +31,9 @@ class Request:
     """What a user wants of ``predict``.
 
     Args:
-        model: As the user named it.
         row_format: A row of `FORMATS`, or ``table``.
         top_k: Classes a row.
         features: The tokens wanted instead of predictions, a row of `FEATURES`; None means predictions.
-        resume: Whether to continue an interrupted run.
     """
 
     model: str
@@ -55,15 +53,12 @@ def predict(
     stdout: TextIO,
     as_json: bool,
 ) -> dict[str, Any]:
-    """Carry out a request.
+    """Carry out a request, and return the object of ``--json``.
 
     Args:
         classifier: Is moved to the device.
         paths: Read as they are needed.
         table: Where rows go; None means ``stdout``, or with ``as_json`` the result.
-
-    Returns:
-        The object of ``--json``.
 
     Raises:
         VitClsError: If the request cannot be carried out, or a signal came.
@@ -189,7 +184,7 @@ def _facts(classifier: ImageClassifier, request: Request) -> dict[str, Any]:
 
 
 def iter_paths(words: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
-    """Paths of images, lazily.
+    """Paths of images, lazily, in the order of the words.
 
     Args:
         words: Files, which need not exist; folders, of which all visible image files are taken, at any depth
@@ -197,9 +192,6 @@ def iter_paths(words: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
             depth); or ``-``.
         stdin: Read where a word is ``-``: one path a line, or closed by NUL bytes. Paths are taken as they
             are.
-
-    Returns:
-        The paths in the order of the words. Of a folder, the names of one sub-folder at a time are held.
 
     Raises:
         DataError: If a folder holds no image, a glob matches no file, ``-`` is not alone, or there is no

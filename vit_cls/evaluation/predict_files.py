@@ -26,32 +26,21 @@ RowBatch = tuple[Sequence[Mapping[str, Value]], np.ndarray | None]
 CHUNK_ROWS = 16_384
 CHUNK_BYTES = 64 * 2**20
 CHUNK_SECONDS = 10.0
-"""A chunk is written when it holds that many rows or bytes of features, or when its first row is that old:
-what a crash costs, against a handful of files a minute and of waits for the disk."""
+"""A chunk is written when it has that many rows or bytes, or is that old: what a crash costs."""
 HEADER_BYTES = 4096
 """Of a file of features, whatever the names in it."""
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """A file of one tensor, ``features``, float32, a row a path.
-
-    Args:
-        path: Where it goes.
-        shape: Of a row.
-        metadata: Texts for its header.
-    """
+    """A file of one tensor, ``features``, float32, a row a path; its metadata are texts."""
 
     path: Path
     shape: tuple[int, ...]
     metadata: Mapping[str, str]
 
     def header(self, rows: int) -> bytes:
-        """What a safetensors file of so many rows begins with.
-
-        Raises:
-            ConfigError: If the metadata is too long.
-        """
+        """What a safetensors file of so many rows begins with; ConfigError if the metadata is too long."""
         end = rows * 4 * int(np.prod(self.shape))
         tensor = {"dtype": "F32", "shape": [rows, *self.shape], "data_offsets": [0, end]}
         header = json.dumps({"__metadata__": dict(self.metadata), "features": tensor}).encode()
@@ -133,11 +122,7 @@ class RowFile:
         write_text(self.facts, json.dumps(facts))
 
     def resume(self, facts: Mapping[str, Any], paths: Iterator[str]) -> None:
-        """Count the chunks, and skip their paths.
-
-        Args:
-            facts: What rows depend on; must be those of the chunks.
-            paths: The same paths as before; is left at the first that is not done.
+        """Count the chunks, and skip their paths; ``paths`` is left at the first that is not done.
 
         Raises:
             DataError: If the chunks are of other paths, another model or other options; they stay.
@@ -245,14 +230,7 @@ class RowFile:
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of the paths.
-
-    Args:
-        images: Rows of the files.
-        failed: Those without an image.
-        resumed: Rows that an earlier run had made.
-        seconds: Wall time of this run.
-    """
+    """What became of the paths: rows, those without an image, rows of an earlier run, wall time."""
 
     images: int
     failed: int

@@ -57,7 +57,6 @@ class Row:
     Args:
         path: As it was given; relative to the root for an image of an index.
         best: Classes and their probabilities, the likeliest first; empty where the file could not be read.
-        error: Why it could not.
         label: The true class, where it is known.
     """
 
@@ -76,7 +75,6 @@ class Predictions:
         probs: Probabilities, float64, shape ``(images, classes)``; NaN where the image failed.
         errors: Why an image has no prediction, by its position.
         seconds: Wall time of loading and predicting.
-        scoring: How the images became probabilities.
     """
 
     index: ImageIndex
@@ -133,7 +131,6 @@ def images_for_model(
     Args:
         data: See `vit_cls.data.folders.find_parts`. Classes of the model may be missing, others may not be
             there. Where the model's classes are WordNet ids, labels may be the ImageNet names instead.
-        classifier: Knows the classes.
         split: The part to take.
         order: Without it, the first of these that the data has: test if there is one, else val, else
             everything.
@@ -158,11 +155,7 @@ def images_for_model(
 def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, name: str) -> list[str]:
     """The model's name of each class folder, where a folder has another of the names of an ImageNet class.
 
-    Args:
-        name: The folder of them, for error messages.
-
-    Returns:
-        One name a folder: the model's, or the folder's own where the model has no such class.
+    A folder keeps its own name where the model has no such class; ``name`` is for error messages.
 
     Raises:
         DataError: If a name is that of several classes, or two folders are one class.
@@ -210,18 +203,13 @@ def predict_index(
     restrict: bool = False,
     tta: str = "none",
 ) -> Predictions:
-    """Classify every image, once each.
+    """Classify every image, once each, in the order of the index.
 
     Args:
         classifier: Is moved to the device and put in evaluation mode.
-        source: The images.
-        config: How the model is run; None takes the defaults.
         restrict: Whether only classes that the index has images of can be predicted.
         tta: ``none``, or ``flip``: the mean of the probabilities of an image and of its mirror image. The
             temperature sharpens or blurs that mean, so that it changes no prediction.
-
-    Returns:
-        Probabilities and failures, in the order of the index.
 
     Raises:
         ConfigError: If ``tta`` is unknown.
@@ -256,11 +244,7 @@ def _log_mean_probs(*logits: Tensor) -> Tensor:
 
 
 def check_tta(tta: str) -> None:
-    """Refuse a ``--tta`` that is not in `TTAS`.
-
-    Raises:
-        ConfigError: If it is not.
-    """
+    """Raise ConfigError for a ``--tta`` that is not in `TTAS`."""
     check_choice("--tta", tta, TTAS)
 
 
@@ -271,16 +255,12 @@ def predict_batches(
     top_k: int = 1,
     config: InferenceConfig | None = None,
 ) -> Iterator[list[Row]]:
-    """Label image files as they come.
+    """Label image files as they come: one row a path, in the order of the paths, a batch at a time.
 
     Args:
         classifier: Is moved to the device and put in evaluation mode.
         paths: Files; an endless source will do. It is read only a few batches ahead.
         top_k: Classes a row.
-        config: How the model is run; None takes the defaults.
-
-    Returns:
-        The rows of one batch after the other: one row a path, in the order of the paths.
 
     Raises:
         ConfigError: If ``top_k`` is not in [1, classes].
@@ -291,12 +271,7 @@ def predict_batches(
 
 
 def check_top_k(classifier: ImageClassifier, top_k: int) -> None:
-    """Make sure that a classifier can name that many classes.
-
-    Raises:
-        ConfigError: If ``top_k`` is not in [1, classes].
-        ModelFileError: If the model has no head.
-    """
+    """Raise ConfigError if a classifier cannot name that many classes, ModelFileError if it has no head."""
     require_head(classifier)
     if not 1 <= top_k <= len(classifier.class_names):
         raise ConfigError(

@@ -37,7 +37,6 @@ class ClassMetrics:
     """How one class fared.
 
     Args:
-        name: The class.
         support: Scored images of that class.
         correct: How many of them were given that class.
         predicted: How many images of any class were.
@@ -72,14 +71,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """One class taken for another.
-
-    Args:
-        label: The true class.
-        prediction: What it was taken for.
-        images: How often.
-        support: Scored images of the true class.
-    """
+    """One class taken for another so many times, of so many scored images of the true class."""
 
     label: str
     prediction: str
@@ -93,14 +85,11 @@ class Evaluation:
 
     Args:
         images: Images of the folder: scored and failed.
-        failed: Images that could not be read.
-        correct: Scored images whose class was the first prediction.
         metrics: By key, in the order of `vit_cls.stats.metrics.METRICS`; ``top1`` at least.
         per_class: One row for each class of the model.
         confusion: Images by true class (rows) and predicted class (columns).
         calibration: How far the probabilities can be believed.
         seconds: Wall time of loading and predicting.
-        scoring: How the images became probabilities.
     """
 
     images: int
@@ -185,14 +174,10 @@ def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluati
 
 @dataclass(frozen=True)
 class ImageCase:
-    """One image of the report's galleries.
+    """One image of the report's galleries; ``label_probability`` is that of its own class.
 
     Args:
         path: Relative to the folder.
-        label: Its class.
-        prediction: The class that it was given.
-        confidence: The probability of that class.
-        label_probability: The probability of its own class.
     """
 
     path: str
@@ -203,11 +188,7 @@ class ImageCase:
 
 
 def worst_images(predictions: Predictions, most: int) -> list[ImageCase]:
-    """Images that were given a wrong class, the most confident first.
-
-    Args:
-        most: How many at most.
-    """
+    """Images that were given a wrong class, the most confident first; so many at most."""
     scored = predictions.scored
     probs = predictions.probs[scored]
     wrong = probs.argmax(axis=1) != predictions.index.labels[scored]
@@ -216,11 +197,7 @@ def worst_images(predictions: Predictions, most: int) -> list[ImageCase]:
 
 
 def uncertain_images(predictions: Predictions, most: int) -> list[ImageCase]:
-    """Images whose prediction is the least confident, right or wrong.
-
-    Args:
-        most: How many at most.
-    """
+    """Images whose prediction is the least confident, right or wrong; so many at most."""
     scored = predictions.scored
     return _cases(
         predictions, scored[np.argsort(predictions.probs[scored].max(axis=1), kind="stable")[:most]]
@@ -299,7 +276,7 @@ def to_text(result: Evaluation) -> str:
 
 
 def write_tables(folder: Path, predictions: Predictions, result: Evaluation) -> None:
-    """Write ``predictions.csv`` and ``per_class.csv``; files of those names are replaced.
+    """Write ``predictions.csv`` and ``per_class.csv`` into a folder; files of those names are replaced.
 
     Args:
         folder: Exists.

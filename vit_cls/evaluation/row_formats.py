@@ -20,15 +20,7 @@ PARQUET_ROWS = 50_000
 
 
 def columns_of(top_k: int) -> tuple[str, ...]:
-    """Columns of the table of predictions: those of ``evaluate``, and the further classes.
-
-    Args:
-        top_k: Classes a row.
-
-    Example:
-        >>> columns_of(2)[-3:]
-        ('error', 'prediction_2', 'probability_2')
-    """
+    """Columns of the table of predictions: those of ``evaluate``, and the further classes."""
     more = (f"{name}_{k}" for k in range(2, top_k + 1) for name in ("prediction", "probability"))
     return (*PREDICTION_COLUMNS, *more)
 
@@ -46,12 +38,7 @@ def as_record(row: Row, top_k: int) -> dict[str, Value]:
 
 
 def csv_line(values: Iterable[Value]) -> str:
-    r"""One line of CSV.
-
-    Example:
-        >>> csv_line(["a,b.jpg", None, 0.5])
-        '"a,b.jpg",,0.500000\n'
-    """
+    r"""One line of CSV; a float has six decimals, None is empty."""
     texts = ["" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values]
     # Not csv.writer: up to Python 3.12 it leaves a carriage return bare, and the line cannot be read back.
     quoted = [f'"{t.replace(chr(34), chr(34) * 2)}"' if set(t) & set(',"\r\n') else t for t in texts]
@@ -59,10 +46,7 @@ def csv_line(values: Iterable[Value]) -> str:
 
 
 def read_predictions(path: str) -> list[Row]:
-    """Read a ``predictions.csv`` that ``evaluate --output`` wrote.
-
-    Args:
-        path: The file, or the folder that holds it.
+    """Read a ``predictions.csv`` that ``evaluate --output`` wrote, or the one in a folder.
 
     Raises:
         DataError: If it cannot be read, is no such file, or names an image twice.
@@ -123,11 +107,7 @@ FORMATS: dict[str, RowFormat] = {
 
 
 def check_parquet() -> None:
-    """Make sure that Parquet can be written.
-
-    Raises:
-        ConfigError: If pyarrow is not installed.
-    """
+    """Raise ConfigError if pyarrow, which writes Parquet, is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(
             "--format parquet needs pyarrow: pip install pyarrow. Or use --format csv or jsonl."
@@ -135,11 +115,7 @@ def check_parquet() -> None:
 
 
 def write_parquet(texts: Iterable[bytes], target: Path, columns: Sequence[str]) -> None:
-    """Lines of JSON, any number in each of ``texts``, to a Parquet file.
-
-    Raises:
-        RunError: If pyarrow is not there any more.
-    """
+    """Write lines of JSON, any number in each of ``texts``, to a Parquet file; RunError without pyarrow."""
     try:
         import pyarrow  # type: ignore[import-not-found,unused-ignore]
         from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]

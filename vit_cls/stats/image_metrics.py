@@ -14,35 +14,24 @@ _CHUNK = 512
 
 
 def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image, for a peak of 1.
+    """Peak signal-to-noise ratio of each image in dB, for a peak of 1, at most `MAX_PSNR`.
 
     Args:
-        images: Reconstructions, shape ``(images, ...)``.
-        originals: In [0, 1], of the same shape.
-
-    Returns:
-        Decibels, shape ``(images,)``, at most `MAX_PSNR`.
-
-    Example:
-        >>> psnr(np.full((1, 3, 2, 2), 0.6), np.full((1, 3, 2, 2), 0.5)).round(6)  # an error of 0.1
-        array([20.])
+        images: Reconstructions, shape ``(images, ...)``, as the originals.
     """
     error = np.square(images - originals).reshape(len(images), -1).mean(axis=1)
     return -10 * np.log10(np.maximum(error, 10 ** (-MAX_PSNR / 10)))
 
 
 def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Structural similarity of each image, in a Gaussian window that is smaller where an image has no room.
+    """Structural similarity of each image, in [-1, 1]; NaN below 3 pixels.
 
     Args:
-        images: Reconstructions, clipped to [0, 1] here, shape ``(images, channels, height, width)``.
-        originals: In [0, 1], of the same shape.
-
-    Returns:
-        In [-1, 1], shape ``(images,)``; NaN below 3 pixels.
+        images: Clipped to [0, 1] here, shape ``(images, channels, height, width)``.
 
     Source:
-        Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, as torchmetrics computes it.
+        Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, as torchmetrics computes it; the Gaussian
+        window is smaller where an image has no room.
     """
     half = (min(images.shape[2:]) - 1) // 2
     if half < 1:
@@ -66,18 +55,15 @@ def frequency_bands(height: int, width: int, bands: int) -> tuple[np.ndarray, np
     """Rings of the Fourier plane, equally wide up to half a cycle a pixel; the corners are in the last.
 
     Args:
-        height: In pixels, as is the width.
         bands: How many rings.
 
     Returns:
-        The ring of each coefficient of a two-dimensional FFT, int64, shape ``(height, width)``, and the upper
-        end of each ring in cycles a pixel.
+        The ring of each coefficient of a 2-D FFT, shape ``(height, width)``, and each ring's upper end in
+        cycles a pixel.
 
     Example:
-        >>> frequency_bands(4, 4, 2)[0]
+        >>> frequency_bands(2, 4, 2)[0]
         array([[0, 1, 1, 1],
-               [1, 1, 1, 1],
-               [1, 1, 1, 1],
                [1, 1, 1, 1]])
     """
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
@@ -90,10 +76,6 @@ def band_energy(images: np.ndarray, bands: int) -> np.ndarray:
 
     Args:
         images: Shape ``(images, channels, height, width)``.
-        bands: How many rings.
-
-    Returns:
-        Shape ``(images, bands)``.
     """
     ring, _ = frequency_bands(images.shape[2], images.shape[3], bands)
     pick = (ring.reshape(-1, 1) == np.arange(bands)).astype(np.float64)
@@ -109,11 +91,9 @@ def identified(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
 
     Args:
         images: Reconstructions, shape ``(images, ...)``; row ``i`` is of original ``i``.
-        originals: Of the same shape.
 
     Returns:
-        1 where it is, 0 where it is not, ``1 / ties`` where it is as near to others; shape ``(images,)``. The
-        mean by chance is one over the number of images.
+        1 where it is, 0 where it is not, ``1 / ties`` where it is as near to others.
 
     Example:
         >>> originals = np.eye(4)

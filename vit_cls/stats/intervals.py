@@ -21,14 +21,10 @@ RESAMPLES_AT_ONCE = 50
 
 @lru_cache(maxsize=4096)  # a report on a thousand classes asks for few different counts, thousands of times
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion, by scipy.
+    """Wilson's 95 % score interval of a proportion, in [0, 1].
 
     Args:
-        successes: How many succeeded, 0 to ``trials``.
         trials: Of how many; at least 1.
-
-    Returns:
-        Lower and upper bound, in [0, 1].
 
     Raises:
         ValueError: If the counts are impossible.
@@ -48,20 +44,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def bootstrap_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of columns over resampled rows; every column sees the same resamples.
-
-    Args:
-        values: One row an image, one column a quantity, shape ``(images, columns)``.
-        resamples: How often as many rows are drawn as there are, with replacement.
-        seed: Which draws.
-
-    Returns:
-        float64, shape ``(resamples, columns)``.
-
-    Example:
-        >>> bootstrap_means(np.array([[1.0, 5.0], [1.0, 5.0]]), resamples=2)
-        array([[1., 5.],
-               [1., 5.]])
+    """Means of columns over resampled rows, shape ``(resamples, columns)``; every column sees the same
+    resamples.
 
     Source:
         Efron 1979, https://doi.org/10.1214/aos/1176344552.
@@ -79,9 +63,7 @@ def bootstrap_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int
 def percentile_interval(samples: np.ndarray, *, lower: float = 0.5 - 0.95 / 2) -> tuple[float, float]:
     """The middle 95 % of a bootstrap distribution.
 
-    Args:
-        samples: The statistic in each resample, shape ``(resamples,)``.
-        lower: The share below, 0.025; its rounding decides the last digit, so each statistic keeps its own.
+    The share below is 0.025; its rounding decides the last digit, so each statistic keeps its own.
     """
     low, high = np.quantile(samples, [lower, 1 - ALPHA / 2])
     return float(low), float(high)
@@ -91,7 +73,6 @@ def permutation_p(observed: float, null_draws: np.ndarray) -> float:
     """One-sided p-value of a permutation test; large values speak against the null hypothesis.
 
     Args:
-        observed: The statistic on the data.
         null_draws: The statistic on data permuted at random, shape ``(draws,)``.
 
     Returns:
@@ -118,12 +99,6 @@ def permutation_p(observed: float, null_draws: np.ndarray) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values so that the chance of any false claim among them stays at the level.
-
-    Args:
-        p_values: One a test, in any order.
-
-    Returns:
-        Adjusted values in the order given, none above 1.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])

@@ -20,7 +20,6 @@ class Moments:
     """What a ridge regression needs of features and targets; moments of parts add up.
 
     Args:
-        count: Rows.
         x: Mean of the features, shape ``(features,)``.
         y: Mean of the targets, shape ``(targets,)``.
         scale: What features are divided by, shape ``(features,)``.
@@ -42,7 +41,6 @@ class Linear:
 
     Args:
         weight: Shape ``(features, targets)``.
-        bias: Shape ``(targets,)``.
         penalty: The strength that it was fitted with, as in `PENALTIES`; 0 is least squares.
     """
 
@@ -64,8 +62,6 @@ def scale_of(variance: np.ndarray) -> np.ndarray:
 def ridge_fits(x: np.ndarray, y: np.ndarray, penalties: Sequence[float] = PENALTIES) -> Iterator[Linear]:
     """One fit a penalty, made as it is asked for, of standardised features; the intercept is not penalised.
 
-    The smaller of the two Gram matrices (features or rows) is decomposed.
-
     Args:
         x: Features, shape ``(rows, features)``.
         y: Targets, shape ``(rows, targets)``.
@@ -78,7 +74,8 @@ def ridge_fits(x: np.ndarray, y: np.ndarray, penalties: Sequence[float] = PENALT
         array([[31.]])
 
     Source:
-        Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 3.4.1.
+        Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 3.4.1; the smaller of
+        the two Gram matrices (features or rows) is decomposed.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     mean, centre = x.mean(axis=0), y.mean(axis=0)
@@ -99,7 +96,6 @@ def fits_of_moments(moments: Moments, penalties: Sequence[float] = PENALTIES) ->
 
     Args:
         moments: Of all rows.
-        penalties: As for `ridge_fits`.
     """
     values, vectors = np.linalg.eigh(moments.xx)
     rotated = vectors.T @ moments.xy
@@ -128,14 +124,8 @@ def best_fit(fits: Iterable[Linear], x_val: np.ndarray, y_val: np.ndarray) -> Li
     """The fit with the smallest squared error on validation rows; ties go to the stronger penalty.
 
     Args:
-        fits: At least one.
         x_val: Features, shape ``(rows, features)``.
         y_val: Targets, shape ``(rows, targets)``.
-
-    Example:
-        >>> x = np.linspace(0, 1, 8)[:, None]
-        >>> best_fit(ridge_fits(x, 2 * x), x[:3], 2 * x[:3]).penalty
-        1e-06
     """
     return min(fits, key=lambda fit: (float(np.square(fit(x_val) - y_val).sum()), -fit.penalty))
 
@@ -153,10 +143,7 @@ def chosen_classifier(
 
     Args:
         x: Features to fit on, shape ``(rows, features)``.
-        labels: Classes to fit on, int, shape ``(rows,)``.
         x_val: Features to choose on.
-        labels_val: Classes to choose on.
-        num_classes: How many classes there are.
         penalties: As for `ridge_fits`; of equal accuracies the stronger is taken.
 
     Source:
@@ -171,12 +158,6 @@ def one_against_all(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
     Args:
         labels: int, shape ``(rows,)``.
-        num_classes: Columns.
-
-    Example:
-        >>> one_against_all(np.array([1, 0]), 2)
-        array([[-1.,  1.],
-               [ 1., -1.]])
     """
     return 2.0 * np.eye(num_classes)[labels] - 1
 
@@ -186,12 +167,6 @@ def moments_of(chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
 
     Args:
         chunks: Features, shape ``(rows, features)``, and targets, shape ``(rows, targets)``; at least one.
-
-    Example:
-        >>> x = np.array([[0.0], [1.0], [2.0], [5.0]])
-        >>> [fit] = fits_of_moments(moments_of([(x[:2], 3 * x[:2]), (x[2:], 3 * x[2:])]), [0.0])
-        >>> fit(np.array([[10.0]])).round(6)
-        array([[30.]])
     """
     count = 0
     shift_x = shift_y = sum_x = sum_y = xx = xy = np.zeros(0)
@@ -216,14 +191,11 @@ def moments_of(chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
 
 
 def r2(errors: np.ndarray, totals: np.ndarray) -> float:
-    """Share of variance explained, over all images together.
+    """Share of variance explained, over all images together: 1 is exact, 0 is no better than the mean.
 
     Args:
-        errors: Squared error of each image, shape ``(images,)``.
-        totals: Squared distance of each image from the training mean, shape ``(images,)``.
-
-    Returns:
-        One less the ratio of the sums: 1 is exact, 0 is no better than the mean; NaN where nothing varies.
+        errors: Squared error of each image.
+        totals: Squared distance of each image from the training mean; the answer is NaN where all are 0.
 
     Example:
         >>> r2(np.array([1.0, 0.0]), np.array([2.0, 2.0]))
@@ -242,13 +214,6 @@ def r2_scores(errors: np.ndarray, totals: np.ndarray) -> np.ndarray:
     Args:
         errors: As for `r2`.
         totals: As for `r2`; not all 0.
-
-    Returns:
-        float64, shape ``(images,)``.
-
-    Example:
-        >>> r2_scores(np.array([1.0, 3.0]), np.array([2.0, 6.0]))  # half of each: nothing varies
-        array([0.5, 0.5])
 
     Source:
         Linearisation of a ratio: Cochran 1977, Sampling Techniques, section 6.3.

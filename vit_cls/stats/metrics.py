@@ -30,7 +30,7 @@ class Scored:
 
     Args:
         probs: float64, shape ``(images, classes)``; rows add up to 1.
-        targets: True class of each image, int, shape ``(images,)``, at least one.
+        targets: True class of each image, int, at least one.
         seed: Of the resampling.
     """
 
@@ -115,11 +115,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The value of a metric.
+    """The value of a metric on all images, and its 95 % confidence interval if there is a method for it here.
 
     Args:
-        value: On all images.
-        ci95: Its 95 % confidence interval; None where there is no method for it here.
+        ci95: Lower and upper bound.
     """
 
     value: float
@@ -153,14 +152,10 @@ def _brier(scored: Scored) -> Estimate:
 def _ece(scored: Scored, part: slice) -> Estimate:
     """Expected calibration error over some of the bins.
 
-    Its interval reaches from the lower bound of the basic bootstrap interval to its upper one or the
-    percentiles', if higher.
-
-    Absolute values make an ECE too large by chance, and a resampled one twice over, so percentiles alone
-    miss a small truth nearly always, and the basic interval, which takes that off twice, a middling one.
-    Together they are as wide as either where gaps are plain, and cautious where they are not. Where the ECE
-    is no larger than a perfectly calibrated model's would be, 0 cannot be excluded (consistency resampling,
-    https://doi.org/10.1175/WAF993.1).
+    Absolute values make an ECE too large by chance, and a resampled one twice over, so percentiles alone miss
+    a small truth nearly always, and the basic bootstrap interval, which takes that off twice, a middling one.
+    The interval here is as wide as either, and reaches 0 where the ECE is no larger than a perfectly
+    calibrated model's would be (consistency resampling, https://doi.org/10.1175/WAF993.1).
     """
     ece = float(np.abs(scored.gaps.mean(axis=0)[part]).sum())
     low, high = percentile_interval(np.abs(scored.resampled[:, 2:][:, part]).sum(axis=1))
@@ -180,7 +175,6 @@ class Metric:
     Args:
         title: For people; ``{k}`` is how many classes the top-k accuracy reads.
         meaning: What it is, and which values are good.
-        estimate: Of scored images.
         percent: Whether pages write it as a percentage.
     """
 
@@ -238,9 +232,7 @@ class Bin:
     """Images of like confidence.
 
     Args:
-        lower: Least confidence of the bin.
         upper: Where the next bin begins.
-        images: How many there are.
         confidence: Their mean confidence; NaN where there are none.
         correct: How many of them are right.
     """
@@ -254,14 +246,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class CoveragePoint:
-    """What is right if only the most confident share is answered.
-
-    Args:
-        coverage: The share that was asked for, in (0, 1].
-        images: How many that are, rounded up.
-        accuracy: Share of them that is right; images that tie at the border count by their mean.
-        min_confidence: The least confidence among them: answer from here on.
-    """
+    """What is right if only the most confident share is answered; of ties at its border, the mean."""
 
     coverage: float
     images: int
@@ -277,7 +262,6 @@ class Calibration:
         bins: The bins of equal width.
         coverage: Accuracy at each of `COVERAGES`.
         curve: Accuracy of the k most confident images, k = 1 ... n.
-        seed: Of the resampling.
     """
 
     bins: list[Bin]
@@ -313,30 +297,17 @@ def negative_log(probs: np.ndarray) -> np.ndarray:
 
 
 def equal_width_bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each confidence in [0, 1], among 15 that divide it evenly; 1 is in the last.
-
-    Example:
-        >>> equal_width_bins(np.array([0.0, 0.07, 1.0])).tolist()
-        [0, 1, 14]
-    """
+    """The bin of each confidence in [0, 1], among 15 that divide it evenly; 1 is in the last."""
     return np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
 
 
 def equal_mass_bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each confidence, among 15 that divide the images evenly; ties are in one bin.
-
-    Example:
-        >>> equal_mass_bins(np.array([0.9, 0.5, 0.5, 0.7, 0.8])).tolist()
-        [12, 0, 0, 6, 9]
-    """
+    """The bin of each confidence, among 15 that divide the images evenly; ties are in one bin."""
     return np.searchsorted(np.sort(confidence), confidence, side="left") * ECE_BINS // len(confidence)
 
 
 def accuracy_curve(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Accuracy of the k most confident images, for every k; the order of the images does not matter.
-
-    Returns:
-        float64, shape ``(images,)``; of images that tie, each counts as the mean of them.
+    """Accuracy of the k most confident images, for every k; images that tie count by their mean.
 
     Example:
         >>> accuracy_curve(np.array([0.5, 0.9, 0.5]), np.array([True, True, False])).round(3).tolist()

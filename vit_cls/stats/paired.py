@@ -16,15 +16,10 @@ FEW_DISCORDANT = 10
 
 
 def mcnemar_mid_p(only_a: int, only_b: int) -> float:
-    """McNemar's exact test with the mid-p correction, two-sided.
+    """McNemar's exact test with the mid-p correction, two-sided; 1 where the counts are equal.
 
     Args:
-        only_a: Images that the first model alone classified right.
-        only_b: Images that the second alone did.
-
-    Returns:
-        Twice the binomial probability of the smaller count or less, less that of the count itself; 1 where
-        the two are equal.
+        only_a: Images that the first model alone classified right; ``only_b`` that the second alone did.
 
     Example:
         >>> round(mcnemar_mid_p(2, 10), 6)  # (2 * (1 + 12 + 66) - 66) / 2 ** 12
@@ -47,23 +42,19 @@ def difference_interval(
     seed: int,
     resamples: int = PAIRED_RESAMPLES,
 ) -> tuple[float, float]:
-    """95 % confidence interval of the difference of two accuracies on the same images.
+    """95 % confidence interval of the difference of two accuracies on the same images, second minus first.
 
     The paired percentile bootstrap, each class resampled on its own. An image has one of three outcomes (one
     right, the other right, no difference), so the counts of a resample are a multinomial draw. From ``n``
     images of a class ``n - 1`` are drawn and weighted by ``n / (n - 1)``, or small classes would make the
-    interval too narrow; classes of one image are resampled together. With fewer than `FEW_DISCORDANT`
-    images that tell the models apart, `score_interval` takes its place.
+    interval too narrow; classes of one image are resampled together. With fewer than `FEW_DISCORDANT` images
+    that tell the models apart, `score_interval` takes its place.
 
     Args:
         only_a: Images that the first model alone classified right, by class.
         only_b: Images that the second alone did, by class.
         images: All images, by class, each at least 1.
         seed: Of the resampling. Exchanging the models mirrors the interval.
-        resamples: How many.
-
-    Returns:
-        Lower and upper bound of second minus first, in [-1, 1].
 
     Source:
         Efron and Tibshirani 1993, chapter 13; ``n - 1`` draws: Rao and Wu 1988,
@@ -98,13 +89,8 @@ def _strata(only_a: np.ndarray, only_b: np.ndarray, images: np.ndarray) -> list[
 def score_interval(
     only_a: int, only_b: int, images: int, *, confidence: float = 1 - ALPHA
 ) -> tuple[float, float]:
-    """Tango's score interval of the difference of two accuracies on the same images.
-
-    Args:
-        confidence: Coverage, in (0, 1).
-
-    Returns:
-        Lower and upper bound of second minus first, in [-1, 1]; not of width zero where the counts are.
+    """Tango's score interval of the difference of two accuracies, second minus first; not of width zero where
+    the counts are.
 
     Source:
         Tango 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B.
@@ -126,15 +112,13 @@ def score_interval(
 
 
 def score_equivalence_p(only_a: int, only_b: int, images: int, margin: float) -> float:
-    """Two one-sided score tests of a difference that is as large as the margin, or larger.
+    """Two one-sided score tests of a difference as large as the margin, or larger: the larger p-value of the
+    two.
+
+    At 0.05 or below, the 90 % `score_interval` lies within the margin.
 
     Args:
-        only_a: As for `mcnemar_mid_p`.
-        only_b: As for `mcnemar_mid_p`.
         margin: The largest difference that does not matter, in (0, 1).
-
-    Returns:
-        The larger p-value of the two. At 0.05 or below, the 90 % `score_interval` lies within the margin.
 
     Source:
         Two one-sided tests: Schuirmann 1987, https://doi.org/10.1007/BF01068419; the statistic: Tango 1998.

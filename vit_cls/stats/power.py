@@ -17,18 +17,14 @@ MOST_IMAGES = 1_000_000_000
 
 
 def mcnemar_detectable_effect(images: int, discordance: float) -> float:
-    """The minimum detectable effect between two models that scored the same images.
+    """The minimum detectable effect between two models on the same images; 1 where these are too few.
 
     It solves ``images * d**2 = (z1 * sqrt(s) + z2 * sqrt(s - d**2))**2`` for ``d``, where ``s`` is the
     discordance, ``z1 = 1.96`` and ``z2 = 0.84``. No difference exceeds the discordance: where the solution
     would, all of the discordance is on one side, and ``s`` is ``d``.
 
     Args:
-        images: That both models scored.
         discordance: Share of images that one model alone classified right, in [0, 1].
-
-    Returns:
-        A difference of accuracies, in (0, 1]; 1 where the images are too few for any.
 
     Example:
         >>> round(mcnemar_detectable_effect(540, 0.03), 3)
@@ -59,10 +55,8 @@ def mcnemar_required_images(
     the variance at the margin; the smaller counts. ``d`` is the difference and ``s`` the discordance.
 
     Args:
-        only_a: Images that the first model alone classified right.
-        only_b: Images that the second alone did.
+        only_a: Images that the first model alone classified right; ``only_b`` that the second alone did.
         margin: The largest difference that does not matter, in (0, 1).
-        alpha: Level of the tests.
 
     Source:
         Connor 1987, https://doi.org/10.2307/2531961; for equivalence, Tango 1998, section 4, with half of the
@@ -83,14 +77,8 @@ def mcnemar_required_images(
 
 
 def minimum_detectable_effect(difference: Difference) -> float:
-    """The smallest difference that a two-sided test at 5 % finds with a power of 80 %, with this much data.
-
-    Args:
-        difference: Of `vit_cls.stats.random_effects.paired_difference`; its seeds, images and spread count,
-            not its size.
-
-    Returns:
-        In the unit of the scores: the sum of the 97.5 % and 80 % quantiles, in standard errors.
+    """The smallest difference that a two-sided test at 5 % finds with a power of 80 %, in the unit of the
+    scores.
 
     Source:
         Bloom 1995, https://doi.org/10.1177/0193841X9501900504; one seed of right or wrong: Connor 1987.
@@ -103,16 +91,13 @@ def minimum_detectable_effect(difference: Difference) -> float:
 def required_sample_size(
     difference: Difference, margin: float, *, null: float | None = 0.0, alpha: float = ALPHA
 ) -> str:
-    """How much data would settle it with a power of 80 %, should estimate and variances be the true ones.
+    """How much data would settle it with a power of 80 %, in words, should estimate and variances be the true
+    ones.
 
     Args:
-        difference: Of `vit_cls.stats.random_effects.paired_difference`.
         margin: The largest difference that does not matter, above 0; to show it settles the question too.
         null: What the difference is to be told from; None: showing the margin alone settles it.
         alpha: Level of the tests; divide it by the number of claims where there are several.
-
-    Returns:
-        Seeds with these images, or images with these seeds, in words; or that one alone cannot do.
 
     Raises:
         ConfigError: If the margin is not above 0.

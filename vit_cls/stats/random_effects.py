@@ -24,8 +24,8 @@ SMALLEST_P = 1e-100
 NARROWEST = 0.5
 """No interval is narrower than this share of the one that images alone give.
 
-A few seeds agree by luck as often as they disagree. Half keeps the coverage of three seeds without any
-effect of their own at 96 %; all of it would make that 99 %."""
+A few seeds agree by luck as often as they disagree. Half keeps the coverage of three seeds without any effect
+of their own at 96 %; all of it would make that 99 %."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class Variance:
     """What the squared standard error of a mean over seeds and images is made of.
 
     Args:
-        seeds: Variance of the means of the seeds, over the number of seeds; 0 for one seed. It contains the
-            residual.
-        images: Variance of the means of the images, over the number of images, less the residual.
-        residual: What neither explains, over the number of scores. Counted in ``seeds``.
+        seeds: Variance of the seeds' means over their number, residual included; 0 for one seed.
+        images: Variance of the images' means over their number, less the residual.
+        residual: What neither explains, over the number of scores.
     """
 
     seeds: float
@@ -49,16 +48,13 @@ class Difference:
     """Mean of B minus A over seeds and images.
 
     Args:
-        estimate: The mean, in the unit of the scores.
-        ci95: Its 95 % confidence interval.
+        estimate: In the unit of the scores.
         p: Two-sided p-value of no difference. At 0.05 or below 0 lies outside ``ci95``, and not else; with
             one seed of right or wrong, the two come from different methods and may disagree at the edge.
-        standard_error: Of the estimate; never 0 where the scores vary at all.
+        standard_error: Never 0 where the scores vary at all.
         seed_sd: Standard deviation of the differences of the seeds; None for one seed.
         method: How interval and p-value came about, in words.
-        variance: The parts of the standard error.
-        discordant: Images that A alone and that B alone had right; None unless it is one seed of right or
-            wrong.
+        discordant: Images that A alone and that B alone had right, where it is one seed of right or wrong.
     """
 
     estimate: float
@@ -78,11 +74,7 @@ class Difference:
         return "this one training" if self.seeds == 1 else "training with this recipe"
 
     def tail(self, distance: float) -> float:
-        """One-sided p-value of an estimate so far on the other side of a hypothesis.
-
-        Args:
-            distance: Estimate minus hypothesis, in the unit of the scores; positive contradicts it.
-        """
+        """One-sided p-value of an estimate so far beyond a hypothesis; a positive distance contradicts it."""
         if self.standard_error == 0:
             return 0.5 if distance == 0 else float(distance < 0)
         ratio = distance / self.standard_error
@@ -99,9 +91,6 @@ class Mean:
     """Mean score over seeds and images.
 
     Args:
-        estimate: The mean.
-        ci95: Its 95 % confidence interval.
-        standard_error: Of the mean.
         seed_sd: Standard deviation of the means of the seeds; None for one seed.
         method: How the interval came about, in words.
     """
@@ -118,17 +107,16 @@ class Mean:
 def paired_difference(
     a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = PAIRED_RESAMPLES
 ) -> Difference:
-    """Compare two methods on the same images, each under the same seeds.
+    """Compare two methods on the same images, each under the same seeds; second minus first.
 
     One seed, right or wrong: McNemar's mid-p test; the paired bootstrap for the interval, or Tango's score
     interval where few images tell the methods apart.
 
     Else seeds and images are crossed random effects, and only the differences of pairs are looked at. The
     squared standard error is ``seeds + images``: the variance of the means of the seeds over their number,
-    plus that of the means of the images over theirs, less the residual, which the first contains. That is
-    what a bootstrap of seeds, then images, estimates, but for its counting the residual three times. It
-    is multiplied by the t quantiles of ``seeds - 1`` and ``images - 1`` degrees of freedom, weighted by the
-    two parts: percentiles of three resampled seeds would cover far less than they say.
+    plus that of the means of the images over theirs, less the residual, which the first contains. It is
+    multiplied by the t quantiles of ``seeds - 1`` and ``images - 1`` degrees of freedom, weighted by the two
+    parts: percentiles of three resampled seeds would cover far less than they say.
 
     One more image of the typical squared size is assumed. Where fewer than ten images differ from the rest,
     it has at least a weight of ``1.96**2`` at the full range of the scores, less a tenth for each of them:
@@ -138,10 +126,6 @@ def paired_difference(
         a: Scores of the one, shape ``(seeds, images)`` or ``(images,)``; bool (right or not) or float.
         b: Scores of the other; row by row the seeds of ``a``, column by column its images.
         seed: Of the bootstrap, which is used with one seed of bool scores only.
-        resamples: How many, there.
-
-    Returns:
-        The difference, second minus first.
 
     Raises:
         DataError: If the shapes or types differ, a score is not finite, or there are fewer than two images.
@@ -154,8 +138,8 @@ def paired_difference(
         (0.3333, 2, 6, 'training with this recipe')
 
     Source:
-        Variance with crossed effects and the bootstrap: Owen 2007, https://doi.org/10.1214/07-AOAS122.
-        Weighted t: Cochran 1964, Biometrics 20(1), 191-195. Assumed images: Agresti and Min 2005,
+        Variance with crossed effects: Owen 2007, https://doi.org/10.1214/07-AOAS122. Weighted t: Cochran
+        1964, Biometrics 20(1), 191-195. Assumed images: Agresti and Min 2005,
         https://doi.org/10.1002/sim.1781.
     """
     a, b = _scores(a, "a"), _scores(b, "b")
@@ -195,11 +179,6 @@ def mean_interval(values: np.ndarray) -> Mean:
 
     Raises:
         DataError: If a score is not finite, or there are fewer than two images.
-
-    Example:
-        >>> low, high = mean_interval(np.arange(100) < 96).ci95  # Wilson
-        >>> round(low, 4), round(high, 4)
-        (0.9016, 0.9843)
     """
     checked = _scores(values, "values")
     numbers, right = checked.astype(np.float64), checked.dtype == bool
@@ -216,14 +195,7 @@ def mean_interval(values: np.ndarray) -> Mean:
 
 
 def equivalence_p(difference: Difference, margin: float) -> float:
-    """Two one-sided tests of a difference that is as large as the margin, or larger.
-
-    Args:
-        difference: Of `paired_difference`.
-        margin: The largest difference that does not matter, above 0, in the unit of the scores.
-
-    Returns:
-        The larger p-value of the two; score tests with one seed of right or wrong.
+    """Two one-sided tests of a difference as large as the margin, or larger: the larger p-value of the two.
 
     Raises:
         ConfigError: If the margin is not above 0.
@@ -238,11 +210,7 @@ def equivalence_p(difference: Difference, margin: float) -> float:
 
 
 def check_margin(margin: float) -> None:
-    """Refuse a margin that is not above 0.
-
-    Raises:
-        ConfigError: If it is not.
-    """
+    """Raise ConfigError for a margin that is not above 0."""
     if not (math.isfinite(margin) and margin > 0):
         raise ConfigError(
             f"margin must be above 0: the largest difference that does not matter; got {margin}. "
@@ -268,11 +236,8 @@ def _scores(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def two_way_random_effects(values: np.ndarray, score_range: float) -> Difference:
-    """The mean of scores, or of differences of pairs; the method is told in `paired_difference`.
-
-    Args:
-        values: float64, shape ``(seeds, images)``, at least two images.
-        score_range: The largest that one difference could be.
+    """The mean of scores, or of differences of pairs, shape ``(seeds, images)``, as `paired_difference` tells
+    it.
     """
     seeds, images = values.shape
     rows, columns, estimate = values.mean(axis=1), values.mean(axis=0), float(values.mean())
@@ -303,11 +268,6 @@ def two_way_random_effects(values: np.ndarray, score_range: float) -> Difference
 
 def weighted_t(q: float, of_seeds: float, of_images: float, seeds: int, images: int) -> float:
     """Mean of the t quantiles with the degrees of freedom of the seeds and of the images, by their variances.
-
-    Args:
-        q: Which quantile, in (0, 1).
-        of_seeds: Variance of the mean that goes with the seeds; 0 for one seed.
-        of_images: Variance that goes with the images.
 
     Source:
         Cochran 1964, Biometrics 20(1), 191-195.

@@ -51,9 +51,7 @@ def rank(
 
     Args:
         queries: Features, shape ``(queries, dim)``.
-        query_labels: Classes, int, shape ``(queries,)``.
         gallery: Features, shape ``(images, dim)``. None: the queries, each without itself.
-        gallery_labels: Classes of the gallery, where there is one.
 
     Example:
         >>> x = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
@@ -99,11 +97,7 @@ def average_precision(hits: np.ndarray) -> np.ndarray:
     """Mean, over the positives, of the precision at the rank of each.
 
     Args:
-        hits: Whether the image at each rank is a positive, bool, shape ``(queries, ranks)``; at least one is.
-
-    Example:
-        >>> average_precision(np.array([[True, False, True]])).round(4).tolist()  # (1/1 + 2/3) / 2
-        [0.8333]
+        hits: Whether the image at each rank is a positive, shape ``(queries, ranks)``; at least one is.
     """
     ranks = np.arange(1, hits.shape[1] + 1)
     precision = np.cumsum(hits, axis=1) / ranks
@@ -118,10 +112,6 @@ def _r_precision(hits: np.ndarray) -> np.ndarray:
 def chance_precision(positives: np.ndarray, images: int) -> np.ndarray:
     """Average precision that is expected of a random order.
 
-    Args:
-        positives: In the gallery of each query, at least 1.
-        images: Of the gallery.
-
     Example:
         >>> chance_precision(np.array([1, 2]), 2).tolist()  # (1 + 1/2) / 2, and all are positives
         [0.75, 1.0]
@@ -134,10 +124,9 @@ def chance_precision(positives: np.ndarray, images: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Whitening:
-    """A change of features that was fitted on training images.
+    """A change of features, shape ``(rows, dim)``, that was fitted on training images.
 
     Args:
-        mean: Taken away, shape ``(dim,)``.
         matrix: Multiplied by, shape ``(dim, kept)``; None where features are centred only.
     """
 
@@ -152,9 +141,6 @@ class Whitening:
 
 def fit_whitening(train: np.ndarray) -> Whitening:
     """Centre, rotate to principal axes and divide by the standard deviations along them.
-
-    Args:
-        train: Features, shape ``(rows, dim)``; at least two rows that differ.
 
     Source:
         Jegou and Chum 2012, https://doi.org/10.1007/978-3-642-33709-3_55.

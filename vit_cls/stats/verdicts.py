@@ -24,12 +24,7 @@ EXPECTATIONS = (DIFFERS, GREATER, LESS, EQUAL)
 
 
 def in_points(unit: str) -> bool:
-    """Whether numbers of a unit are shares, which people read as percentage points: 100 times as large.
-
-    Example:
-        >>> in_points("points"), in_points("points per doubling"), in_points("of cosine")
-        (True, True, False)
-    """
+    """Whether numbers of a unit are shares, which people read as percentage points: 100 times as large."""
     return unit.partition(" ")[0] == POINTS
 
 
@@ -38,15 +33,13 @@ class Finding:
     """One claim, stated before measuring, and what may be said of it.
 
     Args:
-        claim: The claim, as a sentence that could be wrong.
+        claim: As a sentence that could be wrong.
         verdict: One of `VERDICTS`.
         sentence: The verdict with the numbers that it rests on, as one sentence.
         estimate: The difference (or other quantity) that was estimated; of ``points``, as a share.
-        ci95: Its 95 % interval.
         p: p-value of a difference of ``null``; None where there is no test.
         p_holm: The same, adjusted over the claims that were judged together.
-        p_equivalence: p-value of a difference as large as the margin, adjusted over the claims that were
-            judged together.
+        p_equivalence: p-value of a difference as large as the margin, adjusted likewise.
         margin: The largest difference that does not matter, stated before.
         smallest_detectable: The smallest difference that this much data finds with a power of 80 %.
         needed: What would settle it, in words, where the verdict is `CANNOT_TELL`.
@@ -84,11 +77,9 @@ class Claim:
         b: Scores of B, of the same seeds and images.
         expect: One of `EXPECTATIONS`; ``greater`` means B above A.
         margin: The largest difference that does not matter, above 0, in the unit of the scores.
-        names: Of A and of B.
-        unit: ``points``, or a unit that begins with it, writes shares as percentage points; any other unit
-            writes the scores as they are.
-        at_least: For ``greater`` and ``less``: the size that the claim gives the difference, in the unit of
-            the scores; it moves the null hypothesis. Below 0 it claims "no worse than".
+        unit: ``points``, or a unit that begins with it, writes shares as percentage points.
+        at_least: For ``greater`` and ``less``: the size that the claim gives the difference; it moves the
+            null hypothesis. Below 0 it claims "no worse than".
         words: What B is than A where it is above, and where it is below.
 
     Raises:
@@ -129,12 +120,10 @@ def judge_all(claims: Sequence[Claim], *, seed: int) -> list[Finding]:
     margin, and the interval lies outside. Everything else cannot be told, and what would settle it is said.
 
     Args:
-        claims: In the order of the answer.
         seed: Of the resampling.
 
     Returns:
-        One finding a claim. ``p`` is of the null hypothesis of the claim, not adjusted; ``p_equivalence`` is
-        adjusted, as ``p_holm`` is; ``ci95`` is not.
+        One finding a claim. ``p`` is of the null hypothesis of the claim, not adjusted, nor is ``ci95``.
 
     Example:
         >>> right = np.arange(400) % 10 > 0

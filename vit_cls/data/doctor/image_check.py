@@ -63,13 +63,7 @@ CUT_SHORT = re.compile(
 
 @dataclass(frozen=True)
 class CheckTask:
-    """What to do with a file.
-
-    Args:
-        path: The file.
-        hash_content: Whether to hash it: some other file has as many bytes.
-        sign: Whether to compute the signature of its pixels.
-    """
+    """What to do with a file: hash it, if some other file has as many bytes, and sign its pixels."""
 
     path: str
     hash_content: bool = False
@@ -78,14 +72,7 @@ class CheckTask:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a file is.
-
-    Args:
-        readable: Whether it decodes.
-        findings: Kinds of `vit_cls.data.doctor.issues.ISSUE_TYPES`, each with a detail.
-        content: Hash of its bytes.
-        signature: See `sign`; None also for an image without structure.
-    """
+    """What a file is: whether it decodes, issue types with a detail each, and marks to find its copies by."""
 
     readable: bool
     findings: list[tuple[str, str]] = field(default_factory=list)
@@ -120,17 +107,15 @@ def content_hash(data: bytes) -> bytes:
 def sign(pixels: Tensor) -> np.ndarray | None:
     """Describe a picture by its steps of grey, so that copies of other size, quality or brightness agree.
 
-    Args:
-        pixels: uint8, shape ``(3, height, width)``.
-
     Returns:
         Steps to the right and downwards between the cells of a 16x16 grid of mean grey, as a float32 vector
         of length 1; its dot product with another one is their similarity. None where the picture is flat, so
         that steps are rounding errors.
 
     Source:
-        The difference hash of https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html
-        with the size of the steps kept, which the hash rounds to its sign.
+        The difference hash of
+        https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html with the size of the
+        steps kept, which the hash rounds to its sign.
     """
     grey = Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
     side = (SIGNATURE_SIDE, SIGNATURE_SIDE)

@@ -18,7 +18,6 @@ class IssueType:
     Args:
         severity: ``error``: training stops at it, or its numbers would be false; ``warning``: look at it;
             ``note``: dealt with, and good to know.
-        title: What it is, for a heading.
         advice: What it means and what to do.
         pictures: Whether the offenders are images that can be looked at, not folders or other files.
     """
@@ -267,7 +266,6 @@ class Offender:
 
     Args:
         path: Relative to the data folder, with forward slashes.
-        detail: What is the matter with this one.
         other: Path of the image that it repeats, where there is one.
     """
 
@@ -282,11 +280,10 @@ Finding = tuple[str, Offender]
 
 @dataclass(frozen=True)
 class Problem:
-    """A kind of problem, and everything that has it.
+    """A key of `ISSUE_TYPES`, and everything that has that problem: at least one offender.
 
     Args:
-        kind: A key of `ISSUE_TYPES`.
-        offenders: At least one.
+        kind: The key.
     """
 
     kind: str
@@ -331,13 +328,10 @@ class DatasetReport:
     """What `vit_cls.data.doctor.report.examine` found.
 
     Args:
-        root: The data folder, as it was given.
         images: Image files in class folders, the unreadable ones included.
-        unreadable: Those that training could not read.
-        classes: By split, the number of image files of each class; a folder without splits is one split
-            with the name ``""``.
+        classes: By split, the number of image files of each class; a folder without splits is the split
+            ``""``.
         problems: The most severe first.
-        seconds: Time that it took.
     """
 
     root: str

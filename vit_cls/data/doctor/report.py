@@ -45,9 +45,7 @@ def examine(
     Args:
         root: A folder of parts, one folder of class folders, or a manifest, as training takes it.
         near_duplicates: Whether to look for pictures that look alike, beside files that are equal.
-        num_workers: Processes that read; None means one a core, at most 8, and none for a small folder;
-            0 reads in this one.
-        show_progress: Whether a bar is drawn on stderr.
+        num_workers: None means one a core, at most 8, and none for a small folder; 0 reads in this process.
         split: The part to look at, by any of its names; None looks at all parts, and across them.
 
     Returns:
@@ -56,14 +54,6 @@ def examine(
     Raises:
         ConfigError: If ``num_workers`` is negative, or there is no such part.
         DataError: If ``root`` is not a folder that can be read.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (Path(folder) / "cat").mkdir()
-        ...     (Path(folder) / "cat" / "1.jpg").touch()
-        ...     [problem.kind for problem in examine(folder).problems]
-        ['empty_file', 'too_few_classes', 'few_images']
     """
     check_range("--num_workers", num_workers, at_least=0)
     started = time.perf_counter()
@@ -109,15 +99,9 @@ def _scan(root: str | Path, split: str | None) -> Scan:
 def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000) -> list[Problem]:
     """The cheap part of `examine`, for before a training run: shared images, and class names that collide.
 
-    File sizes are compared first, so few files are read, and none is decoded.
-
-    Args:
-        most_reads: Files that are opened at most; where that is too few to compare all, a ``partly_checked``
-            note says so.
-
-    Returns:
-        Problems of the kinds ``leakage``, ``similar_class_names`` and ``partly_checked``. Paths are relative
-        to the folder that holds both splits.
+    File sizes are compared first, so few files are read, and none is decoded. Where more than ``most_reads``
+    would have to be opened, a ``partly_checked`` note says so. Paths are relative to the folder that holds
+    both splits.
     """
     shared, compared, suspects = shared_images(train, val, most_reads=most_reads)
     findings = [("leakage", offender) for offender in shared]

@@ -23,19 +23,13 @@ OTHER_IMAGES = frozenset(
 )
 """Endings of image formats that `vit_cls.data.decode` does not read."""
 IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|P[1-6]\s+\d+\s", re.DOTALL)
-"""How images begin, of the formats that the first bytes tell; TIFF is left out, for cameras' raw files are
-TIFF inside."""
+"""How images begin, of the formats that the first bytes tell; not TIFF, which raw files are inside."""
 
 
 @dataclass(frozen=True)
 class FoundImage:
-    """A file that training would read as an image.
-
-    Args:
-        path: Relative to the data folder, with forward slashes.
-        split: Name of the split's folder, or ``""`` where there are no splits.
-        label: Name of the class.
-        size: Bytes, or None where that cannot be known.
+    """A file that training would read as an image; its split is ``""`` where there are none, its size None if
+    unknown.
     """
 
     path: str
@@ -46,16 +40,7 @@ class FoundImage:
 
 @dataclass
 class Scan:
-    """What lies in a data folder.
-
-    Args:
-        root: The folder.
-        splits: Names of the split folders, the training split first; ``[""]`` where there are none.
-        training: The training split, or None.
-        classes: Class folders by split, in lexicographic order.
-        images: In the order of split, class and path.
-        findings: The problems that names and folders show.
-    """
+    """What lies in a data folder, the training split first; splits are ``[""]`` where there are none."""
 
     root: str
     splits: list[str]
@@ -82,10 +67,8 @@ class _Entry:
 def scan_folder(root: str | Path, *, trained: bool = True) -> Scan:
     """List a data folder: splits and classes as training takes them, and what it would pass over.
 
-    Class folders without a part are a training split, unless they are not to be ``trained`` on.
-
-    Raises:
-        DataError: If it is not a folder that can be read.
+    Class folders without a part are a training split, unless they are not to be ``trained`` on. Raises
+    DataError if it is not a folder that can be read.
     """
     try:
         with os.scandir(root):
