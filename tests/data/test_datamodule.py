@@ -12,7 +12,7 @@ from vit_cls.data.dataset import Batch
 from vit_cls.data.decode import decode_image
 from vit_cls.data.digits import load_digits
 from vit_cls.data.sampler import sample_seed
-from vit_cls.data.transforms import AUGMENTS, eval_transform, keyed, train_transform
+from vit_cls.data.transforms import AUGMENTS, eval_reader, train_reader
 from vit_cls.errors import ConfigError, DataError, ImageError
 from vit_cls.model.classifier import Preprocess
 
@@ -144,7 +144,7 @@ def test_training_images_are_augmented_as_asked_by_seed_epoch_and_index(split_fo
     assert batch.indices.tolist() != list(range(6))
     for image, target, i in zip(batch.images, batch.targets, batch.indices.tolist(), strict=True):
         pixels = decode_image(data.train_source.index.path(i).read_bytes())
-        expected = keyed(train_transform((10, 14), augment=augment), pixels, sample_seed(5, 2, i))
+        expected = train_reader((10, 14), augment=augment)(pixels, sample_seed(5, 2, i))
         assert torch.equal(image, expected)
         assert target == data.train_source.index.labels[i]
 
@@ -162,7 +162,7 @@ def test_validation_images_are_in_order_and_cropped_as_the_model_asks(split_fold
     assert batch.indices.tolist() == [0, 1, 2, 3]
     for i, image in enumerate(batch.images):
         pixels = decode_image(data.val_source.index.path(i).read_bytes())
-        assert torch.equal(image, eval_transform(12, **crop)(pixels))
+        assert torch.equal(image, eval_reader(12, **crop)(pixels))
 
 
 def test_digits_need_no_worker_processes_and_a_number_that_is_given_is_kept(split_folder):

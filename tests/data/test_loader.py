@@ -16,7 +16,7 @@ from vit_cls.data.decode import decode_image
 from vit_cls.data.index import ImageIndex, PathTable, index_folder
 from vit_cls.data.loader import default_num_workers, make_loader
 from vit_cls.data.sampler import EpochSampler, sample_seed
-from vit_cls.data.transforms import Reader, eval_reader, eval_transform, keyed, train_reader
+from vit_cls.data.transforms import Reader, eval_reader, keyed, train_reader
 from vit_cls.errors import ConfigError
 
 SEED = 11
@@ -95,7 +95,7 @@ def test_batch_holds_each_image_with_its_class_and_its_place_in_the_index(folder
         for image, target, i in zip(
             batch.images, batch.targets.tolist(), batch.indices.tolist(), strict=True
         ):
-            assert torch.equal(image, eval_transform(12)(decode_image(index.path(i).read_bytes())))
+            assert torch.equal(image, eval_reader(12)(decode_image(index.path(i).read_bytes())))
             assert index.class_names[target] == index.path(i).parent.name
             seen.append(i)
     assert seen == list(range(21))

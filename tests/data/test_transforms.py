@@ -19,11 +19,9 @@ from vit_cls.data.index import index_folder
 from vit_cls.data.transforms import (
     AUGMENTS,
     eval_reader,
-    eval_transform,
     keyed,
     model_reader,
     train_reader,
-    train_transform,
 )
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import Preprocess
@@ -87,9 +85,9 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> int:
         ((24, 40), 0.9, "squash", "bicubic"),
     ],
 )
-def test_eval_transform_agrees_with_timm(shape, size, crop_pct, crop_mode, interpolation):
+def test_evaluation_agrees_with_timm(shape, size, crop_pct, crop_mode, interpolation):
     image = _picture(*shape)
-    ours = eval_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)(image)
+    ours = eval_reader(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)(image)
     reference = _reference_timm_eval(image, size, crop_pct, crop_mode, interpolation)
     assert ours.shape == (3, *((size, size) if isinstance(size, int) else size))
     assert _difference(ours, reference) <= MAX_DIFFERENCE
@@ -99,14 +97,14 @@ def test_eval_transform_agrees_with_timm(shape, size, crop_pct, crop_mode, inter
 @pytest.mark.parametrize("size", [32, (24, 40), (40, 24)])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_exact_eval_transform_is_timms_pixel_for_pixel(shape, size, crop_mode, interpolation):
+def test_exact_evaluation_is_timms_pixel_for_pixel(shape, size, crop_mode, interpolation):
     # full contrast, unlike `_picture`: here no rounding is excused
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for crop_pct in (0.875, 0.9, 1.0):
         settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-        exact = eval_transform(size, **settings, exact=True)
+        exact = eval_reader(size, **settings, exact=True)
         assert torch.equal(exact(image), _reference_timm_eval(image, size, *settings.values())), crop_pct
-        fast, gentle = eval_transform(size, **settings), _picture(*shape)
+        fast, gentle = eval_reader(size, **settings), _picture(*shape)
         assert _difference(fast(gentle), exact(gentle)) <= MAX_DIFFERENCE, crop_pct
 
 
@@ -131,7 +129,7 @@ def test_exact_evaluation_of_a_folder_of_jpegs_is_that_of_timms_loader(tmp_path)
     index = index_folder(tmp_path)
     assert targets.tolist() == index.labels.tolist()
     for exact in (True, False):
-        transform = eval_transform(48, crop_pct=0.875, exact=exact)
+        transform = eval_reader(48, crop_pct=0.875, exact=exact)
         ours = torch.stack([transform(decode_image(read_file(index.path(i)))) for i in range(len(index))])
         assert _difference(ours, theirs) <= (0 if exact else MAX_DIFFERENCE)
 
@@ -139,8 +137,8 @@ def test_exact_evaluation_of_a_folder_of_jpegs_is_that_of_timms_loader(tmp_path)
 def test_crop_pct_is_the_share_of_the_side_that_is_kept():
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)
     image[:, 25:75, 25:75] = 200
-    assert (eval_transform(50, crop_pct=0.5)(image) == 200).all()  # resized to 100, which changes nothing
-    whole = eval_transform(50, crop_pct=1.0)(image)
+    assert (eval_reader(50, crop_pct=0.5)(image) == 200).all()  # resized to 100, which changes nothing
+    whole = eval_reader(50, crop_pct=1.0)(image)
     assert (whole[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
     assert (whole[:, 15:35, 15:35] == 200).all()
 
@@ -148,8 +146,8 @@ def test_crop_pct_is_the_share_of_the_side_that_is_kept():
 def test_center_keeps_the_aspect_ratio_where_squash_keeps_the_borders():
     image = torch.zeros(3, 40, 120, dtype=torch.uint8)
     image[:, :, 40:80] = 200  # the middle third is a square
-    assert (eval_transform(20, crop_pct=1.0, crop_mode="center")(image)[:, :, 2:-2] == 200).all()
-    squashed = eval_transform(20, crop_pct=1.0, crop_mode="squash")(image)
+    assert (eval_reader(20, crop_pct=1.0, crop_mode="center")(image)[:, :, 2:-2] == 200).all()
+    squashed = eval_reader(20, crop_pct=1.0, crop_mode="squash")(image)
     assert (squashed[:, :, :4] == 0).all()
     assert (squashed[:, :, -4:] == 0).all()
     assert (squashed[:, :, 9:11] == 200).all()
@@ -159,7 +157,7 @@ def test_nearest_makes_no_new_values_and_the_smooth_filters_do():
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     image[:, :, 21:] = 200
     values = {
-        name: set(eval_transform(15, crop_pct=1.0, interpolation=name)(image).unique().tolist())
+        name: set(eval_reader(15, crop_pct=1.0, interpolation=name)(image).unique().tolist())
         for name in ("nearest", "bilinear", "bicubic")
     }
     assert values["nearest"] == {0, 200}
@@ -171,14 +169,14 @@ def test_nearest_makes_no_new_values_and_the_smooth_filters_do():
 def test_shrinking_is_antialiased():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::2] = 200
-    small = eval_transform(16, crop_pct=1.0)(stripes)
+    small = eval_reader(16, crop_pct=1.0)(stripes)
     assert (small.int() - 100).abs().max() <= 10
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 3), (5, 4)])
 def test_tiny_images_are_enlarged_to_the_full_size(shape):
     image = torch.full((3, *shape), 77, dtype=torch.uint8)
-    out = eval_transform(24)(image)
+    out = eval_reader(24)(image)
     assert out.shape == (3, 24, 24)
     assert (out == 77).all()
 
@@ -190,12 +188,12 @@ def test_line_of_millions_of_pixels_costs_no_more_than_its_middle(size):
     image = (torch.arange(length) // 10 % 2 * 200).to(torch.uint8).expand(3, 1, length)
     middle = image[..., length // 2 - 50 : length // 2 + 50]
     for turn, exact in itertools.product((lambda x: x, lambda x: x.transpose(1, 2)), (False, True)):
-        transform = eval_transform(size, crop_pct=1.0, exact=exact)
+        transform = eval_reader(size, crop_pct=1.0, exact=exact)
         assert _difference(transform(turn(image)), transform(turn(middle))) <= 1
 
 
-def test_eval_transform_draws_no_random_numbers():
-    image, transform = _picture(50, 70), eval_transform(24)
+def test_evaluation_draws_no_random_numbers():
+    image, transform = _picture(50, 70), eval_reader(24)
     state = torch.get_rng_state()
     assert torch.equal(transform(image), transform(image))
     assert torch.equal(torch.get_rng_state(), state)
@@ -203,9 +201,9 @@ def test_eval_transform_draws_no_random_numbers():
 
 def test_transforms_survive_the_way_to_a_worker_process():
     image = _picture(50, 70)
-    transforms = [eval_transform(24), eval_transform((24, 16)), eval_transform(24, crop_mode="squash")]
-    transforms += [eval_transform((24, 16), exact=True)]
-    transforms += [train_transform(24, augment=augment) for augment in AUGMENTS]
+    transforms = [eval_reader(24), eval_reader((24, 16)), eval_reader(24, crop_mode="squash")]
+    transforms += [eval_reader((24, 16), exact=True)]
+    transforms += [train_reader(24, augment=augment) for augment in AUGMENTS]
     for transform in transforms:
         there = pickle.loads(pickle.dumps(transform))
         assert torch.equal(keyed(there, image, 5), keyed(transform, image, 5))
@@ -223,7 +221,7 @@ def test_every_augmentation_makes_uint8_images_of_the_model_size_and_leaves_its_
 ):
     image = _picture(*shape)
     before = image.clone()
-    out = keyed(train_transform(size, augment=augment), image, 1)
+    out = train_reader(size, augment=augment)(image, 1)
     assert out.shape == (3, *((size, size) if isinstance(size, int) else size))
     assert out.dtype == torch.uint8
     assert torch.equal(image, before)
@@ -237,8 +235,8 @@ def _flipped(image: torch.Tensor) -> bool:
 
 
 def test_crop_flip_flips_about_half_of_the_images_and_crops_them_at_varied_places():
-    transform = train_transform(24)
-    outs = [keyed(transform, _ramp(), key) for key in range(200)]
+    transform = train_reader(24)
+    outs = [transform(_ramp(), key) for key in range(200)]
     assert 70 <= sum(map(_flipped, outs)) <= 130
     darkest = torch.tensor([int(out.min()) for out in outs])
     brightest = torch.tensor([int(out.max()) for out in outs])
@@ -251,18 +249,18 @@ def test_crop_flip_flips_about_half_of_the_images_and_crops_them_at_varied_place
 @pytest.mark.parametrize("size", [24, (16, 30)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
 def test_crop_flip_is_torchvisions_to_the_bit(size, interpolation):
-    image, transform = _picture(61, 83), train_transform(size, interpolation=interpolation)
+    image, transform = _picture(61, 83), train_reader(size, interpolation=interpolation)
     pair = (size, size) if isinstance(size, int) else size
     crop = v2.RandomResizedCrop(pair, interpolation=v2.InterpolationMode(interpolation), antialias=True)
     reference = v2.Compose([crop, v2.RandomHorizontalFlip()])
     for key in range(50):
-        assert torch.equal(keyed(transform, image, key), keyed(reference, image, key))
+        assert torch.equal(transform(image, key), keyed(reference, image, key))
 
 
 def test_affine_moves_every_image_a_little_and_flips_none():
-    transform = train_transform(24, augment="affine")
-    still = train_transform(24, augment="none")(_ramp())
-    outs = [keyed(transform, _ramp(), key) for key in range(200)]
+    transform = train_reader(24, augment="affine")
+    still = train_reader(24, augment="none")(_ramp())
+    outs = [transform(_ramp(), key) for key in range(200)]
     assert not any(map(_flipped, outs))
     assert len({out.numpy().tobytes() for out in outs}) == 200
     centres = torch.stack([out[0, 10:14, 10:14].float().mean() for out in outs])
@@ -276,15 +274,15 @@ def test_affine_moves_every_image_a_little_and_flips_none():
 def test_automatic_augmentations_change_the_pixels_of_most_crops(augment, share):
     """They draw the crop first, so that equal keys give the crop that ``crop_flip`` gives."""
     image = _picture(48, 64)
-    plain, transform = train_transform(24), train_transform(24, augment=augment)
-    changed = [not torch.equal(keyed(transform, image, key), keyed(plain, image, key)) for key in range(100)]
+    plain, transform = train_reader(24), train_reader(24, augment=augment)
+    changed = [not torch.equal(transform(image, key), keyed(plain, image, key)) for key in range(100)]
     assert sum(changed) >= 100 * share  # "identity" and a strength of nought change nothing
 
 
 @pytest.mark.parametrize("augment", ["randaugment", "trivialaugment"])
 def test_automatic_augmentations_fill_with_grey_what_a_turn_leaves_empty(augment):
     white = torch.full((3, 40, 40), 255, dtype=torch.uint8)
-    outs = [keyed(train_transform(24, augment=augment), white, key) for key in range(100)]
+    outs = [train_reader(24, augment=augment)(white, key) for key in range(100)]
     shares = [(out == 128).all(dim=0).float().mean().item() for out in outs]
     assert sum(0 < share < 1 for share in shares) > 10  # by turns, shears and shifts
 
@@ -294,14 +292,14 @@ def test_trivialaugment_reaches_every_strength_that_randaugment_keeps_to_one():
     grey = torch.full((3, 40, 40), 100, dtype=torch.uint8)
     levels = {}
     for augment in ("randaugment", "trivialaugment"):
-        outs = [keyed(train_transform(24, augment=augment), grey, key) for key in range(300)]
+        outs = [train_reader(24, augment=augment)(grey, key) for key in range(300)]
         flat = [out for out in outs if len(out.unique()) == 1]
         levels[augment] = {int(out[0, 0, 0]) for out in flat}
     assert len(levels["trivialaugment"]) > 2 * len(levels["randaugment"]) > 2
 
 
 def test_none_only_resizes_both_sides_and_draws_nothing():
-    image, transform = _picture(31, 57), train_transform((20, 26), augment="none")
+    image, transform = _picture(31, 57), train_reader((20, 26), augment="none")
     state = torch.get_rng_state()
     out = transform(image)
     assert torch.equal(torch.get_rng_state(), state)
@@ -315,7 +313,7 @@ def test_interpolation_reaches_every_augmentation(augment):
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     image[:, :, 21:] = 200
     outs = {
-        name: keyed(train_transform(15, augment=augment, interpolation=name), image, 2).numpy().tobytes()
+        name: train_reader(15, augment=augment, interpolation=name)(image, 2).numpy().tobytes()
         for name in ("nearest", "bilinear", "bicubic")
     }
     assert len(set(outs.values())) == 3
@@ -327,27 +325,27 @@ def test_unknown_augmentation_is_refused_with_the_known_ones():
         match=r"data\.augment must be one of crop_flip, affine, randaugment, trivialaugment, none; "
         r"got 'mixup'\.",
     ):
-        train_transform(24, augment="mixup")
+        train_reader(24, augment="mixup")
 
 
 @pytest.mark.parametrize("augment", [name for name in AUGMENTS if name != "none"])
 def test_equal_keys_give_equal_pixels_and_other_keys_others(augment):
-    image, transform = _picture(40, 60), train_transform(24, augment=augment)
-    first = [keyed(transform, image, key) for key in range(20)]
+    image, transform = _picture(40, 60), train_reader(24, augment=augment)
+    first = [transform(image, key) for key in range(20)]
     torch.rand(3)  # what was drawn in between does not matter
-    again = [keyed(transform, image, key) for key in reversed(range(20))][::-1]
+    again = [transform(image, key) for key in reversed(range(20))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({out.numpy().tobytes() for out in first}) == 20
     assert not torch.equal(keyed(transform, image, 2**63 - 1), first[0])
 
 
 def test_keyed_transform_leaves_every_global_generator_as_it_was():
-    transform = train_transform(24)
+    transform = train_reader(24)
     state = torch.get_rng_state()
     python_state = random.getstate()
     numpy_state = copy.deepcopy(np.random.get_state())  # noqa: NPY002
     for key in range(5):
-        keyed(transform, _ramp(), key)
+        transform(_ramp(), key)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python_state
     for before, after in zip(numpy_state, np.random.get_state(), strict=True):  # noqa: NPY002
@@ -372,23 +370,23 @@ def test_keyed_draws_are_those_of_a_generator_with_that_seed():
 
 def test_an_unknown_crop_mode_is_refused():
     with pytest.raises(ConfigError, match="crop_mode must be one of center, squash; got 'border'"):
-        eval_transform(16, crop_mode="border")
+        eval_reader(16, crop_mode="border")
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_a_training_reader_decodes_and_then_transforms_with_the_same_key(augment):
     data = _file(_picture(61, 83))
-    reader, transform = train_reader(24, augment=augment), train_transform(24, augment=augment)
+    reader = train_reader(24, augment=augment)
     for key in range(5):
-        assert torch.equal(reader(data, key), keyed(transform, decode_image(data), key))
+        assert torch.equal(reader(data, key), keyed(reader.transform, decode_image(data), key))
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_evaluation_reader_decodes_and_then_transforms_and_takes_pixels_too(exact):
     settings = {"crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear", "exact": exact}
     image = _picture(61, 83)
-    expected = eval_transform((20, 24), **settings)(image)
     reader = eval_reader((20, 24), **settings)
+    expected = reader.transform(image)
     assert torch.equal(reader(_file(image)), expected)
     assert torch.equal(reader(image), expected)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vit_cls.data.decode import decode_image
-from vit_cls.data.transforms import eval_transform
+from vit_cls.data.transforms import eval_reader
 from vit_cls.errors import DataError, ModelFileError
 from vit_cls.evaluation.predictions import (
     Scoring,
@@ -41,7 +41,7 @@ def test_predictions_are_the_classifiers_on_each_decoded_and_cropped_image(tiny,
     classifier = _classifier(tiny)
     source = images_for_model(image_root / "val", classifier).source
     predictions = predict_index(classifier, source, _config(batch_size=3))
-    transform = eval_transform(16, crop_pct=0.8)
+    transform = eval_reader(16, crop_pct=0.8)
     images = torch.stack(
         [transform(decode_image(source.index.path(i).read_bytes())) for i in range(len(source.index))]
     )

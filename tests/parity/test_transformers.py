@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vit_cls import create_model, load
-from vit_cls.data.transforms import eval_transform
+from vit_cls.data.transforms import eval_reader
 from vit_cls.errors import ModelFileError
 from vit_cls.model.classifier import Preprocess
 
@@ -338,7 +338,7 @@ def test_our_evaluation_transform_makes_the_processors_pixels(processor, tmp_pat
     generator = torch.Generator().manual_seed(3)
     image = torch.randint(0, 256, (3, 60, 90), generator=generator, dtype=torch.uint8)
     expected = theirs(image, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    ours = eval_transform(
+    ours = eval_reader(
         preprocess.img_size,
         crop_pct=preprocess.crop_pct,
         crop_mode=preprocess.crop_mode,

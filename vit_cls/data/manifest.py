@@ -9,7 +9,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,18 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def refuse(self, fault: Fault) -> None:
-        """Raise DataError, with the first rows, if there are rows with the fault."""
+    def refuse(self, fault: Fault, example: Callable[[int], str] | None = None) -> None:
+        """Raise DataError, with the first rows in words, if there are rows with the fault."""
+
+        def row_and_cell(i: int) -> str:
+            return f"row {self.rows[i]}" + (f" ({self.columns[fault.column][i]!r})" if fault.column else "")
+
         if fault.positions:
-            examples = [
-                f"row {self.rows[i]}" + (f" ({self.columns[fault.column][i]!r})" if fault.column else "")
-                for i in fault.positions[:5]
-            ]
+            examples = ", ".join(map(example or row_and_cell, fault.positions[:5]))
+            more = " and more" if len(fault.positions) > 5 else ""
             raise DataError(
                 f"{self.where}: {len(fault.positions)} of {len(self)} rows have {fault.text}: "
-                f"{', '.join(examples)}{' and more' if len(fault.positions) > 5 else ''}."
-                f"{fault.hint and ' ' + fault.hint}"
+                f"{examples}{more}.{fault.hint and ' ' + fault.hint}"
             )
 
 
@@ -185,7 +186,7 @@ def inspect_manifest(path: str | Path, *, name: str = "--data") -> tuple[Manifes
         DataError: If the table itself cannot be read.
     """
     path = Path(path)
-    table = read_table(path, name=name, required=COLUMNS, optional=MORE_COLUMNS)
+    table = _read_table(path, f"{name} {path}")
     faults = []
     for column, cells in table.columns.items():
         if column != "path":
@@ -224,16 +225,13 @@ def _one_spelling(paths: Iterable[str], folder: Path) -> Iterator[str]:
 
 
 def _refuse_twice(manifest: Manifest) -> None:
-    paths, table = manifest.paths, manifest.table
+    paths, rows = manifest.paths, manifest.table.rows
     if len(set(paths)) == len(paths):
         return
     first: dict[str, int] = {}
     again = [i for i, path in enumerate(paths) if first.setdefault(path, i) != i]
-    examples = [f"{paths[i]} (rows {table.rows[first[paths[i]]]} and {table.rows[i]})" for i in again[:5]]
-    raise DataError(
-        f"{table.where}: {len(again)} of {len(table)} rows have a path that is there already: "
-        f"{', '.join(examples)}{' and more' if len(again) > 5 else ''}. Each image may have one row."
-    )
+    fault = Fault("a path that is there already", again, hint="Each image may have one row.")
+    manifest.table.refuse(fault, lambda i: f"{paths[i]} (rows {rows[first[paths[i]]]} and {rows[i]})")
 
 
 def _number(text: str) -> float:
@@ -243,18 +241,13 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def read_table(path: Path, *, name: str, required: Sequence[str], optional: Sequence[str]) -> Table:
-    """Read the columns of a table that must be there, and those of the optional ones that are.
-
-    Raises:
-        DataError: If the file cannot be read, has no rows, lacks a column, or has uneven rows.
-    """
-    where = f"{name} {path}"
+def _read_table(path: Path, where: str) -> Table:
+    """The known columns of a table; DataError where it cannot be read, is empty, or lacks one."""
     if not path.is_file():
         raise DataError(f"{where} {'is not a file' if path.exists() else 'does not exist'}.")
     read = _read_parquet if path.suffix.lower() in PARQUET else _read_text
     try:
-        table = read(path, where, required, optional)
+        table = read(path, where)
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror or _in_one_line(error)}") from error
     if not len(table):
@@ -262,18 +255,16 @@ def read_table(path: Path, *, name: str, required: Sequence[str], optional: Sequ
     return table
 
 
-def _read_text(path: Path, where: str, required: Sequence[str], optional: Sequence[str]) -> Table:
+def _read_text(path: Path, where: str) -> Table:
     rows: list[int] = []
     ragged: list[tuple[int, int]] = []
     row = 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline()
-            lines = csv.reader(
-                itertools.chain([first], file), delimiter=_delimiter(first, required), strict=True
-            )
+            lines = csv.reader(itertools.chain([first], file), delimiter=_delimiter(first), strict=True)
             header = next(lines, [])
-            positions = _positions(header, where, required, optional)
+            positions = _positions(header, where)
             columns: dict[str, list[str]] = {column: [] for column in positions}
             cells = [(position, columns[column].append) for column, position in positions.items()]
             for row, line in enumerate(lines, start=2):
@@ -296,15 +287,15 @@ def _read_text(path: Path, where: str, required: Sequence[str], optional: Sequen
     return Table(where, columns, rows)
 
 
-def _delimiter(header: str, required: Collection[str]) -> str:
+def _delimiter(header: str) -> str:
     """The delimiter with which the header has the required columns, or the most frequent one."""
     for delimiter in DELIMITERS:
-        if set(required) <= {cell.strip(' "\r\n').lower() for cell in header.split(delimiter)}:
+        if set(COLUMNS) <= {cell.strip(' "\r\n').lower() for cell in header.split(delimiter)}:
             return delimiter
     return max(DELIMITERS, key=header.count)
 
 
-def _read_parquet(path: Path, where: str, required: Sequence[str], optional: Sequence[str]) -> Table:
+def _read_parquet(path: Path, where: str) -> Table:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
@@ -316,7 +307,7 @@ def _read_parquet(path: Path, where: str, required: Sequence[str], optional: Seq
         header = list(parquet.read_schema(path).names)
     except ValueError as error:  # ArrowInvalid
         raise DataError(f"{where} is not a Parquet file: {_in_one_line(error)}") from None
-    positions = _positions(header, where, required, optional)
+    positions = _positions(header, where)
     try:
         content = parquet.read_table(path, columns=[header[position] for position in positions.values()])
         columns = {
@@ -325,7 +316,7 @@ def _read_parquet(path: Path, where: str, required: Sequence[str], optional: Seq
         }
     except ValueError as error:  # damaged, or text that is not UTF-8
         raise DataError(f"{where} cannot be read: {_in_one_line(error)}") from None
-    return Table(where, columns, range(1, len(columns[required[0]]) + 1))
+    return Table(where, columns, range(1, len(columns["path"]) + 1))
 
 
 def _in_one_line(error: Exception) -> str:
@@ -339,21 +330,19 @@ def _text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _positions(
-    header: Iterable[Any], where: str, required: Sequence[str], optional: Sequence[str]
-) -> dict[str, int]:
+def _positions(header: Iterable[Any], where: str) -> dict[str, int]:
     """Where the known columns are."""
     names = [str(cell).strip().lower() for cell in header]
-    known = (*required, *optional)
+    known = (*COLUMNS, *MORE_COLUMNS)
     its = f"Its columns: {', '.join(names) or 'none'}."
-    may = f"{' and '.join(required)}, and may have {', '.join(optional)}"
-    missing = [column for column in required if column not in names]
+    may = f"{' and '.join(COLUMNS)}, and may have {', '.join(MORE_COLUMNS)}"
+    missing = [column for column in COLUMNS if column not in names]
     if missing:
         raise DataError(f"{where} has no column {' and no column '.join(missing)}. {its} It must have {may}.")
     twice = [column for column, count in Counter(names).items() if count > 1 and column in known]
     if twice:
         raise DataError(f"{where} has the column {', '.join(twice)} more than once. {its}")
-    for column in optional:
+    for column in MORE_COLUMNS:
         if column not in names and f"{column}s" in names:
             raise DataError(
                 f"{where} has a column {column}s, which has no effect. Call it {column}, or leave it out."

@@ -26,42 +26,6 @@ _GREY = [128, 128, 128]
 """What a turned or shifted image leaves empty."""
 
 
-def eval_transform(
-    size: Size,
-    *,
-    crop_pct: float = 0.9,
-    crop_mode: str = "center",
-    interpolation: str = "bicubic",
-    exact: bool = False,
-) -> Transform:
-    """The fixed transform of validation, evaluation and prediction, on uint8 ``(3, H, W)``.
-
-    Args:
-        size: Side of the result in pixels, or its height and width.
-        crop_pct: Side of the crop over the side of the resized image, in (0, 1].
-        crop_mode: ``center`` resizes the shorter side and crops the centre; ``squash`` resizes both sides.
-        interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
-        exact: Whether the resize is Pillow's, pixel for pixel what timm's loader gives. The tensor resize is
-            about three times as fast and differs by 2 grey levels at most.
-
-    Raises:
-        ConfigError: If ``crop_mode`` is unknown.
-
-    Example:
-        >>> import torch
-        >>> eval_transform(224)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
-        torch.Size([3, 224, 224])
-
-    Source:
-        timm's ``transforms_imagenet_eval``.
-    """
-    check_choice("crop_mode", crop_mode, CROP_MODES)
-    height, width = _pair(size)
-    resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))
-    resize = _resize_as_pillow if exact else _resize
-    return _Eval(resize, InterpolationMode(interpolation), resized, (height, width), crop_mode == "squash")
-
-
 Resize = Callable[[Tensor, list[int], InterpolationMode], Tensor]
 
 
@@ -160,25 +124,6 @@ AUGMENTS: dict[str, Callable[[tuple[int, int], InterpolationMode], Transform]] =
 }
 
 
-def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: str = "bicubic") -> Transform:
-    """The transform of training images, a row of `AUGMENTS`; it draws from torch's global generator.
-
-    Args:
-        size: Side of the result in pixels, or its height and width.
-        interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
-
-    Raises:
-        ConfigError: If ``augment`` is unknown.
-
-    Example:
-        >>> import torch
-        >>> train_transform(96)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
-        torch.Size([3, 96, 96])
-    """
-    check_choice("data.augment", augment, AUGMENTS)
-    return AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
-
-
 def keyed(transform: Transform, image: Tensor, key: int) -> Tensor:
     """Apply a random transform whose draws are a function of ``key``, in [0, 2**63), alone.
 
@@ -215,7 +160,7 @@ class Reader:
 
         Args:
             data: A whole image file, or pixels: uint8, shape ``(3, height, width)``.
-            key: Seed of the random draws, as for `keyed`; None where nothing is random.
+            key: Seed of the random draws, as for `keyed`; None draws from torch's global generator.
 
         Raises:
             ImageError: If the bytes are not an image.
@@ -233,17 +178,36 @@ def eval_reader(
     exact: bool = False,
     background: tuple[int, int, int] = BACKGROUND,
 ) -> Reader:
-    """`eval_transform` from the bytes of a file on; settings and errors are its.
+    """The fixed pixels of validation, evaluation and prediction.
 
     Args:
+        size: Side of the result in pixels, or its height and width.
+        crop_pct: Side of the crop over the side of the resized image, in (0, 1].
+        crop_mode: ``center`` resizes the shorter side and crops the centre; ``squash`` resizes both sides.
+        interpolation: ``bicubic``, ``bilinear`` or ``nearest``; antialiased.
+        exact: Whether the resize is Pillow's, pixel for pixel what timm's loader gives. The tensor resize is
+            about three times as fast and differs by 2 grey levels at most.
         background: Colour under transparent pixels.
+
+    Raises:
+        ConfigError: If ``crop_mode`` is unknown.
+
+    Example:
+        >>> eval_reader(224)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
+        torch.Size([3, 224, 224])
+
+    Source:
+        timm's ``transforms_imagenet_eval``.
     """
+    check_choice("crop_mode", crop_mode, CROP_MODES)
+    height, width = _pair(size)
+    resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))
+    resize = _resize_as_pillow if exact else _resize
+    squash = crop_mode == "squash"
+    transform = _Eval(resize, InterpolationMode(interpolation), resized, (height, width), squash)
     settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-    transform = eval_transform(
-        size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation, exact=exact
-    )
-    words = (_pair(size), sorted(settings.items()), background, *(["exact"] if exact else []))
-    return Reader(transform, _pair(size), background, repr(words))
+    words = ((height, width), sorted(settings.items()), background, *(["exact"] if exact else []))
+    return Reader(transform, (height, width), background, repr(words))
 
 
 def train_reader(
@@ -253,8 +217,17 @@ def train_reader(
     interpolation: str = "bicubic",
     background: tuple[int, int, int] = BACKGROUND,
 ) -> Reader:
-    """`train_transform` from the bytes of a file on; settings and errors are its."""
-    transform = train_transform(size, augment=augment, interpolation=interpolation)
+    """The pixels of training, by a row of `AUGMENTS`; the other arguments are those of `eval_reader`.
+
+    Raises:
+        ConfigError: If ``augment`` is unknown.
+
+    Example:
+        >>> train_reader(96)(torch.zeros(3, 300, 400, dtype=torch.uint8), key=1).shape
+        torch.Size([3, 96, 96])
+    """
+    check_choice("data.augment", augment, AUGMENTS)
+    transform = AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
     return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
 
 
@@ -277,8 +250,8 @@ def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str
     """How images become the input of a model; whoever makes pixels for one asks here.
 
     Args:
-        exact: As for `eval_transform`.
-        augment: As for `train_transform`; None reads as for evaluation, with no random draws.
+        exact: As for `eval_reader`.
+        augment: As for `train_reader`; None reads as for evaluation, with no random draws.
 
     Raises:
         ConfigError: If ``augment`` is unknown.

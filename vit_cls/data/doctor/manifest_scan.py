@@ -41,14 +41,12 @@ def scan_manifest(path: str, *, split: str | None = None) -> Scan:
     training = next((names[part] for part in parts if part in ("train", ALL)), None)
     scan = Scan(str(manifest.folder), list(names.values()), training, findings=findings)
     if training is None and split is None:
-        scan.findings.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
+        scan.note_lack_of_training()
     labels = table.columns["label"]
     for part, name in names.items():
         own = [i for i in first.values() if manifest.part_of[i] == part]
         scan.classes[name] = sorted({labels[i] for i in own})
-        if len(scan.classes[name]) < (2 if name == training else 1):
-            number = len(scan.classes[name])
-            scan.findings.append(("too_few_classes", Offender(name or ".", f"{number} class(es)")))
+        scan.check_classes(name, "class(es)")
         for i in sorted(own, key=lambda i: (labels[i], manifest.paths[i])):
             path = manifest.paths[i]
             scan.images.append(FoundImage(path, name, labels[i], _size(os.path.join(scan.root, path))))

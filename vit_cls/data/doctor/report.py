@@ -63,7 +63,11 @@ def examine(
     names = [name for classes in scan.classes.values() for name in classes]
     findings = [
         *scan.findings,
-        *_file_findings(scan.images, checked),
+        *(
+            (kind, Offender(image.path, detail))
+            for image, check in zip(scan.images, checked, strict=True)
+            for kind, detail in check.findings
+        ),
         *exact_copies(scan.images, [check.content for check in checked]),
         *(_near(scan.images, checked) if near_duplicates else ()),
         *_similar_names(names),
@@ -138,12 +142,6 @@ def _check(scan: Scan, near_duplicates: bool, num_workers: int, show_progress: b
     ):
         checked[position] = result
     return checked
-
-
-def _file_findings(images: Sequence[FoundImage], checked: Sequence[Checked]) -> Iterator[Finding]:
-    for image, check in zip(images, checked, strict=True):
-        for kind, detail in check.findings:
-            yield kind, Offender(image.path, detail)
 
 
 def _near(images: Sequence[FoundImage], checked: Sequence[Checked]) -> list[Finding]:

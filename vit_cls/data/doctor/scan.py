@@ -49,6 +49,20 @@ class Scan:
     images: list[FoundImage] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
+    def add(self, kind: str, path: str, detail: str = "") -> None:
+        """Note a problem of a file or folder."""
+        self.findings.append((kind, Offender(path, detail)))
+
+    def note_lack_of_training(self) -> None:
+        """Say that there is nothing to train on."""
+        self.add("no_training_split", ".", f"there are {', '.join(self.splits)}")
+
+    def check_classes(self, split: str, noun: str) -> None:
+        """Note a split with too few classes: training takes two."""
+        number = len(self.classes[split])
+        if number < (2 if split == self.training else 1):
+            self.add("too_few_classes", split or ".", f"{number} {noun}")
+
 
 Identity = tuple[int, int] | None
 """Device and number of a folder, the same by whatever path; None where it cannot be known."""
@@ -78,18 +92,17 @@ def scan_folder(root: str | Path, *, trained: bool = True) -> Scan:
         raise
     scan = Scan(str(root), [""], "" if trained else None)
     top = _list(scan, "")
-    folders = [e.name for e in top if e.is_folder and not e.name.startswith(".")]
+    folders = [entry.name for entry in top if entry.is_folder]
     parts = part_folders(folders, has_folders=lambda name: _has_folders(os.path.join(scan.root, name)))
     if parts:
         scan.splits, scan.training = list(parts.values()), parts.get("train")
-    if scan.splits != [""]:
         _note_loose_files(scan, top)
         for name in folders:
             if name not in scan.splits:
                 kind = "hidden_junk" if name.lower() in JUNK_FOLDERS else "ignored_folder"
-                scan.findings.append((kind, Offender(f"{name}/")))
+                scan.add(kind, f"{name}/")
     if scan.training is None and trained:
-        scan.findings.append(("no_training_split", Offender(".", f"there are {', '.join(scan.splits)}")))
+        scan.note_lack_of_training()
     for split in scan.splits:
         _scan_split(scan, split, _list(scan, split) if split else top)
     return scan
@@ -115,19 +128,17 @@ def _scan_split(scan: Scan, split: str, entries: list[_Entry]) -> None:
     scan.classes[split] = []
     above = frozenset((_identity(scan.root), _identity(os.path.join(scan.root, split))))
     for entry in entries:
-        if not entry.is_folder or entry.name.startswith("."):
+        if not entry.is_folder:
             continue
         if entry.name.lower() in JUNK_FOLDERS:
-            scan.findings.append(("junk_class", Offender(f"{entry.path}/")))
+            scan.add("junk_class", f"{entry.path}/")
             continue
         scan.classes[split].append(entry.name)
         before = len(scan.images)
         _scan_class(scan, split, entry, above)
         if len(scan.images) == before:
-            scan.findings.append(("empty_class", Offender(f"{entry.path}/")))
-    if len(scan.classes[split]) < (2 if split == scan.training else 1):
-        number = len(scan.classes[split])
-        scan.findings.append(("too_few_classes", Offender(split or ".", f"{number} class folder(s)")))
+            scan.add("empty_class", f"{entry.path}/")
+    scan.check_classes(split, "class folder(s)")
 
 
 def _scan_class(scan: Scan, split: str, top: _Entry, above: frozenset[Identity]) -> None:
@@ -137,23 +148,21 @@ def _scan_class(scan: Scan, split: str, top: _Entry, above: frozenset[Identity])
     while stack:
         folder, above = stack.pop()
         if folder.identity is not None and folder.identity in above:
-            scan.findings.append(
-                ("link_loop", Offender(f"{folder.path}/", "leads back to a folder above it"))
-            )
+            scan.add("link_loop", f"{folder.path}/", "leads back to a folder above it")
             continue
         entries = _list(scan, folder.path)
         inside = above | {folder.identity}
-        stack += [(e, inside) for e in reversed(entries) if e.is_folder and not e.name.startswith(".")]
+        stack += [(e, inside) for e in reversed(entries) if e.is_folder]
         for entry in entries:
             if entry.is_folder:
                 continue
             kind = _passed_over(scan.root, entry)
             if kind is not None:
-                scan.findings.append((kind, Offender(entry.path)))
+                scan.add(kind, entry.path)
                 continue
             images.append(FoundImage(entry.path, split, top.name, entry.size))
             if folder is not top:
-                scan.findings.append(("nested", Offender(entry.path, f"its class is {top.name}")))
+                scan.add("nested", entry.path, f"its class is {top.name}")
     scan.images += sorted(images, key=lambda image: image.path)
 
 
@@ -183,18 +192,19 @@ def _note_loose_files(scan: Scan, entries: list[_Entry]) -> None:
     """Images beside the class folders; other files there are nobody's concern."""
     for entry in entries:
         if not entry.is_folder and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            scan.findings.append(("loose_image", Offender(entry.path)))
+            scan.add("loose_image", entry.path)
 
 
 def _list(scan: Scan, folder: str) -> list[_Entry]:
-    """Sorted entries of a folder; hidden files become notes, what cannot be read becomes an error."""
+    """Sorted visible entries of a folder; hidden ones become notes, what cannot be read becomes an error."""
     try:
         entries = sorted(_entries(scan, folder), key=lambda entry: entry.name)
     except OSError as error:
-        scan.findings.append(("no_access", Offender(f"{folder}/", error.strerror or str(error))))
+        scan.add("no_access", f"{folder}/", error.strerror or str(error))
         return []
-    hidden = [entry for entry in entries if entry.name.startswith(".")]
-    scan.findings += [("hidden_junk", Offender(e.path + "/" * e.is_folder)) for e in hidden]
+    for entry in entries:
+        if entry.name.startswith("."):
+            scan.add("hidden_junk", entry.path + "/" * entry.is_folder)
     return [entry for entry in entries if not entry.name.startswith(".")]
 
 
@@ -205,7 +215,7 @@ def _entries(scan: Scan, folder: str) -> Iterator[_Entry]:
             try:
                 is_folder = entry.is_dir()
             except OSError as error:
-                scan.findings.append(("link_loop", Offender(path, error.strerror or str(error))))
+                scan.add("link_loop", path, error.strerror or str(error))
                 continue
             try:
                 size = entry.stat().st_size
