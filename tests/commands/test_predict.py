@@ -175,7 +175,11 @@ REFUSED = {
         ["images", "--format", "xml"],
         r"--format must be one of csv, jsonl, parquet, table; got 'xml'",
     ),
-    "features": (["images", "--features", "map", "--output", "new"], r"--features must be one of cls, gap"),
+    "features": (["images", "--features", "mop", "--output", "new"], r"--features must be one of cls, gap"),
+    "features by weights that nobody trained": (
+        ["images", "--features", "map", "--output", "new"],
+        r"--features map has weights of its own, which this model has not trained",
+    ),
     "output is a file": (["images", "--output", "file"], r"--output file is a file"),
     "output below a file": (["images", "--output", "file/new"], r"cannot be written"),
     "output in a place without files": (["images", "--output", "/proc/new"], r"--output /proc/new cannot be"),
@@ -194,7 +198,7 @@ REFUSED = {
     "headless": (["images", "--model", "headless.safetensors", "--output", "new"], r"no head.*linear_probe"),
     "no class token": (
         ["images", "--model", "gap.safetensors", "--features", "cls", "--output", "new"],
-        r"no class token. Use --features gap",
+        r"--features cls reads the class token, but the model has none",
     ),
     "top_k": (
         ["images", "--top_k", "4", "--output", "new"],

@@ -31,7 +31,7 @@ from vit_cls.evaluation.predict import iter_paths
 from vit_cls.evaluation.predict_files import FeatureFile, RowFile, save_rows
 from vit_cls.evaluation.predictions import Row, images_for_model, predict_batches, predict_index
 from vit_cls.evaluation.row_formats import FORMATS, as_record, columns_of
-from vit_cls.inference import InferenceConfig, batches
+from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -341,7 +341,7 @@ def _features_into(folder, classifier, what, paths, *, resume=False, stop_after=
     save_rows(table, iter(paths), work, facts={}, resume=resume, features=file)
 
 
-@pytest.mark.parametrize("what", ["cls", "gap", "tokens"])
+@pytest.mark.parametrize("what", ["cls", "gap", "tokens", "cls+gem:3", "last:2+token:4"])
 def test_features_are_the_encoders_tokens_and_nan_where_an_image_failed(what, tiny, image_root, tmp_path):
     classifier = _classifier(tiny, reg_tokens=2)
     paths = _paths(image_root)[:9]
@@ -363,14 +363,20 @@ def test_features_are_the_encoders_tokens_and_nan_where_an_image_failed(what, ti
     images = torch.stack([reader(Path(paths[i]).read_bytes()) for i in good])
     with torch.inference_mode():
         tokens = classifier.model.encode(classifier.normalise(images))
-    expected = {"cls": tokens[:, 0], "gap": tokens[:, 3:].mean(1), "tokens": tokens}[what]
+        earlier = classifier.model.norm(layer_tokens(classifier, [1])(images)[1])
+    gem = tokens[:, 3:].clamp_min(1e-6).pow(3).mean(1).pow(1 / 3)
+    expected = {
+        "cls": tokens[:, 0],
+        "gap": tokens[:, 3:].mean(1),
+        "tokens": tokens,
+        "cls+gem:3": torch.cat([tokens[:, 0], gem], dim=1),
+        "last:2+token:4": torch.cat([earlier[:, 0], tokens[:, 0], tokens[:, 7]], dim=1),
+    }[what]
     torch.testing.assert_close(features[good], expected, atol=1e-5, rtol=0)
 
 
 def test_a_class_token_is_not_invented(tiny):
-    with pytest.raises(
-        ConfigError, match=r"--features cls: the model has no class token. Use --features gap"
-    ):
+    with pytest.raises(ConfigError, match=r"--features cls reads the class token, .*--features tokens"):
         feature_function(_classifier(tiny, class_token=False, pool="gap"), "cls")
 
 

@@ -13,11 +13,11 @@ from vit_cls.errors import ConfigError
 from vit_cls.export.timm import export_timm
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import POOLINGS
+from vit_cls.model.pooling import POOLINGS, pool_names
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.timm_models import NORM_AFTER, POOLS, native_config, skeleton
 
-SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 
 
 def _classifier(model) -> ImageClassifier:

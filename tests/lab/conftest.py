@@ -11,21 +11,25 @@ import pytest
 from torch import nn
 
 from vit_cls.lab.features import FrozenTokens, Rows
-from vit_cls.lab.reads import Reader
 from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial, trial_folder
+from vit_cls.model.pooling import make_pooling
+from vit_cls.model.pooling_base import PoolingContext
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.tokens import TokenLayout
 
 
 class _Readable(nn.Module):
     """As much of a model as a reader looks at; it has no norms, so reads are the tokens themselves."""
 
-    def __init__(self, layout: TokenLayout, depth: int) -> None:
+    def __init__(self, layout: TokenLayout, depth: int, dim: int = 1) -> None:
         super().__init__()
         self.layout = layout
         self.blocks = nn.ModuleList(nn.Identity() for _ in range(depth))
         self.norm = nn.Identity()
         self.fc_norm = nn.Identity()
-        self.config = type("Config", (), {"pool": "cls"})
+        self.pooling_context = PoolingContext(layout, embed_dim=dim, depth=depth)
+        self.pool = make_pooling("gap", self.pooling_context)
+        self.config = type("Config", (), {"pool": "gap"})
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def frozen_part(tmp_path: Path):
         names, paths = [f"class {i}" for i in range(classes)], [f"{i}.png" for i in range(len(labels))]
         rows = Rows(np.asarray(labels, dtype=np.int64), names, paths, np.arange(len(labels)), {})
         dim = next(iter(tokens.values())).shape[2]
-        return FrozenTokens(folder, Reader(_Readable(layout, 4)), sorted(tokens), rows, dim)
+        return FrozenTokens(folder, TokenReader(_Readable(layout, 4)), sorted(tokens), rows, dim)
 
     return make
 

@@ -257,12 +257,12 @@ def test_heads_that_do_not_fit_the_width_are_left_out_and_it_is_said():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": ["ep:5"]}, r"model.pool ep:Q .* divides model.embed_dim; got 5 and 12"),
+        ({"heads": ["ep:5"]}, r"--heads ep:Q .* divides model.embed_dim; got 5 and 12"),
         ({"heads": ["classtok"]}, r"--heads classtok has a token for each class"),
         ({"heads": ["last:2"]}, r"last"),
         ({"heads": ["multicls:4"]}, r"--heads multicls:4 reads several class tokens"),
         ({"heads": []}, r"--heads must name at least one head"),
-        ({"heads": ["eb:1"]}, r"model.pool must be one of"),
+        ({"heads": ["eb:1"]}, r"--heads must be one of"),
         ({"num_seeds": 0}, r"--num_seeds must be at least 1; got 0"),
         ({"layer": 2}, r"layers must be from 0"),
     ],

@@ -20,7 +20,7 @@ from vit_cls.inference import InferenceConfig
 from vit_cls.lab import features as features_module
 from vit_cls.lab import token_cache
 from vit_cls.lab.features import freeze, freeze_reads
-from vit_cls.lab.reads import POOLS, possible_pools
+from vit_cls.lab.probes.common import POOLS, possible_pools
 from vit_cls.lab.token_cache import cache_key, data_digest
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.tokens import TokenLayout
@@ -166,7 +166,7 @@ def test_the_class_tokens_of_the_last_blocks_are_joined_first_to_last():
 def test_a_generalised_mean_is_computed_over_clamped_patches():
     found = freeze(_classifier(), _source(), **CPU)
     patches = np.clip(found.normed(3)[:, 1:].astype(np.float64), 1e-6, None)
-    for way, p in (("gem", 3), ("gem4", 4)):
+    for way, p in (("gem:3", 3), ("gem4", 4)):
         np.testing.assert_allclose(found.read(way), (patches**p).mean(axis=1) ** (1 / p), rtol=1e-4)
 
 
@@ -187,10 +187,14 @@ def test_reading_in_pieces_and_while_streaming_gives_the_same_as_reading_at_once
     ("way", "message"),
     [
         ("mean", "--pools must be one of cls, gap, .*; got 'mean'"),
-        ("cls:1", "--pools cls takes no number"),
-        ("last", "--pools last takes a number of blocks, as in last:4"),
-        ("last:9", "--pools last:9: the number must be from 1 to 3"),
-        ("token:16", "--pools token:16: the number must be from 0 to 15"),
+        ("cls:1", "--pools cls takes no index"),
+        ("last", "--pools last:K needs a whole number K of at least 1, at most 3"),
+        ("last:9", "--pools last:K needs a whole number K of at least 1, at most 3"),
+        ("token:16", "--pools token:K needs a patch K from 0 to 15"),
+        ("gem", "--pools gem has weights of its own"),
+        ("map+cls", "--pools map\\+cls has weights of its own"),
+        ("multicls:2", "--pools multicls:2 reads 2 class tokens, but the model has 1"),
+        ("classtok", "--pools classtok has a vector for each class"),
         ("cls+", "--pools must be one of"),
     ],
 )
@@ -204,8 +208,8 @@ def test_without_a_class_token_ways_that_read_it_are_left_out_with_a_note_or_ref
     with pytest.raises(ConfigError, match=r"--pools cls\+gap reads the class token, but the model has none"):
         found.read("cls+gap")
     ways, notes = possible_pools(POOLS, found.layout)
-    assert ways == ["gap", "max", "gem", "gem4"]
-    assert notes == ["Not read: cls, cls+gap, cls+gem4, for the model has no class token."]
+    assert ways == ["gap", "max", "gem:3", "gem:4"]
+    assert notes == ["Not read: cls, cls+gap, cls+gem:4, for the model has no class token."]
     np.testing.assert_allclose(found.read("token:0"), found.normed(3)[:, 0], atol=1e-6)  # no prefix to skip
     assert possible_pools(POOLS, TokenLayout(True, 0, (2, 2))) == (list(POOLS), [])
 

@@ -11,11 +11,17 @@ from sklearn.preprocessing import StandardScaler
 
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.lab.probes import linear as linear_fits
-from vit_cls.lab.probes.common import layers_needed
+from vit_cls.lab.probes.common import POOLS, layers_needed
 from vit_cls.lab.probes.linear import LinearSettings, fit_linear, linear, linear_pools
-from vit_cls.lab.reads import POOLS
-from vit_cls.model.tokens import TokenLayout
+from vit_cls.model.config import ViTConfig
+from vit_cls.model.token_reader import TokenReader
+from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.intervals import wilson_interval
+
+
+def _reader(depth, **settings):
+    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 1}
+    return TokenReader(VisionTransformer(ViTConfig(**tiny, depth=depth, **settings)))
 
 
 def _data(rows=60, dim=8, classes=4, seed=0):
@@ -127,7 +133,7 @@ def test_the_result_has_counts_intervals_and_predictions_that_give_the_numbers_a
     result = linear(*noisy_parts(), origin="made here")
     table = result.tables[0]
     preds, labels = result.predictions["preds"], result.predictions["labels"]
-    assert list(preds) == ["cls", "gap", "max", "gem", "gem4", "cls+gap", "cls+gem4", "last:4"]
+    assert list(preds) == ["cls", "gap", "max", "gem:3", "gem:4", "cls+gap", "cls+gem:4", "last:4"]
     for row in table.rows:
         right = int((preds[row[0]] == labels).sum())
         assert row[1:6] == [right / 80, *wilson_interval(right, 80), right, 80]
@@ -157,26 +163,26 @@ def test_the_dinov2_protocol_tests_the_class_token_and_the_read_that_validation_
 
 
 def test_the_dinov2_protocol_takes_the_blocks_that_there_are():
-    pools, _ = linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 2)
+    pools, _ = linear_pools(LinearSettings(protocol="dinov2"), _reader(2))
     assert pools == ["cls", "cls+gap", "last:2", "last:2+gap"]
-    assert linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 1)[0] == [
+    assert linear_pools(LinearSettings(protocol="dinov2"), _reader(1))[0] == [
         "cls",
         "cls+gap",
     ]
     with pytest.raises(ConfigError, match="reads the class token, but the model has none"):
-        linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(False, 0, (2, 2)), 4)
+        linear_pools(LinearSettings(protocol="dinov2"), _reader(4, class_token=False, pool="gap"))
 
 
 @pytest.mark.parametrize(("depth", "last"), [(12, "last:4"), (4, "last:4"), (3, "last:3"), (2, "last:2")])
 def test_the_class_tokens_of_the_last_blocks_are_read_by_default_as_far_as_there_are_blocks(depth, last):
-    layout = TokenLayout(True, 0, (2, 2))
-    pools, notes = linear_pools(LinearSettings(), layout, depth)
+    reader = _reader(depth)
+    pools, notes = linear_pools(LinearSettings(), reader)
     assert (pools[:-1], pools[-1], notes) == (list(POOLS), last, [])
-    assert layers_needed(pools, layout, depth) == list(range(depth + 1))[-min(4, depth) :]
+    assert layers_needed(pools, reader) == list(range(depth + 1))[-min(4, depth) :]
 
 
 def test_one_block_has_no_earlier_class_token_to_read():
-    assert linear_pools(LinearSettings(), TokenLayout(True, 0, (2, 2)), 1)[0] == list(POOLS)
+    assert linear_pools(LinearSettings(), _reader(1))[0] == list(POOLS)
 
 
 def test_the_mae_protocol_is_a_batch_norm_without_parameters_then_cross_entropy():
@@ -219,8 +225,8 @@ def test_without_a_class_token_the_ways_that_read_it_are_left_out_with_a_note(fr
         for _ in range(3)
     ]
     result = linear(*parts)
-    assert result.settings["ways"] == ["gap", "max", "gem", "gem4"]
-    assert "Not read: cls, cls+gap, cls+gem4, last:4, for the model has no class token." in result.notes
+    assert result.settings["ways"] == ["gap", "max", "gem:3", "gem:4"]
+    assert "Not read: cls, cls+gap, cls+gem:4, last:4, for the model has no class token." in result.notes
 
 
 def test_impossible_settings_and_parts_are_refused(noisy_parts, frozen_part):

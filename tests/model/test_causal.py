@@ -159,4 +159,4 @@ def test_a_config_from_before_causal_attention_is_bidirectional(tiny):
     del values["causal"], values["class_position"]
     config = ViTConfig.from_dict(values)
     assert not config.causal
-    assert make_pooling("cls", VisionTransformer(config)._pooling_context()).read == slice(0, 1)
+    assert make_pooling("cls", VisionTransformer(config).pooling_context).read == slice(0, 1)

@@ -8,11 +8,11 @@ import torch
 from vit_cls.model.block import LayerScale
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.init import SkipInit
-from vit_cls.model.pooling import POOLINGS
+from vit_cls.model.pooling import pool_names
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.architecture import build_model
 
-SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 
 
 def _model(tiny, seed=0, **settings):

@@ -12,22 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import (
-    POOLINGS,
     PoolingContext,
     make_pooling,
     needs_class_token,
     num_class_tokens,
+    pool_names,
     pool_parts,
 )
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.model.vit import VisionTransformer
 
-SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 OVER_PATCHES = [
     "gap",
     "max",
     "avgmax",
     "gem",
+    "gem:2",
     "lse",
     "seqpool",
     "abmil",
@@ -102,8 +103,9 @@ def test_class_token_and_registers_have_no_influence_but_where_that_is_asked_for
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if needs_class_token(spec)])
 def test_without_a_class_token_a_pooling_that_reads_it_is_refused_by_its_own_name(spec):
     context = PoolingContext(TokenLayout(False, 0, (3, 3)), embed_dim=24, depth=2, num_classes=4)
-    name = re.escape(spec.partition(":")[0])
-    with pytest.raises(ConfigError, match=rf"^model\.pool {name} reads the class token.*Use model\.pool gap"):
+    with pytest.raises(
+        ConfigError, match=rf"^model\.pool {re.escape(spec)} reads the class token.*Use model\.pool gap"
+    ):
         make_pooling(spec, context)
 
 
@@ -239,7 +241,9 @@ def test_the_colon_may_be_left_out(spec, generator):
         ("multicls-diverse:1", {}, r"multicls-diverse:K needs a K of at least 2: one token would cancel"),
         ("classtok", {"num_classes": 0}, r"classtok has a token for each class, but the model has none"),
         ("classtok:3", {}, r"model.pool classtok takes no index; got 'classtok:3'"),
-        ("gem:3", {}, r"model.pool gem takes no index"),
+        ("gem:0", {}, r"model.pool gem:K needs a whole number K of at least 1; got 0"),
+        ("cls+classtok", {}, r"cannot join a pooling with a vector for each class to others"),
+        ("cls+", {}, r"model.pool must be one of .*, or several joined by \+; got 'cls\+'"),
     ],
 )
 def test_a_pooling_that_cannot_be_says_what_is_required(spec, settings, message):

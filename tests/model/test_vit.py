@@ -11,12 +11,12 @@ from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.block import DropPath
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import POOLINGS, PoolingContext, make_pooling, num_class_tokens
+from vit_cls.model.pooling import PoolingContext, make_pooling, num_class_tokens, pool_names
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.model.tokens import TokenLayout, sincos_2d_positions
 from vit_cls.model.vit import VisionTransformer
 
-SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 
 
 def _model(tiny, **settings) -> VisionTransformer:
@@ -44,9 +44,10 @@ def test_each_pooling_builds_runs_and_sends_gradients_everywhere(spec, tiny, gen
 
 def test_the_pooling_table_has_the_rows_that_are_documented():
     listed = (
-        "cls gap max avgmax token:2 cls+gap last:2 gem lse seqpool abmil simpool ep:2 map cait:2 multicls:2"
+        "cls gap max avgmax token:2 last:2 gem gem:2 lse seqpool abmil simpool ep:2 map cait:2 multicls:2 "
+        "multicls-concat:2 multicls-diverse:2 classtok cls+gap gem+last:2+token:1"
     )
-    assert [*listed.split(), "multicls-concat:2", "multicls-diverse:2", "classtok"] == SPECS
+    assert listed.split() == SPECS
 
 
 @pytest.mark.parametrize(("spec", "expected"), [("cls", 0.0), ("gap", 5.5), ("max", 7.0), ("token:2", 6.0)])

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.pooling import POOLINGS, num_class_tokens
+from vit_cls.model.pooling import num_class_tokens, pool_names
 from vit_cls.training.optim import Freezer, parameter_groups
 from vit_cls.weights.adapter import TimmAdapter
 from vit_cls.weights.bundle import load_classifier, save_classifier
@@ -26,7 +26,7 @@ NAMES = [
     "beit3_base_patch16_224",
 ]
 DISTILLED = "deit_tiny_distilled_patch16_224"
-SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 
 
 def _model(name: str, **settings) -> TimmAdapter:
@@ -66,6 +66,10 @@ def test_every_pooling_reads_the_tokens_that_it_names(name, spec, images):
         features = torch.cat([tokens[:, 0], patches.mean(1)], dim=1)
     elif spec == "last:2":
         features = model.pool(model.norm(_class_tokens_after_each_block(model, images)))
+    elif spec == "gem+last:2+token:1":
+        gem, last, _ = model.pool.poolings
+        of_blocks = last(model.norm(_class_tokens_after_each_block(model, images)))
+        features = torch.cat([gem(patches), of_blocks, patches[:, 1]], dim=1)
     else:
         features = model.fc_norm(model.pool(patches))
     torch.testing.assert_close(model(images), model.head(features), rtol=1e-5, atol=1e-6)

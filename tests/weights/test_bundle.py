@@ -14,7 +14,7 @@ import vit_cls
 from vit_cls.errors import ModelFileError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import POOLINGS
+from vit_cls.model.pooling import pool_names
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import (
     CHECKPOINT_KEY,
@@ -25,7 +25,7 @@ from vit_cls.weights.bundle import (
     save_classifier,
 )
 
-SPECS = [f"{name}:2" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 
 
 def _classifier(tiny, **settings) -> ImageClassifier:

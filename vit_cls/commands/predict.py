@@ -16,11 +16,12 @@ from vit_cls.commands.parsing import (
     parse,
 )
 from vit_cls.errors import ConfigError
-from vit_cls.evaluation.features import FEATURES
+from vit_cls.evaluation.features import TOKENS
 from vit_cls.evaluation.predict import Request, iter_paths, predict
 from vit_cls.evaluation.predict_files import RowFile
 from vit_cls.evaluation.row_formats import FORMATS, check_parquet, columns_of
 from vit_cls.files import output_folder
+from vit_cls.model.pooling import parse_pool
 from vit_cls.weights.factory import load
 
 TABLE = "table"
@@ -47,7 +48,10 @@ def run(words: list[str]) -> Outcome:
     parser.add_argument("--format", type=str | None, default=None, help="csv, jsonl, parquet or table")
     parser.add_argument("--top_k", type=int, default=1, help="classes a row")
     parser.add_argument(
-        "--features", type=str | None, default=None, help=f"embeddings: {', '.join(FEATURES)}"
+        "--features",
+        type=str | None,
+        default=None,
+        help="a pooling, such as cls or gap; or tokens",
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--exact", action="store_true", help="Pillow's resize, timm's pixels")
@@ -87,8 +91,8 @@ def _calibration(temperature: float) -> str:
 
 def _check(row_format: str, args: Namespace) -> None:
     check_choice("--format", row_format, (*FORMATS, TABLE))
-    if args.features is not None:
-        check_choice("--features", args.features, FEATURES)
+    if args.features not in (None, TOKENS):
+        parse_pool(args.features, "--features")
     if args.output is None:
         for name in ("features", "resume"):
             if getattr(args, name):

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError
-from vit_cls.inference import InferenceConfig, batches
+from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.model.token_reader import TokenReader
 
-FEATURES = ("cls", "gap", "tokens")
+TOKENS = "tokens"
+"""Every token instead of one vector."""
 
 
 def feature_function(
@@ -23,25 +24,31 @@ def feature_function(
     """What to compute for ``--features``, and its shape for one image.
 
     Args:
-        classifier: Its encoder's tokens are taken, after the final norm where that stands before the pooling.
-        features: ``cls``, the class token; ``gap``, the mean of the patches; ``tokens``, all of them.
+        classifier: Its encoder's tokens are taken.
+        features: A pooling (`vit_cls.model.pooling.parse_pool`): what a head with it would get. Or
+            ``tokens``: all of them, after the final norm where that stands before the model's pooling.
 
     Returns:
         A function from uint8 images, and the shape of a row: ``(dim,)`` or ``(tokens, dim)``.
 
     Raises:
-        ConfigError: If ``features`` is unknown, or is the class token of a model that has none.
+        ConfigError: If ``features`` is unknown, or cannot be read of this model.
     """
-    check_choice("--features", features, FEATURES)
     model = classifier.model
-    if features == "cls" and not model.layout.class_token:
-        raise ConfigError("--features cls: the model has no class token. Use --features gap or tokens.")
+    reader = TokenReader(model, "--features")
+    if features == TOKENS:
 
-    def compute(images: Tensor) -> Tensor:
-        tokens = model.encode(classifier.normalise(images))  # (B, N, D)
-        if features == "cls":
-            return tokens[:, 0]
-        return tokens[:, model.layout.num_prefix_tokens :].mean(dim=1) if features == "gap" else tokens
+        def compute(images: Tensor) -> Tensor:
+            return model.encode(classifier.normalise(images))  # (B, N, D)
+
+    else:
+        try:
+            tokens = layer_tokens(classifier, reader.layers(features, reader.depth))
+        except ConfigError as error:
+            raise ConfigError(f"{error} Or --features tokens, all tokens.") from error
+
+        def compute(images: Tensor) -> Tensor:
+            return reader.read(features, tokens(images), reader.depth)
 
     height, width = classifier.preprocess.img_size
     blank = torch.zeros(1, len(classifier.preprocess.mean), height, width, dtype=torch.uint8)

@@ -33,7 +33,7 @@ class Request:
     Args:
         row_format: A row of `FORMATS`, or ``table``.
         top_k: Classes a row.
-        features: The tokens wanted instead of predictions, a row of `FEATURES`; None means predictions.
+        features: The pooling, or ``tokens``, wanted instead of predictions; None means predictions.
     """
 
     model: str

@@ -21,10 +21,10 @@ from vit_cls.data.dataset import ImageSource
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.files import replacing, write_text, writing
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
-from vit_cls.lab.reads import Reader, layers_of
 from vit_cls.lab.token_cache import cache_key, check_disk, completing, joined_digest
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.tokens import TokenLayout
 
 SIDECAR = "tokens.json"
@@ -100,7 +100,7 @@ class FrozenTokens:
 
     Args:
         folder: Holds one raw file of float32 a layer.
-        reader: Layout and final norm of the model.
+        reader: Layout, norms and own pooling of the model, on the CPU.
         layers: Which layers are there, ascending: 0 is before the first block, ``l`` after block ``l``.
         rows: The images; ``labels``, ``class_names``, ``paths``, ``positions`` and ``failures`` are theirs.
         embed_dim: Width of a token.
@@ -110,7 +110,7 @@ class FrozenTokens:
     def __init__(
         self,
         folder: Path,
-        reader: Reader,
+        reader: TokenReader,
         layers: Sequence[int],
         rows: Rows,
         embed_dim: int,
@@ -174,7 +174,7 @@ class FrozenTokens:
         """What a head with that pooling would get.
 
         Args:
-            pool: See `vit_cls.lab.reads.READS`.
+            pool: As for `vit_cls.model.pooling.parse_pool`.
             layer: Where to read; None means after the last block.
 
         Returns:
@@ -184,7 +184,7 @@ class FrozenTokens:
             ConfigError: If the model cannot be read by that pool, or a layer that it needs was not frozen.
         """
         layer = self.depth if layer is None else layer
-        needed = layers_of(self.reader.parse(pool), layer)
+        needed = self.reader.layers(pool, layer)
         maps = {needed_layer: self.tokens(needed_layer) for needed_layer in needed}
         step = max(1, AT_ONCE // (self.layout.num_tokens * self.embed_dim * len(needed)))
         vectors = []
@@ -228,7 +228,8 @@ def freeze(
         stored = json.loads((folder / SIDECAR).read_text(encoding="utf-8", errors="surrogateescape"))
         rows = Rows.of(source, {int(k): v for k, v in stored[FAILURES].items()})
         dim = classifier.model.config.embed_dim
-        return FrozenTokens(folder, Reader(classifier.model), wanted, rows, dim, temporary=cache is None)
+        reader = TokenReader(classifier.model).on_cpu()
+        return FrozenTokens(folder, reader, wanted, rows, dim, temporary=cache is None)
     except BaseException:
         if cache is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -250,7 +251,7 @@ def freeze_reads(
         classifier: Is moved to the device and put in evaluation mode, where it has to run.
         source: The images.
         layers: Where to read; 0 is before the first block.
-        pools: See `vit_cls.lab.reads.READS`.
+        pools: As for `vit_cls.model.pooling.parse_pool`.
         config: How the model is run; None takes the defaults.
         cache: A folder that keeps the reads in one file; None keeps none.
 
@@ -293,8 +294,8 @@ def _read_layers(
     config: InferenceConfig,
 ) -> tuple[dict[tuple[str, int], np.ndarray], dict[int, str]]:
     """What is read at each layer, and why images failed, by position."""
-    reader = Reader(classifier.model)
-    needed = sorted({n for pool, layer in pairs for n in layers_of(reader.parse(pool), layer)})
+    reader = TokenReader(classifier.model).on_cpu()
+    needed = sorted({n for pool, layer in pairs for n in reader.layers(pool, layer)})
     parts: dict[tuple[str, int], list[np.ndarray]] = {pair: [] for pair in pairs}
     failures: dict[int, str] = {}
     for outputs in batches(classifier, source, layer_tokens(classifier, needed), config):

@@ -1,4 +1,7 @@
-"""Tokens to one vector, (B, N, D) -> (B, D): the table of poolings; each says which tokens it reads."""
+"""Tokens to one vector, (B, N, D) -> (B, D): the table of poolings, and the one grammar that names them.
+
+``name`` or ``name:K``, several joined by ``+``: the same in ``model.pool``, probes, studies and features.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from vit_cls.model.pooling_mean import (
     MeanPool,
 )
 from vit_cls.model.pooling_tokens import (
-    ClassTokenMeanPool,
     ClassTokenPool,
     ConcatenatedClassTokensPool,
+    ConcatenatedPool,
     DiversePool,
     LastBlocksPool,
     MultiClassTokenPool,
@@ -40,7 +43,6 @@ POOLINGS: dict[str, type[Pooling]] = {
     "max": MaxPool,
     "avgmax": MeanMaxPool,
     "token": PatchTokenPool,
-    "cls+gap": ClassTokenMeanPool,
     "last": LastBlocksPool,
     "gem": GeneralisedMeanPool,
     "lse": LogMeanExpPool,
@@ -57,6 +59,34 @@ POOLINGS: dict[str, type[Pooling]] = {
 }
 
 
+def register_pooling(name: str, pooling: type[Pooling]) -> None:
+    """Make a pooling of your own known by name, wherever poolings are named.
+
+    Args:
+        name: What will be written: letters, digits and inner hyphens, the last one no digit.
+        pooling: Its class; called with a `PoolingContext` and the K of ``name:K`` or None.
+
+    Raises:
+        ConfigError: If the name cannot be written in a pooling's place, or is taken by another class.
+
+    Example:
+        >>> from vit_cls.model.tokens import TokenLayout
+        >>> class FirstPatch(Pooling):
+        ...     def forward(self, tokens, mask=None):
+        ...         return tokens[:, 0]
+        >>> register_pooling("firstpatch", FirstPatch)
+        >>> make_pooling("firstpatch+gap", PoolingContext(TokenLayout(True, 0, (2, 2)), embed_dim=8)).out_dim
+        16
+        >>> del POOLINGS["firstpatch"]
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9-]*[a-z]", name):
+        raise ConfigError(
+            f"a pooling's name must be small letters, digits and hyphens, ending with a letter; got {name!r}."
+        )
+    if POOLINGS.setdefault(name, pooling) is not pooling:
+        raise ConfigError(f"the pooling {name} is there already. Choose another name.")
+
+
 def pool_names() -> list[str]:
     """Every pooling as it is written, ``name`` or ``name:K``.
 
@@ -64,14 +94,35 @@ def pool_names() -> list[str]:
         >>> pool_names()[:5]
         ['cls', 'gap', 'max', 'avgmax', 'token:K']
     """
-    return [f"{name}:K" if pooling.takes_index else name for name, pooling in POOLINGS.items()]
+    names: list[str] = []
+    for name, pooling in POOLINGS.items():
+        names += [name] if pooling.index_optional or not pooling.takes_index else []
+        names += [f"{name}:K"] if pooling.takes_index else []
+    return names
+
+
+def parse_pool(spec: str, setting: str = "model.pool") -> list[tuple[str, int | None]]:
+    """Names and indices of the poolings that are joined by ``+``.
+
+    Args:
+        spec: As in `pool_names`, with a number for K; the colon may be left out (``ep8``).
+        setting: What the user called the setting, for error messages.
+
+    Raises:
+        ConfigError: If a name is unknown, or an index needless or no number.
+
+    Example:
+        >>> parse_pool("cls+last4")
+        [('cls', None), ('last', 4)]
+    """
+    return [_parse_part(part, spec, setting) for part in spec.split("+")]
 
 
 def make_pooling(spec: str, context: PoolingContext) -> Pooling:
     """Build the pooling that ``model.pool`` names.
 
     Args:
-        spec: One of `pool_names` with a number for K; the colon may be left out (``ep8``).
+        spec: As for `parse_pool`.
         context: The tokens, and the model around them.
 
     Raises:
@@ -83,13 +134,16 @@ def make_pooling(spec: str, context: PoolingContext) -> Pooling:
         >>> make_pooling("token:5", PoolingContext(TokenLayout(True, 4, (14, 14)))).read
         slice(10, 11, None)
     """
-    name, index = _split(spec)
-    if POOLINGS[name].needs_class_token and not context.layout.class_token:
-        raise ConfigError(
-            f"model.pool {name} reads the class token, but model.class_token is false. "
-            "Use model.pool gap, or set model.class_token to true."
-        )
-    pooling = POOLINGS[name](context, index)
+    poolings = []
+    for name, index in parse_pool(spec, context.setting):
+        if POOLINGS[name].needs_class_token and not context.layout.class_token:
+            why, more = "the model has none", ""
+            if context.setting == "model.pool":
+                why, more = "model.class_token is false", ", or set model.class_token to true"
+            setting = context.setting
+            raise ConfigError(f"{setting} {spec} reads the class token, but {why}. Use {setting} gap{more}.")
+        poolings.append(POOLINGS[name](context, index))
+    pooling = poolings[0] if len(poolings) == 1 else ConcatenatedPool(context, poolings)
     for module in pooling.modules():
         if isinstance(module, nn.Linear):  # as all linear layers of the models here, native or adapted
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -99,37 +153,39 @@ def make_pooling(spec: str, context: PoolingContext) -> Pooling:
 
 
 def needs_class_token(spec: str) -> bool:
-    """Whether a pooling, written as for `make_pooling`, reads the model's class token.
+    """Whether a pooling, written as for `parse_pool`, reads the model's class token.
 
     Raises:
-        ConfigError: If the name is unknown, or the index is missing or needless.
+        ConfigError: As for `parse_pool`.
 
     Example:
-        >>> needs_class_token("last:4"), needs_class_token("cait:2")
+        >>> needs_class_token("gap+last:4"), needs_class_token("cait:2")
         (True, False)
     """
-    return POOLINGS[_split(spec)[0]].needs_class_token
+    return any(POOLINGS[name].needs_class_token for name, _ in parse_pool(spec))
 
 
 def num_class_tokens(spec: str, num_classes: int) -> int:
     """How many class tokens a pooling needs, where there are any.
 
     Args:
-        spec: As for `make_pooling`.
+        spec: As for `parse_pool`.
         num_classes: Of the head.
 
     Raises:
-        ConfigError: If the name is unknown, or the index is missing or needless.
+        ConfigError: As for `parse_pool`.
 
     Example:
         >>> num_class_tokens("cls", 10), num_class_tokens("multicls:4", 10), num_class_tokens("classtok", 10)
         (1, 4, 10)
     """
-    name, index = _split(spec)
-    pooling = POOLINGS[name]
-    if pooling.per_class:
-        return max(1, num_classes)
-    return max(1, index or 1) if issubclass(pooling, MultiClassTokenPool) else 1
+    counts = [1]
+    for name, index in parse_pool(spec):
+        if POOLINGS[name].per_class:
+            counts.append(num_classes)
+        elif issubclass(POOLINGS[name], MultiClassTokenPool):
+            counts.append(index or 1)
+    return max(counts)
 
 
 def pool_parts(spec: str) -> tuple[str, ...]:
@@ -139,24 +195,26 @@ def pool_parts(spec: str) -> tuple[str, ...]:
         >>> pool_parts("cls+gap"), pool_parts("token:5"), pool_parts("last2")
         (('cls', 'gap'), ('token:5',), ('cls 1 blocks earlier', 'cls'))
     """
-    if spec.partition(":")[0].rstrip("0123456789") not in POOLINGS:
+    if spec.partition(":")[0].partition("+")[0].rstrip("0123456789") not in POOLINGS:
         return (spec,)
-    name, index = _split(spec)
-    return POOLINGS[name].parts(index) or (name if index is None else f"{name}:{index}",)
+    parts: list[str] = []
+    for name, index in parse_pool(spec):
+        parts += POOLINGS[name].parts(index) or (name if index is None else f"{name}:{index}",)
+    return tuple(parts)
 
 
-def _split(spec: str) -> tuple[str, int | None]:
-    """Name and index of what was written."""
-    name, colon, number = spec.partition(":")
-    if not colon and (match := re.fullmatch(r"(.+?)(\d+)", spec)) and match[1] in POOLINGS:
+def _parse_part(part: str, spec: str, setting: str) -> tuple[str, int | None]:
+    name, colon, number = part.partition(":")
+    if not colon and (match := re.fullmatch(r"(.+?)(\d+)", part)) and match[1] in POOLINGS:
         name, colon, number = match[1], ":", match[2]
     if name not in POOLINGS:
         known = pool_names()
         raise ConfigError(
-            f"model.pool must be one of {', '.join(known)}; got {spec!r}.{did_you_mean(spec, known)}"
+            f"{setting} must be one of {', '.join(known)}, or several joined by +; got {spec!r}."
+            f"{did_you_mean(part, known)}"
         )
     if colon and not POOLINGS[name].takes_index:
-        raise ConfigError(f"model.pool {name} takes no index; got {spec!r}. Write {name}.")
+        raise ConfigError(f"{setting} {name} takes no index; got {spec!r}. Write {name}.")
     if colon and not number.isdecimal():
-        raise ConfigError(f"model.pool {name}:K needs a whole number K; got {spec!r}.")
+        raise ConfigError(f"{setting} {name}:K needs a whole number K; got {spec!r}.")
     return name, int(number) if colon else None

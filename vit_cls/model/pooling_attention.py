@@ -144,10 +144,10 @@ class EfficientProbePool(ScoredPool):
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
         dim = context.embed_dim
-        count = need_count("ep", index)
+        count = need_count(context, "ep", index)
         if dim % count:
             raise ConfigError(
-                f"model.pool ep:Q needs a Q that divides model.embed_dim; got {count} and {dim}."
+                f"{context.setting} ep:Q needs a Q that divides model.embed_dim; got {count} and {dim}."
             )
         self.query = nn.Parameter(torch.empty(count, dim))
         self.value = nn.Parameter(torch.empty(dim, dim))
@@ -240,7 +240,7 @@ class ClassAttentionPool(Pooling):
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
         dim, mlp_dim = context.embed_dim, context.mlp_dim
-        count = need_count("cait", index)
+        count = need_count(context, "cait", index)
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
         self.layers = nn.ModuleList(
             Block(

@@ -26,6 +26,7 @@ class PoolingContext:
         include_prefix: Whether poolings over the patches read class token and registers too.
         depth: Encoder blocks, for a pooling that reads several of them.
         num_classes: Classes of the head, for a pooling with a vector for each.
+        setting: What the user called the setting that names the pooling, for error messages.
     """
 
     layout: TokenLayout
@@ -37,6 +38,7 @@ class PoolingContext:
     include_prefix: bool = False
     depth: int = 1
     num_classes: int = 0
+    setting: str = "model.pool"
 
     @property
     def patches(self) -> slice:
@@ -66,6 +68,8 @@ class Pooling(nn.Module):
     """Whether the final norm stands after this pooling instead of before; for rows of timm's, as there."""
     takes_index: ClassVar[bool] = False
     """Whether the pooling is written ``name:K``."""
+    index_optional: ClassVar[bool] = False
+    """Whether ``name`` alone is a pooling too, where there is a K."""
     needs_class_token: ClassVar[bool] = False
     """Whether it reads the model's class token."""
     per_class: ClassVar[bool] = False
@@ -106,7 +110,9 @@ class Pooling(nn.Module):
         """Draw the pooling's own weights anew, from torch's global generator, linear layers excepted."""
 
 
-def need_count(name: str, index: int | None, *, at_most: int | None = None, of: str = "") -> int:
+def need_count(
+    context: PoolingContext, name: str, index: int | None, *, at_most: int | None = None, of: str = ""
+) -> int:
     """The K of ``name:K`` where there must be one; ``of`` says what the limit is.
 
     Raises:
@@ -115,7 +121,7 @@ def need_count(name: str, index: int | None, *, at_most: int | None = None, of: 
     if index is None or index < 1 or (at_most is not None and index > at_most):
         limit = "" if at_most is None else f", at most {at_most} ({of})"
         raise ConfigError(
-            f"model.pool {name}:K needs a whole number K of at least 1{limit}; got "
+            f"{context.setting} {name}:K needs a whole number K of at least 1{limit}; got "
             f"{'none' if index is None else index}."
         )
     return index

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vit_cls.model.pooling_base import Pooling, PoolingContext
+from vit_cls.model.pooling_base import Pooling, PoolingContext, need_count
 
 GEM_EPS = 1e-6
 
@@ -106,7 +106,7 @@ class MeanMaxPool(Pooling):
 
 
 class GeneralisedMeanPool(Pooling):
-    """``gem``: `generalised_mean` over the patches with one learned exponent, which starts at 3.
+    """`generalised_mean` over the patches: ``gem`` learns the exponent, from 3 on; ``gem:P`` has it fixed.
 
     Source:
         GeM, https://arxiv.org/abs/1711.02512; its features follow a ReLU. Here what is negative before the
@@ -114,19 +114,24 @@ class GeneralisedMeanPool(Pooling):
     """
 
     norm_after = True
+    takes_index = True
+    index_optional = True
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context)
-        self.p = nn.Parameter(torch.empty(1))
-        self.reset_parameters()
+        self.fixed = None if index is None else float(need_count(context, "gem", index))
+        if self.fixed is None:
+            self.p = nn.Parameter(torch.empty(1))
+            self.reset_parameters()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `Pooling.forward`; the exponent does not fall below 1, the mean."""
-        return generalised_mean(tokens, self.p.clamp_min(1.0), mask)
+        """See `Pooling.forward`; a learned exponent does not fall below 1, the mean."""
+        return generalised_mean(tokens, self.fixed or self.p.clamp_min(1.0), mask)
 
     def reset_parameters(self) -> None:
         """See `Pooling.reset_parameters`."""
-        nn.init.constant_(self.p, 3.0)
+        if self.fixed is None:
+            nn.init.constant_(self.p, 3.0)
 
 
 class LogMeanExpPool(Pooling):

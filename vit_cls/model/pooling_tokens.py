@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError
 from vit_cls.model.pooling_base import Pooling, PoolingContext, need_count
-from vit_cls.model.pooling_mean import masked_mean
 
 
 class ClassTokenPool(Pooling):
@@ -34,7 +36,7 @@ class PatchTokenPool(Pooling):
         layout = context.layout
         if index is None or not 0 <= index < layout.num_patches:
             raise ConfigError(
-                f"model.pool token:K needs a patch K from 0 to {layout.num_patches - 1} for a "
+                f"{context.setting} token:K needs a patch K from 0 to {layout.num_patches - 1} for a "
                 f"{layout.grid_size[0]}x{layout.grid_size[1]} grid; got {'none' if index is None else index}."
             )
         first = layout.num_prefix_tokens + index
@@ -45,28 +47,41 @@ class PatchTokenPool(Pooling):
         return tokens[:, 0]
 
 
-class ClassTokenMeanPool(Pooling):
-    """Class token and mean of the patches, concatenated; twice as wide.
+class ConcatenatedPool(Pooling):
+    """``cls+gap``: the vectors of several poolings side by side.
 
-    Source: DINOv2's linear evaluation, https://arxiv.org/abs/2304.07193, appendix B.3.
+    Args:
+        context: The tokens, and the model around them.
+        poolings: In order.
+
+    Raises:
+        ConfigError: If one of them gives a vector for each class.
+
+    Source:
+        DINOv2's linear evaluation, https://arxiv.org/abs/2304.07193, appendix B.3.
     """
 
-    needs_class_token = True
-
-    def __init__(self, context: PoolingContext, index: int | None = None) -> None:
+    def __init__(self, context: PoolingContext, poolings: Sequence[Pooling]) -> None:
         super().__init__(context)
-        self.read = slice(0, context.layout.num_tokens)
-        self.patches = context.patches
+        if any(pooling.per_class for pooling in poolings):
+            raise ConfigError(
+                f"{context.setting} cannot join a pooling with a vector for each class to others by +."
+            )
+        self.poolings = nn.ModuleList(poolings)
+        self.read = slice(min(p.read.start for p in poolings), max(p.read.stop for p in poolings))
+        self.num_layers = max(p.num_layers for p in poolings)
+        self.macs = sum(p.macs for p in poolings)
+        self.out_dim = sum(p.out_dim for p in poolings)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Pooling.forward`."""
-        patches = masked_mean(tokens[:, self.patches], None if mask is None else mask[:, self.patches])
-        return torch.cat([tokens[:, 0], patches], dim=1)
-
-    @classmethod
-    def parts(cls, index: int | None = None) -> tuple[str, ...]:
-        """See `Pooling.parts`."""
-        return "cls", "gap"
+        by_layer = tokens.unflatten(1, (self.num_layers, -1))  # (B, L, N, D)
+        vectors = []
+        for pooling in cast(Iterable[Pooling], self.poolings):
+            own = slice(pooling.read.start - self.read.start, pooling.read.stop - self.read.start)
+            read = by_layer[:, self.num_layers - pooling.num_layers :, own].flatten(1, 2)
+            vectors.append(pooling(read, None if mask is None else mask[:, own]))
+        return torch.cat(vectors, dim=1)
 
 
 class LastBlocksPool(Pooling):
@@ -83,7 +98,9 @@ class LastBlocksPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context, index)
-        self.num_layers = need_count("last", index, at_most=context.depth, of="the blocks of the encoder")
+        self.num_layers = need_count(
+            context, "last", index, at_most=context.depth, of="the blocks of the encoder"
+        )
         self.read = slice(0, 1)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -113,7 +130,7 @@ class MultiClassTokenPool(Pooling):
 
     def __init__(self, context: PoolingContext, index: int | None = None) -> None:
         super().__init__(context, index)
-        self.count = need_count("multicls", index)
+        self.count = need_count(context, "multicls", index)
         self.read = slice(0, self.count)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -148,7 +165,7 @@ class DiversePool(MultiClassTokenPool):
         super().__init__(context, index)
         if self.count < 2:
             raise ConfigError(
-                "model.pool multicls-diverse:K needs a K of at least 2: one token would cancel."
+                f"{context.setting} multicls-diverse:K needs a K of at least 2: one token would cancel."
             )
         dim = context.embed_dim
         self.macs = self.count * dim * dim
@@ -182,7 +199,8 @@ class TokenPerClassPool(Pooling):
         super().__init__(context)
         if not context.num_classes:
             raise ConfigError(
-                "model.pool classtok has a token for each class, but the model has none (num_classes is 0)."
+                f"{context.setting} classtok has a token for each class, but the model has none "
+                "(num_classes is 0)."
             )
         self.read = slice(0, context.num_classes)
 

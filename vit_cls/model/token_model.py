@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_cls.model.config import ModelConfig
-from vit_cls.model.pooling import Pooling
+from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.tokens import TokenLayout
 
 
@@ -19,6 +19,8 @@ class TokenModel(nn.Module):
 
     config: ModelConfig
     layout: TokenLayout
+    pooling_context: PoolingContext
+    """What a pooling of these tokens needs to know."""
     blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
     """The final norm where it stands before the pooling; else the identity."""

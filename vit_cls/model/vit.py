@@ -14,7 +14,8 @@ from vit_cls.model.block import LayerScale
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.encoder import Encoder
 from vit_cls.model.patch_embed import PatchEmbed
-from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling
+from vit_cls.model.pooling import make_pooling
+from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import add_prefix_and_positions, sincos_2d_positions
 
@@ -63,7 +64,18 @@ class VisionTransformer(TokenModel):
         self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = Encoder(config)
 
-        pooling = make_pooling(config.pool, self._pooling_context())
+        self.pooling_context = PoolingContext(
+            self.layout,
+            embed_dim=dim,
+            num_heads=config.num_heads,
+            mlp_dim=config.mlp_dim,
+            norm_eps=config.norm_eps,
+            act=config.act,
+            include_prefix=config.pool_include_prefix,
+            depth=config.depth,
+            num_classes=config.num_classes,
+        )
+        pooling = make_pooling(config.pool, self.pooling_context)
         norm_after = pooling.norm_after if config.fc_norm is None else config.fc_norm
         if norm_after and pooling.out_dim != dim:
             raise ConfigError(
@@ -77,20 +89,6 @@ class VisionTransformer(TokenModel):
         self.fc_norm = norm if norm_after else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head = _make_head(pooling, config.num_classes)
-
-    def _pooling_context(self) -> PoolingContext:
-        config = self.config
-        return PoolingContext(
-            self.layout,
-            embed_dim=config.embed_dim,
-            num_heads=config.num_heads,
-            mlp_dim=config.mlp_dim,
-            norm_eps=config.norm_eps,
-            act=config.act,
-            include_prefix=config.pool_include_prefix,
-            depth=config.depth,
-            num_classes=config.num_classes,
-        )
 
     def _make_positions(self) -> nn.Parameter | None:
         config = self.config

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import Pooling, PoolingContext, make_pooling, num_class_tokens
+from vit_cls.model.pooling import make_pooling, needs_class_token, num_class_tokens
+from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.weights.timm_models import (
@@ -151,7 +152,7 @@ def changed_adapter(config: AdapterConfig, changes: Mapping[str, Any]) -> Adapte
                 "changed."
             )
         place = dataclasses.replace(config, class_token=changes.get("class_token", config.class_token))
-        if not place.class_token and config.pool in ("cls", "cls+gap"):
+        if not place.class_token and needs_class_token(config.pool):
             raise ConfigError("model.class_token is false, but model.pool reads it. Use model.pool gap.")
     merged = {**config.arguments, **arguments}
     # timm's constructor refuses its own pooling without a class token; ours is set here in any case.
@@ -212,7 +213,7 @@ class TimmAdapter(TokenModel):
             )
         self.body = body
         dim = config.embed_dim
-        context = _pooling_context(body, self.layout, config)
+        context = self.pooling_context = _pooling_context(body, self.layout, config)
         pooling = DistilledPool(context) if config.pool == "distilled" else make_pooling(config.pool, context)
         if config.pool == "distilled" and not isinstance(body, VisionTransformerDistilled):
             raise ConfigError("model.pool distilled needs a distilled DeiT; use cls or gap.")

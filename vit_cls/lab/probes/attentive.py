@@ -181,16 +181,8 @@ def heads_that_fit(heads: Sequence[str] | None, classifier: ImageClassifier) -> 
 
 
 def _context(classifier: ImageClassifier) -> PoolingContext:
-    config = classifier.model.config
-    dim = config.embed_dim
-    return PoolingContext(
-        classifier.model.layout,
-        embed_dim=dim,
-        num_heads=config.num_heads,
-        mlp_dim=int(dim * getattr(config, "mlp_ratio", 4.0)),
-        depth=config.depth,
-        num_classes=config.num_classes,
-    )
+    context = classifier.model.pooling_context
+    return dataclasses.replace(context, include_prefix=False, setting="--heads")
 
 
 def _ridge(

@@ -19,13 +19,18 @@ from vit_cls.data.parts import PARTS
 from vit_cls.errors import DataError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens, Rows, freeze
-from vit_cls.lab.reads import layers_of, parse_pool, possible_pools, usual_pools
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.model.pooling import needs_class_token
 from vit_cls.model.token_model import TokenModel
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.stats.verdicts import Claim, Finding, judge_all
 
+POOLS = ("cls", "gap", "max", "gem:3", "gem:4", "cls+gap", "cls+gem:4")
+"""The pools of the last layer, of those that are compared if nothing else is asked for."""
+LAST = 4
+"""Blocks whose class tokens the usual ``last:N`` joins, as far as there are so many."""
 MARGIN = 0.01
 """A difference of a point does not matter, unless the user says otherwise."""
 ACCURACY_COLUMNS = ("top-1 (%)", "from (%)", "to (%)", "right", "images")
@@ -79,40 +84,52 @@ def freeze_parts(
     return train, val, test
 
 
+def usual_pools(depth: int) -> list[str]:
+    """The pools that are compared by default; of a single block, ``last:1`` would be ``cls``.
+
+    Example:
+        >>> usual_pools(2)[-2:], usual_pools(1)[-1]
+        (['cls+gem:4', 'last:2'], 'cls+gem:4')
+    """
+    return [*POOLS, *([f"last:{min(LAST, depth)}"] if depth > 1 else [])]
+
+
+def possible_pools(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:
+    """Those of the default pools that a model can be read by, and a sentence for those that it cannot.
+
+    Example:
+        >>> possible_pools(["cls", "gap"], TokenLayout(False, 0, (2, 2)))
+        (['gap'], ['Not read: cls, for the model has no class token.'])
+    """
+    without = [pool for pool in pools if not layout.class_token and needs_class_token(pool)]
+    if not without:
+        return list(pools), []
+    note = f"Not read: {', '.join(without)}, for the model has no class token."
+    return [pool for pool in pools if pool not in without], [note]
+
+
 def chosen_pools(
-    pools: Sequence[str], layout: TokenLayout, depth: int, *, default: Sequence[str] | None = None
+    pools: Sequence[str], reader: TokenReader, *, default: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
-    """The pools to compare, each once.
+    """The pools to compare, each once, and notes about those that were left out.
 
     Args:
         pools: What the user named; none means ``default``, without what the model does not have.
         default: Pools where none are named; None means `usual_pools`.
 
-    Returns:
-        The pools, and notes about those that were left out.
-
     Raises:
-        ConfigError: If a named pool is unknown, or reads what the model does not have.
-
-    Example:
-        >>> chosen_pools(["gap", "gap"], TokenLayout(True, 0, (2, 2)), 2)
-        (['gap'], [])
+        ConfigError: If a named pool is unknown, or cannot be read of the model.
     """
     if not pools:
-        return possible_pools(usual_pools(depth) if default is None else default, layout)
+        return possible_pools(usual_pools(reader.depth) if default is None else default, reader.layout)
     for pool in pools:
-        parse_pool(pool, layout, depth)
+        reader.poolings(pool)
     return list(dict.fromkeys(pools)), []
 
 
-def layers_needed(pools: Sequence[str], layout: TokenLayout, depth: int) -> list[int]:
-    """The layers to freeze, ascending, so that some pools can be read after the last block.
-
-    Example:
-        >>> layers_needed(["last:2", "gap"], TokenLayout(True, 0, (2, 2)), 12)
-        [11, 12]
-    """
-    return sorted({one for pool in pools for one in layers_of(parse_pool(pool, layout, depth), depth)})
+def layers_needed(pools: Sequence[str], reader: TokenReader) -> list[int]:
+    """The layers to freeze, ascending, so that some pools can be read after the last block."""
+    return sorted({layer for pool in pools for layer in reader.layers(pool, reader.depth)})
 
 
 def reference_pool(pools: Sequence[str]) -> str:

@@ -169,7 +169,7 @@ def knn(
     started = time.perf_counter()
     settings = settings or KnnSettings()
     parts = checked_parts(train.rows, val.rows, test.rows)
-    pools, notes = chosen_pools(settings.pools, train.layout, train.depth)
+    pools, notes = chosen_pools(settings.pools, train.reader)
     counts = clipped(settings.neighbours, len(train))
     choices = [(count, temperature) for count in counts for temperature in settings.temperatures]
     chosen: dict[str, tuple[int, float]] = {}

@@ -28,9 +28,9 @@ from vit_cls.lab.probes.common import (
     settings_record,
 )
 from vit_cls.lab.probes.linear import Fit, LinearSettings, fit_linear
-from vit_cls.lab.reads import layers_of, parse_pool
 from vit_cls.lab.results import MOST_LINES, LabResult, Line, LineChart, Table
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.model.token_reader import TokenReader
 
 LAYER_POOLS = ("cls", "gap", "max")
 Pair = tuple[str, int]
@@ -83,10 +83,11 @@ def layers(
     """
     started = time.perf_counter()
     settings = settings or LayerSettings()
-    depth, layout = len(classifier.model.blocks), classifier.model.layout
-    pools, notes = chosen_pools(settings.pools, layout, depth, default=LAYER_POOLS)
+    reader = TokenReader(classifier.model)
+    depth = reader.depth
+    pools, notes = chosen_pools(settings.pools, reader, default=LAYER_POOLS)
     for pool in pools:
-        layers_of(parse_pool(pool, layout, depth), 0)
+        reader.layers(pool, 0)
     reads, rows = {}, {}
     for part in PARTS:
         source = getattr(partition, part)

@@ -29,7 +29,7 @@ from vit_cls.lab.probes.common import (
     settings_record,
 )
 from vit_cls.lab.results import LabResult, Table, forest
-from vit_cls.model.tokens import TokenLayout
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.stats.least_squares import PENALTIES, chosen_classifier, one_against_all, ridge_fits
 
 PROTOCOLS = ("ours", "dinov2", "mae")
@@ -192,7 +192,7 @@ def _logistic(
 DINOV2_BLOCKS = (1, 4)
 
 
-def linear_pools(settings: LinearSettings, layout: TokenLayout, depth: int) -> tuple[list[str], list[str]]:
+def linear_pools(settings: LinearSettings, reader: TokenReader) -> tuple[list[str], list[str]]:
     """What the probe reads, so that the layers it needs can be frozen.
 
     Returns:
@@ -200,16 +200,12 @@ def linear_pools(settings: LinearSettings, layout: TokenLayout, depth: int) -> t
 
     Raises:
         ConfigError: If a named pool is unknown, or reads what the model does not have.
-
-    Example:
-        >>> linear_pools(LinearSettings(protocol="dinov2"), TokenLayout(True, 0, (2, 2)), 12)[0]
-        ['cls', 'cls+gap', 'last:4', 'last:4+gap']
     """
     if settings.protocol != "dinov2" or settings.pools:
-        return chosen_pools(settings.pools, layout, depth)
-    blocks = sorted({min(count, depth) for count in DINOV2_BLOCKS})
+        return chosen_pools(settings.pools, reader)
+    blocks = sorted({min(count, reader.depth) for count in DINOV2_BLOCKS})
     tokens = ["cls" if count == 1 else f"last:{count}" for count in blocks]
-    return chosen_pools([f"{one}{mean}" for one in tokens for mean in ("", "+gap")], layout, depth)
+    return chosen_pools([f"{one}{mean}" for one in tokens for mean in ("", "+gap")], reader)
 
 
 def linear(
@@ -238,7 +234,7 @@ def linear(
     started = time.perf_counter()
     settings = settings or LinearSettings()
     parts = checked_parts(train.rows, val.rows, test.rows)
-    pools, notes = linear_pools(settings, train.layout, train.depth)
+    pools, notes = linear_pools(settings, train.reader)
     fits = {pool: fit_pool(pool, train, val, settings) for pool in pools}
     best = max(pools, key=lambda pool: fits[pool].val_right)  # of equal ones the first
     reference = reference_pool(pools)

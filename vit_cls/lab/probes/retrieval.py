@@ -104,7 +104,7 @@ def retrieval(
     started = time.perf_counter()
     settings = settings or RetrievalSettings()
     checked_parts(train.rows, test.rows, test.rows)
-    pools, notes = chosen_pools(settings.pools, train.layout, train.depth)
+    pools, notes = chosen_pools(settings.pools, train.reader)
     labels = train.labels, test.labels
     found = {
         (pool, change): rankings

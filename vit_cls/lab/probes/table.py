@@ -23,7 +23,7 @@ from vit_cls.lab.probes.retrieval import RetrievalSettings, retrieval
 from vit_cls.lab.probes.tokens import TokenSettings, tokens
 from vit_cls.lab.results import LabResult
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.model.tokens import TokenLayout
+from vit_cls.model.token_reader import TokenReader
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Request:
         return {"config": self.config, "cache": self.cache}
 
     @property
-    def shape(self) -> tuple[TokenLayout, int]:
-        """The model's tokens and blocks."""
-        return self.classifier.model.layout, self.classifier.model.config.depth
+    def reader(self) -> TokenReader:
+        """Reads the model's tokens."""
+        return TokenReader(self.classifier.model)
 
     def freeze(self, pools: Sequence[str] = ("gap",)) -> tuple[FrozenTokens, FrozenTokens, FrozenTokens]:
         """Frozen tokens of the three parts, of the layers that some pools read."""
-        layers = layers_needed(pools, *self.shape)
+        layers = layers_needed(pools, self.reader)
         return freeze_parts(self.classifier, self.parts.sources, self.config, self.cache, layers)
 
 
@@ -105,19 +105,19 @@ class Probe:
 
 def _linear(request: Request, options: dict[str, Any]) -> LabResult:
     settings = LinearSettings(**options)
-    frozen = request.freeze(linear_pools(settings, *request.shape)[0])
+    frozen = request.freeze(linear_pools(settings, request.reader)[0])
     return linear(*frozen, settings=settings, origin=request.parts.origin)
 
 
 def _knn(request: Request, options: dict[str, Any]) -> LabResult:
     settings = KnnSettings(**options, device=str(request.config.device))
-    frozen = request.freeze(chosen_pools(settings.pools, *request.shape)[0])
+    frozen = request.freeze(chosen_pools(settings.pools, request.reader)[0])
     return knn(*frozen, settings=settings, origin=request.parts.origin)
 
 
 def _retrieval(request: Request, options: dict[str, Any]) -> LabResult:
     settings = RetrievalSettings(**options)
-    train, _, test = request.freeze(chosen_pools(settings.pools, *request.shape)[0])
+    train, _, test = request.freeze(chosen_pools(settings.pools, request.reader)[0])
     return retrieval(train, test, settings=settings, origin=request.parts.origin)
 
 

@@ -20,11 +20,11 @@ from vit_cls.lab.probes.common import (
     compare_with,
     data_of,
     failures_note,
+    possible_pools,
     predictions_of,
     settings_record,
 )
 from vit_cls.lab.probes.linear import LinearSettings, fit_pool
-from vit_cls.lab.reads import possible_pools
 from vit_cls.lab.results import HeatMap, LabResult, Table, forest
 from vit_cls.stats.random_effects import mean_interval
 

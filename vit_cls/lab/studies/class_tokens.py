@@ -19,11 +19,11 @@ from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.attention import attention_module, capture_attention
 from vit_cls.lab.features import Rows
 from vit_cls.lab.probes.linear import LinearSettings, fit_linear
-from vit_cls.lab.reads import Reader
 from vit_cls.lab.studies.study import Answers
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.pooling_tokens import ClassTokenPool, MultiClassTokenPool
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.stats.intervals import permutation_p
 from vit_cls.stats.random_effects import Mean
 
@@ -99,7 +99,7 @@ def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Cl
     collected = torch.cat(kept)
     return ClassTokens(
         collected.numpy(),
-        Reader(model).normed(collected[:, -1]).numpy(),
+        TokenReader(model).on_cpu().normed(collected[:, -1]).numpy(),
         torch.cat(overlaps).double().numpy() if blocks else None,
         torch.cat(maps).numpy() if blocks else None,
         rows,

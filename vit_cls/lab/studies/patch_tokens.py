@@ -14,11 +14,12 @@ from vit_cls.inference import InferenceConfig
 from vit_cls.lab.probes.common import freeze_parts
 from vit_cls.lab.probes.tokens import SINGLE
 from vit_cls.lab.probes.tokens import tokens as probe_tokens
-from vit_cls.lab.reads import parse_pool
 from vit_cls.lab.results import HeatMap, Table
 from vit_cls.lab.studies.recipe import MODEL_KEYS, Recipe
 from vit_cls.lab.studies.study import ARM_COLUMNS, Answers
 from vit_cls.lab.studies.trials import Trial
+from vit_cls.model.pooling import make_pooling
+from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.model.tokens import TokenLayout
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import EQUAL, GREATER, Claim
@@ -78,8 +79,8 @@ def chosen_patches(
         if not token.startswith("token:"):
             check_choice("--tokens", token, [*TOKENS, "token:K"])
         if token not in named:
-            layout = TokenLayout(False, 0, grid_size)
-            named[token] = parse_pool(token, layout, 1, name="--tokens")[0].number or 0
+            context = PoolingContext(TokenLayout(False, 0, grid_size), setting="--tokens")
+            named[token] = make_pooling(token, context).read.start
         patch = named[token]
         same = next((name for name, other in found.items() if other == patch), None)
         if same is None:

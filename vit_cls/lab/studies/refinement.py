@@ -21,9 +21,9 @@ from vit_cls.lab.features import Rows
 from vit_cls.lab.interventions import changed_tokens, insert_tokens, replace_token
 from vit_cls.lab.probes.common import checked_parts
 from vit_cls.lab.probes.linear import LinearSettings, fit_linear
-from vit_cls.lab.reads import Reader
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
+from vit_cls.model.token_reader import TokenReader
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def refinement(
     rows = {part: found[1] for part, found in held.items()}
     checked_parts(*rows.values())
     labels = {part: labelled[part].labels[rows[part].positions] for part in PARTS}
-    features = {part: Reader(classifier.model).normed(found[0]) for part, found in held.items()}
+    features = {part: TokenReader(classifier.model).on_cpu().normed(found[0]) for part, found in held.items()}
     lens = _head(classifier.model, features["test"])
     orders = _orders(len(labels["test"]), seeds, permutations)
     effects = _effects(
