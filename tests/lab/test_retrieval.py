@@ -80,7 +80,7 @@ def test_the_result_compares_every_read_with_the_class_token_over_the_same_queri
     scores = result.predictions["average_precision"]
     assert len(result.findings) == 7 + 2  # the other reads, then the class token centred and whitened
     labels = [row[0] for row in result.figures[0].rows]
-    reads = ["gap", "max", "gem", "gem4", "cls+gap", "cls+gem4", "last:4"]
+    reads = ["gap", "max", "gem:3", "gem:4", "cls+gap", "cls+gem:4", "last:4"]
     assert labels == [*reads, "cls, centred", "cls, whitened"]
     gap = result.findings[0]
     assert gap.estimate == pytest.approx(np.mean(scores["gap raw"] - scores["cls raw"]))

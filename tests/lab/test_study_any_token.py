@@ -255,7 +255,7 @@ def test_one_patch_that_is_not_the_same_refutes_all(verdicts, wanted):
     ("options", "message"),
     [
         ({"tokens": ["cls", "middle"]}, r"--tokens must be one of .*got 'middle'"),
-        ({"tokens": ["cls", "token:99"]}, r"--tokens token:99: the number must be from 0 to 15"),
+        ({"tokens": ["cls", "token:99"]}, r"--tokens token:K needs a patch K from 0 to 15"),
         ({"tokens": ["first", "gap"]}, r"--tokens needs cls and one patch at least.*got first, gap"),
         ({"tokens": ["cls", "gap"]}, r"--tokens needs cls and one patch at least"),
         ({"modes": ["froze"]}, r"--modes must be one of .*got 'froze'.*frozen"),

@@ -63,7 +63,7 @@ def test_a_pooling_without_weights_reads_any_model_as_a_head_with_it_would(spec,
 
 @pytest.mark.parametrize("spec", sorted(TRAINED))
 def test_weights_that_the_model_has_not_trained_are_not_made_up(spec, tiny):
-    with pytest.raises(ConfigError, match="has weights of its own.*probe attentive --heads"):
+    with pytest.raises(ConfigError, match=r"has weights of its own.*probe attentive --heads"):
         TokenReader(_model(tiny)).poolings(spec)
 
 
