@@ -29,7 +29,7 @@ class ModelOptions:
             file or a folder; null starts from fresh ones.
         pool: What the head reads: ``cls``, ``gap``, ``max``, ``token:K`` (patch K in raster order),
             ``cls+gap``, ``map``, ``avgmax``, ``gem``, ``lse``, ``seqpool``, ``abmil``, ``simpool``, ``ep:Q``,
-            ``cait:K``, ``last:N``, ``multicls:K``, ``classtok``... (README, "Poolings"); null is the
+            ``cait:K``, ``last:N``, ``multicls:K``, ``classtok``... (docs/poolings.md); null is the
             architecture's own.
         keep_head: Whether the head of the weights is kept where it has these classes, by name.
         head_init: A new head's weights: ``normal`` or ``zero``.
