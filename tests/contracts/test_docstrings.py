@@ -91,6 +91,8 @@ def test_every_module_opens_with_a_sentence():
 def test_documented_parameters_are_the_signatures(name):
     thing = PUBLIC[name]
     docstring = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    if docstring is None and _is_hook(name):
+        return
     assert docstring, f"{name} has no docstring"
     if dataclasses.is_dataclass(thing) and docstring.startswith(f"{thing.__name__}("):
         pytest.fail(f"{name} has only the generated docstring")
@@ -110,7 +112,7 @@ def test_documented_parameters_are_the_signatures(name):
 
 
 def _is_hook(name: str) -> bool:
-    """Methods that a base class defines too: their arguments are documented there."""
+    """Methods that a base class defines too: what they do, and their arguments, is documented there."""
     path, _, method = name.rpartition(".")
     module, _, owner = path.rpartition(".")
     thing = getattr(sys.modules.get(module), owner, None)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from vit_cls.lab.features import FrozenTokens, Rows
+from vit_cls.lab.seeding import seeded
+from vit_cls.lab.studies.answers import Answers
+from vit_cls.lab.studies.study import Study
 from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial, trial_folder
 from vit_cls.model.pooling import make_pooling
 from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.weights.bundle import MODEL_FILE, save_classifier
+from vit_cls.weights.factory import create_classifier
 
 
 class _Readable(nn.Module):
@@ -93,8 +100,11 @@ def told():
     """A function that ends trials: right are the test images given, and as many of the validation images."""
 
     def tell(folder: Path, trials: Sequence[Trial], right: Sequence[np.ndarray], **note: object) -> None:
+        known = {}
         for trial, row in zip(trials, right, strict=True):
-            parts = trial.data.parts(trial.seed)
+            if trial.seed not in known:  # which images are tested on depends on nothing else
+                known[trial.seed] = trial.data.parts(trial.seed)
+            parts = known[trial.seed]
             place = trial_folder(folder, trial)
             place.mkdir(parents=True)
             arrays = {}
@@ -108,7 +118,75 @@ def told():
                 arrays[f"{part}_positions"] = np.arange(len(targets))
             np.savez(place / ANSWERS, **arrays)
             record = {"data": parts.counts(), "origin": parts.origin, "seconds": 1.0, "parameters": 9}
-            costs = {"head_parameters": 1, "head_macs": 1, "macs": 2}
+            costs = {"head_parameters": 1, "head_macs": 1, "macs": 2, "tokens": 17}
             (place / DONE).write_text(json.dumps({**record, **costs, **note}))
 
     return tell
+
+
+@pytest.fixture
+def answered(told):
+    """A function to the answers of a study each of whose arms has a share of the images right.
+
+    Arms are named as in reports. Each seed has a few images right that another has not.
+    """
+
+    def answer(study: Study, shares: Mapping[str, float], *, images: int = 599) -> Answers:
+        trials = study.trials()
+        right = [np.arange(images) < round(shares[study.label(trial)] * images) for trial in trials]
+        rows = [np.roll(row, trial.seed) for trial, row in zip(trials, right, strict=True)]
+        told(study.setup.folder, trials, rows)
+        return Answers(study.setup.folder)
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """A function to a `TrainFunction` that trains nothing: it saves the fresh model of the seed.
+
+    ``change`` may do something to the model before.
+    """
+
+    def make(change: Callable[[nn.Module], object] = lambda model: None):
+        def train(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
+            with seeded(seed):
+                classifier = create_classifier(class_names=train.index.class_names, **model)
+            with torch.no_grad():
+                change(classifier.model)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            return save_classifier(classifier, run_dir / MODEL_FILE)
+
+        return train
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def loud(fresh):
+    """`fresh` with weights that are large enough for what a model is given to matter."""
+    return fresh(lambda model: [parameter.mul_(4) for parameter in model.parameters()])
+
+
+class Counting:
+    """Trains nothing, counting what it was asked for, and raising where it is told to."""
+
+    def __init__(self, train, errors):
+        self.train = train
+        self.errors = errors
+        self.calls: Counter[str] = Counter()
+        self.asked: dict[str, dict] = {}
+
+    def __call__(self, run_dir, *args, **settings):
+        key = run_dir.parent.name
+        self.calls[key] += 1
+        self.asked[key] = settings
+        if key in self.errors:
+            raise self.errors[key]
+        return self.train(run_dir, *args, **settings)
+
+
+@pytest.fixture
+def counting(fresh):
+    """A function to `Counting`, from errors by the trial's key."""
+    return lambda errors=None: Counting(fresh(), errors or {})

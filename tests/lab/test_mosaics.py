@@ -198,11 +198,11 @@ def test_a_part_without_distractors_is_refused(parts):
 def test_what_does_not_fit_into_memory_is_refused_with_the_amounts(parts, monkeypatch, tmp_path):
     lines = tmp_path / "meminfo"
     lines.write_text("MemTotal: 9 kB\nMemAvailable:       1 kB\n")
-    monkeypatch.setattr(mosaics, "_MEMORY", lines)
+    monkeypatch.setattr(mosaics, "MEMORY", lines)
     mosaic_parts(parts, side=2, tile=2)  # 18 mosaics of 48 bytes, and 144 for the tiles: 1008
     with pytest.raises(DataError, match=r"18 mosaics with tiles of 100 pixels need [\d.]+ MB.*--tile"):
         mosaic_parts(parts, side=2, tile=100)
-    monkeypatch.setattr(mosaics, "_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(mosaics, "MEMORY", tmp_path / "none")
     mosaic_parts(parts, side=2, tile=100)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.causal import (
+    BLIND,
     CAUSAL_GAP,
     FIRST,
     FREE,
@@ -14,33 +15,18 @@ from vit_cls.lab.studies.causal import (
     GAP,
     LAST,
     MIDDLE,
+    SAME,
     CausalStudy,
     largest_change,
     largest_spread,
     sees_nothing,
 )
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.lab.studies.study import Setup
 from vit_cls.lab.studies.trials import RUN, Spread, run_trials, trial_folder
 from vit_cls.stats.verdicts import EQUIVALENT, REFUTED, SUPPORTED
-from vit_cls.weights.bundle import MODEL_FILE, save_classifier
-from vit_cls.weights.factory import create_classifier
 
 TESTED = 599
-SAME = "Without a mask it makes no difference where the class token stands."
-BLIND = "In a causal encoder a class token that stands first does no better than the majority class."
-
-
-def _fresh(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
-    """A model of the seed whose weights are large enough for tokens to matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        classifier = create_classifier(class_names=train.index.class_names, **model)
-    with torch.no_grad():
-        for parameter in classifier.model.parameters():
-            parameter.mul_(4)
-    run_dir.mkdir(parents=True)
-    return save_classifier(classifier, run_dir / MODEL_FILE)
 
 
 @pytest.fixture
@@ -50,13 +36,13 @@ def study(tmp_path):
 
 
 @pytest.fixture
-def fresh(study):
-    run_trials(study.trials(), study.setup.folder, _fresh, Spread())
+def answers(study, loud):
+    run_trials(study.trials(), study.setup.folder, loud, Spread())
     return Answers(study.setup.folder)
 
 
-def test_without_a_mask_the_place_changes_nothing_and_with_it_the_first_sees_nothing(study, fresh):
-    result = study.analyse(fresh)
+def test_without_a_mask_the_place_changes_nothing_and_with_it_the_first_sees_nothing(study, answers):
+    result = study.analyse(answers)
     found = {one.claim: one for one in result.findings}
     assert found[SAME].verdict == EQUIVALENT
     assert "to the bit" in found[SAME].sentence
@@ -67,14 +53,14 @@ def test_without_a_mask_the_place_changes_nothing_and_with_it_the_first_sees_not
     assert found[BLIND].estimate <= 0
     arms = study.arms()
     for arm in (MIDDLE, LAST, FREE):  # the test could fail: these do see the images
-        assert largest_spread(fresh, arms[arm]) > 0.01
+        assert largest_spread(answers, arms[arm]) > 0.01
     for arm in (FIRST, MIDDLE, LAST):
-        assert largest_change(fresh, arms[FREE], arms[arm]) > 1e-3
-    assert largest_change(fresh, arms[GAP], arms[CAUSAL_GAP]) > 1e-3
+        assert largest_change(answers, arms[FREE], arms[arm]) > 1e-3
+    assert largest_change(answers, arms[GAP], arms[CAUSAL_GAP]) > 1e-3
 
 
-def test_the_curve_places_the_class_token_before_none_half_and_all_patches(study, fresh):
-    curve = study.analyse(fresh).figures[0]
+def test_the_curve_places_the_class_token_before_none_half_and_all_patches(study, answers):
+    curve = study.analyse(answers).figures[0]
     assert [x for x, _ in curve.lines[0].points] == [0, 8, 16]
     assert curve.marks["majority class"] == pytest.approx(61 / TESTED)
 
@@ -87,25 +73,26 @@ def test_a_constant_answer_is_compared_with_the_majority_class_of_the_images():
     assert "25.0 %, where the majority class has 50.0 %. That is exact, in each of 2 seeds." in found.sentence
 
 
-def _right(share):
-    return [np.roll(np.arange(TESTED) < round(share * TESTED), seed) for seed in range(2)]
+@pytest.fixture
+def judged(study, answered, loud):
+    """A function to the result where arms have shares of the images right."""
 
+    def judge(shares):
+        answers = answered(study, shares)
+        trial, parts = study.arms()[FIRST][0], study.setup.trial_data.parts(0)
+        folder = trial_folder(study.setup.folder, trial) / RUN  # the chart asks it for its patches
+        settings = {"model": dict(trial.model), "optim": {}, "loader": {}, "epochs": 1}
+        loud(folder, parts.train, parts.val, origin="", seed=0, **settings)
+        return study.analyse(answers)
 
-def _analyse(study, told, shares):
-    for arm, trials in study.arms().items():
-        told(study.setup.folder, trials, _right(shares[arm]))
-    folder = trial_folder(study.setup.folder, study.arms()[FIRST][0]) / RUN
-    parts = study.setup.trial_data.parts(0)
-    model = dict(study.arms()[FIRST][0].model)
-    _fresh(folder, parts.train, parts.val, origin="", seed=0, model=model, optim={}, loader={}, epochs=1)
-    return study.analyse(Answers(study.setup.folder))
+    return judge
 
 
 SHARES = {FREE: 0.9, FREE_LAST: 0.9, FIRST: 0.05, MIDDLE: 0.6, LAST: 0.9, GAP: 0.9, CAUSAL_GAP: 0.8}
 
 
-def test_what_the_mask_costs_is_judged(study, told):
-    result = _analyse(study, told, SHARES)
+def test_what_the_mask_costs_is_judged(judged):
+    result = judged(SHARES)
     verdicts = {one.claim: one.verdict for one in result.findings}
     assert verdicts == {
         SAME: EQUIVALENT,
@@ -124,8 +111,8 @@ def test_what_the_mask_costs_is_judged(study, told):
     assert [row[0] for row in result.tables[0].rows] == list(SHARES)
 
 
-def test_what_should_be_exact_and_is_not_is_judged_like_all_else(study, told):
-    result = _analyse(study, told, {**SHARES, FREE_LAST: 0.8, FIRST: 0.5})
+def test_what_should_be_exact_and_is_not_is_judged_like_all_else(judged):
+    result = judged({**SHARES, FREE_LAST: 0.8, FIRST: 0.5})
     found = {one.claim: one for one in result.findings}
     assert found[SAME].verdict == REFUTED
     assert found[SAME].estimate == pytest.approx(-0.1, abs=0.002)
@@ -146,11 +133,3 @@ def test_training_keeps_the_identity(tmp_path):
     assert largest_change(answers, arms[FREE], arms[FREE_LAST]) == 0
     assert largest_spread(answers, arms[FIRST]) <= 1e-6
     assert largest_spread(answers, arms[FREE]) > 1e-3
-
-
-def test_arms_differ_in_mask_and_place_alone(study):
-    changing = ("pool", "class_token", "causal", "class_position")
-    trials = study.trials()
-    assert len(trials) == 7 * 2
-    rest = [({k: v for k, v in t.model.items() if k not in changing}, t.optim, t.epochs) for t in trials]
-    assert all(one == rest[0] for one in rest)

@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vit_cls.errors import ConfigError
-from vit_cls.lab.studies.depth import DepthStudy, depth_slopes
-from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.lab.studies.answers import Answers
+from vit_cls.lab.studies.depth import DepthStudy
+from vit_cls.lab.studies.study import Setup
 from vit_cls.stats.verdicts import CANNOT_TELL, EQUIVALENT, REFUTED, SUPPORTED
 
 TESTED = 599
@@ -21,22 +20,14 @@ def setup(tmp_path):
     return Setup("digits", tmp_path / "study", seeds=3)
 
 
-def _right(share):
-    """So many images in each seed, not quite the same ones."""
-    return [np.roll(np.arange(TESTED) < round(share * TESTED), seed) for seed in range(3)]
+def _shares(by_head):
+    return {f"{head}, depth {depth}": s for head, row in by_head.items() for depth, s in row.items()}
 
 
-def _analyse(told, study, shares):
-    for head, by_depth in study.arms().items():
-        for depth, trials in by_depth.items():
-            told(study.setup.folder, trials, _right(shares[head][depth]))
-    return study.analyse(Answers(study.setup.folder))
-
-
-def test_gains_and_the_difference_of_gains_are_found(setup, told):
+def test_gains_and_the_difference_of_gains_are_found(setup, answered):
     study = DepthStudy(setup, depths=[1, 2, 4])
     shares = {"cls": {1: 0.5, 2: 0.7, 4: 0.9}, "gap": {1: 0.7, 2: 0.8, 4: 0.8}}
-    result = _analyse(told, study, shares)
+    result = study.analyse(answered(study, _shares(shares)))
     found = {one.claim: one for one in result.findings}
     verdicts = {claim: one.verdict for claim, one in found.items()}
     assert verdicts == {
@@ -86,16 +77,16 @@ class Chosen(Answers):
         return float(trials[0].arm == "gap, depth 1")
 
 
-def test_the_best_is_chosen_by_the_validation_images(setup, told):
+def test_the_best_is_chosen_by_the_validation_images(setup, answered):
     study = DepthStudy(setup, depths=[1, 2])
-    _analyse(told, study, {"cls": {1: 0.5, 2: 0.9}, "gap": {1: 0.6, 2: 0.8}})
+    answered(study, _shares({"cls": {1: 0.5, 2: 0.9}, "gap": {1: 0.6, 2: 0.8}}))
     result = study.analyse(Chosen(study.setup.folder))
     assert "Best on validation: gap with depth 1, with 59.9 % of the test images right." in result.headline
 
 
-def test_the_curve_and_the_table_hold_what_was_measured(setup, told):
+def test_the_curve_and_the_table_hold_what_was_measured(setup, answered):
     study = DepthStudy(setup, depths=[3, 1])
-    result = _analyse(told, study, {"cls": {1: 0.5, 3: 0.75}, "gap": {1: 0.25, 3: 1.0}})
+    result = study.analyse(answered(study, _shares({"cls": {1: 0.5, 3: 0.75}, "gap": {1: 0.25, 3: 1.0}})))
     curve, steps = result.figures
     assert [line.label for line in curve.lines] == ["cls", "gap"]
     assert [x for x, _ in curve.lines[0].points] == [1, 3]
@@ -110,65 +101,15 @@ def test_the_curve_and_the_table_hold_what_was_measured(setup, told):
     assert result.values["top1"]["gap"]["3"] == pytest.approx([1.0] * 3)
 
 
-def test_more_depth_that_hurts_is_refuted_and_no_change_is_not_a_gain(setup, told):
+def test_more_depth_that_hurts_is_refuted_and_no_change_is_not_a_gain(setup, answered):
     study = DepthStudy(setup, depths=[1, 2], heads=["cls"])
-    result = _analyse(told, study, {"cls": {1: 0.9, 2: 0.7}})
+    result = study.analyse(answered(study, _shares({"cls": {1: 0.9, 2: 0.7}})))
     assert [one.verdict for one in result.findings] == [REFUTED]
     assert result.headline.startswith("Refuted: cls, depth 2 is worse than cls, depth 1 by 20.0 points")
 
 
-def test_little_difference_cannot_be_told(setup, told):
+def test_little_difference_cannot_be_told(setup, answered):
     study = DepthStudy(replace(setup, margin=0.001), depths=[1, 2])
-    result = _analyse(told, study, {"cls": {1: 0.80, 2: 0.802}, "gap": {1: 0.80, 2: 0.802}})
+    result = study.analyse(answered(study, _shares({"cls": {1: 0.80, 2: 0.802}, "gap": {1: 0.80, 2: 0.802}})))
     assert {one.verdict for one in result.findings} <= {CANNOT_TELL, EQUIVALENT}
     assert result.headline.startswith("Cannot tell:")
-
-
-def test_the_slope_is_that_of_a_fit_to_the_mean_accuracies(generator):
-    rng = np.random.default_rng(0)
-    right = {depth: rng.random((2, 50)) < 0.2 * depth for depth in (1, 2, 3, 4)}
-    means = [right[depth].mean() for depth in right]
-    expected = np.polyfit(np.log2(list(right)), means, 1)[0]
-    assert depth_slopes(right).mean() == pytest.approx(expected)
-
-
-def test_only_depth_and_head_differ_between_arms(setup):
-    study = DepthStudy(setup, depths=[1, 2, 6])
-    trials = study.trials()
-    assert len(trials) == 2 * 3 * 3
-    assert {(t.model["pool"], t.model["depth"], t.seed) for t in trials} == {
-        (head, depth, seed) for head in ("cls", "gap") for depth in (1, 2, 6) for seed in range(3)
-    }
-    changing = ("pool", "depth", "class_token")
-    rest = [({k: v for k, v in t.model.items() if k not in changing}, t.optim, t.epochs) for t in trials]
-    assert all(one == rest[0] for one in rest)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"depths": [2]}, "--depths needs two or more.*got 2"),
-        ({"depths": []}, "--depths needs two or more.*got none"),
-        ({"depths": [0, 1]}, "--depths needs.*got 0,1"),
-        ({"depths": [2, 2]}, "--depths needs.*different.*got 2,2"),
-        ({"heads": []}, "--heads needs.*got none"),
-        ({"heads": ["cls", "cls"]}, "--heads needs.*different.*got cls,cls"),
-        ({"heads": ["cls", "gab"]}, "gab"),
-    ],
-)
-def test_impossible_options_are_refused(setup, options, message):
-    with pytest.raises(ConfigError, match=message):
-        DepthStudy(setup, **options)
-
-
-def test_weights_with_a_depth_of_their_own_are_refused(tmp_path):
-    setup = Setup("digits", tmp_path, recipe=Recipe(pretrained="model.safetensors"))
-    with pytest.raises(
-        ConfigError, match=r"fresh weights.*depth of their own.*got --recipe.pretrained model"
-    ):
-        DepthStudy(setup)
-
-
-def test_a_depth_of_the_recipe_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"--recipe.depth 5 has no effect.*--depths"):
-        DepthStudy(Setup("digits", tmp_path, recipe=Recipe(depth=5)))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from vit_cls.errors import ConfigError
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.position import (
     FIXED,
     GAP_LEARNED,
@@ -20,25 +18,12 @@ from vit_cls.lab.studies.position import (
     without_order,
 )
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.lab.studies.study import Setup
 from vit_cls.lab.studies.trials import Spread, run_trials
 from vit_cls.stats.verdicts import EQUIVALENT, REFUTED, SUPPORTED
-from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
 
 TESTED = 599
-
-
-def _fresh(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
-    """A model of the seed whose weights are large enough for positions to matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        classifier = create_classifier(class_names=train.index.class_names, **model)
-    with torch.no_grad():
-        for parameter in classifier.model.parameters():
-            parameter.mul_(4)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return save_classifier(classifier, run_dir / MODEL_FILE)
 
 
 @pytest.fixture
@@ -47,8 +32,8 @@ def study(tmp_path):
     return PositionStudy(Setup("digits", tmp_path / "study", seeds=2, recipe=recipe))
 
 
-def test_only_models_without_positions_cannot_tell_the_order_of_patches(study):
-    run_trials(study.trials(), study.setup.folder, _fresh, Spread())
+def test_only_models_without_positions_cannot_tell_the_order_of_patches(study, loud):
+    run_trials(study.trials(), study.setup.folder, loud, Spread())
     result = study.analyse(Answers(study.setup.folder))
     change = result.values["shuffled_patches_largest_change"]
     assert set(change) == {LEARNED, UNPLACED, FIXED, NONE, GAP_LEARNED, GAP_NONE}
@@ -64,9 +49,9 @@ def test_only_models_without_positions_cannot_tell_the_order_of_patches(study):
     assert rows[LEARNED][-1] == change[LEARNED]
 
 
-def test_the_order_is_that_of_the_seed_and_the_model_is_left_as_it_was(study):
+def test_the_order_is_that_of_the_seed_and_the_model_is_left_as_it_was(study, loud):
     trial = study.arms()[LEARNED][0]
-    run_trials([trial], study.setup.folder, _fresh, Spread())
+    run_trials([trial], study.setup.folder, loud, Spread())
     answers = Answers(study.setup.folder)
     before = answers.probs(trial)[0].copy()
     first, again = without_order(answers, trial), without_order(answers, trial)
@@ -93,22 +78,12 @@ def test_without_a_position_the_class_token_is_the_same_function(study):
     assert torch.equal(placed(images), unplaced(images))
 
 
-def _right(share):
-    return [np.roll(np.arange(TESTED) < round(share * TESTED), seed) for seed in range(2)]
-
-
-def _analyse(study, told, monkeypatch, shares):
+def test_claims_about_positions_are_judged(study, answered, monkeypatch):
     monkeypatch.setattr(
         "vit_cls.lab.studies.position.without_order", lambda answers, trial: (np.zeros(TESTED, bool), 1.0)
     )
-    for arm, trials in study.arms().items():
-        told(study.setup.folder, trials, _right(shares[arm]))
-    return study.analyse(Answers(study.setup.folder))
-
-
-def test_claims_about_positions_are_judged(study, told, monkeypatch):
     shares = {LEARNED: 0.95, UNPLACED: 0.95, FIXED: 0.85, NONE: 0.6, GAP_LEARNED: 0.9, GAP_NONE: 0.9}
-    result = _analyse(study, told, monkeypatch, shares)
+    result = study.analyse(answered(study, shares))
     found = {one.claim: one for one in result.findings}
     assert {claim: one.verdict for claim, one in found.items()} == {
         "A class token does as well without a position.": EQUIVALENT,
@@ -125,19 +100,3 @@ def test_claims_about_positions_are_judged(study, told, monkeypatch):
     assert "cls, none is worse than cls, learned by 35.1 points" in result.headline
     drawn = {label: size for label, size, _ in result.figures[0].rows}
     assert drawn[f"{GAP_NONE} minus {GAP_LEARNED}"] == pytest.approx(0, abs=1e-9)
-
-
-def test_arms_differ_in_positions_and_head_alone(study):
-    trials = study.trials()
-    assert len(trials) == 6 * 2
-    changing = ("pool", "class_token", "pos_embed", "no_embed_class")
-    rest = [({k: v for k, v in t.model.items() if k not in changing}, t.optim, t.epochs) for t in trials]
-    assert all(one == rest[0] for one in rest)
-    assert {t.model["pos_embed"] for t in trials} == {"learn", "sincos2d", "none"}
-
-
-def test_weights_that_know_positions_are_refused(tmp_path):
-    setup = Setup("digits", tmp_path, recipe=Recipe(pretrained="model.safetensors"))
-    with pytest.raises(ConfigError, match=r"positions of their own; got --recipe.pretrained model"):
-        PositionStudy(setup)
-    assert PositionStudy(replace(setup, recipe=Recipe())).trials()

@@ -17,10 +17,10 @@ from vit_cls.data.index import ImageIndex, PathTable
 from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.refine import Curves, RefineStudy, headline
+from vit_cls.lab.studies.answers import Answers
+from vit_cls.lab.studies.refine import RefineStudy, headline
 from vit_cls.lab.studies.refinement import refinement
-from vit_cls.lab.studies.study import Answers, Setup
+from vit_cls.lab.studies.study import Setup
 from vit_cls.lab.studies.trials import Spread, run_trials
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -154,11 +154,8 @@ def test_the_block_that_gathers_the_class_is_the_first_whose_class_token_is_used
     ],
 )
 def test_the_headline_says_no_more_than_the_verdicts(verdicts, words):
-    scores = np.ones((1, len(verdicts) + 1, 4))
-    curves = Curves(scores[:, 0] > 0, scores, scores, scores > 0, None, scores > 0, scores > 0)
     findings = [Finding("", verdict, f"sentence {i}") for i, verdict in enumerate(verdicts)]
-    used = [layer for layer, verdict in enumerate(verdicts, 1) if verdict == "supported"]
-    assert words in headline(curves, findings, used)
+    assert words in headline(findings, np.ones((1, len(verdicts) + 1, 4)))
 
 
 def test_what_is_read_off_replaced_and_inserted_is_what_this_model_must_give(result):
@@ -293,12 +290,7 @@ def test_classes_that_the_model_does_not_have_are_refused(tmp_path, model_file):
         study.analyse(Answers(tmp_path))
 
 
-def test_options_that_make_no_study_are_refused(tmp_path):
-    setup = Setup("digits", tmp_path, recipe=Recipe(epochs=2))
-    with pytest.raises(ConfigError, match="--permutations must be at least 1; got 0"):
-        RefineStudy(setup, permutations=0)
-    with pytest.raises(ConfigError, match=r"--recipe says .* but --model m is given"):
-        RefineStudy(setup, model="m")
+def test_a_model_that_is_not_there_is_refused_before_anything_begins(tmp_path):
     with pytest.raises(ModelFileError, match="there is no file or folder 'm'"):
         RefineStudy(Setup("digits", tmp_path), model="m").trials()
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-
 import numpy as np
 import pytest
 
-from vit_cls.errors import ConfigError
-from vit_cls.lab.seeding import seeded
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.recipe import Recipe
-from vit_cls.lab.studies.study import Answers, Setup
-from vit_cls.lab.studies.table import STUDIES
-from vit_cls.lab.studies.trials import ANSWERS, DONE, Spread, run_trials, trial_folder
+from vit_cls.lab.studies.study import Setup
+from vit_cls.lab.studies.trials import Spread, run_trials
 from vit_cls.lab.studies.when import WhenStudy
-from vit_cls.reports.lab import write_lab_report
-from vit_cls.reports.lab_words import lab_text
-from vit_cls.weights.bundle import save_classifier
-from vit_cls.weights.factory import create_classifier
 
 
 def _study(tmp_path, *, seeds=2, recipe=None, data="digits", margin=0.01, **options) -> WhenStudy:
@@ -26,45 +17,8 @@ def _study(tmp_path, *, seeds=2, recipe=None, data="digits", margin=0.01, **opti
     return WhenStudy(Setup(data, tmp_path, seeds=seeds, recipe=recipe, margin=margin), **options)
 
 
-def _pretend(study: WhenStudy, right) -> Answers:
-    """Answers of models that are right where ``right(head, count, seed, images)`` says."""
-    known: dict = {}
-    for head, counts in study.arms().items():
-        for count, trials in counts.items():
-            for trial in trials:
-                if trial.seed not in known:  # who is tested on does not depend on the share
-                    known[trial.seed] = trial.data.parts(trial.seed)
-                parts = known[trial.seed]
-                arrays = {}
-                for part in ("val", "test"):
-                    targets = getattr(parts, part).index.labels
-                    correct = right(head, count, trial.seed, len(targets))
-                    preds = np.where(correct, targets, (targets + 1) % 5)
-                    arrays |= {
-                        f"{part}_probs": np.eye(5, dtype=np.float32)[preds],
-                        f"{part}_targets": targets,
-                        f"{part}_positions": np.arange(len(targets)),
-                    }
-                folder = trial_folder(study.setup.folder, trial)
-                folder.mkdir(parents=True)
-                with (folder / ANSWERS).open("wb") as file:
-                    np.savez(file, **arrays)
-                note = {"origin": parts.origin, "data": parts.counts(), "failures": {}}
-                (folder / DONE).write_text(json.dumps(note))
-    return Answers(study.setup.folder)
-
-
-def _shares(levels: dict[str, dict[int, float]]):
-    """Right for a share of the images, drawn once: the harder a canvas, the fewer of the same images."""
-
-    def right(head, count, seed, images):
-        return np.random.default_rng(seed).permutation(images) < levels[head][count] * images
-
-    return right
-
-
-def test_it_is_in_the_table():
-    assert STUDIES["when"] is WhenStudy
+def _shares(levels: dict[str, dict[int, float]], tiles: int = 16) -> dict[str, float]:
+    return {f"{head}, {n} of {tiles}": share for head, row in levels.items() for n, share in row.items()}
 
 
 def test_every_head_is_trained_on_every_share_under_every_seed_with_the_same_canvas(tmp_path):
@@ -90,19 +44,7 @@ def test_photos_get_canvases_of_their_tiles_and_the_patch_of_the_recipe(tmp_path
     assert trial.data.mosaic["tile"] == 48
 
 
-def test_the_slope_is_the_least_squares_slope_of_each_image_over_halvings(tmp_path):
-    study = _study(tmp_path)
-    rng = np.random.default_rng(0)
-    right = {count: rng.random((2, 7)) < 0.5 for count in study.relevant}
-    found = study.slopes(right)
-    halvings = [math.log2(16 / count) for count in study.relevant]
-    for seed in range(2):
-        for image in range(7):
-            scores = [float(right[count][seed, image]) for count in study.relevant]
-            assert found[seed, image] == pytest.approx(np.polyfit(halvings, scores, 1)[0], abs=1e-12)
-
-
-def test_a_head_that_keeps_what_gap_loses_is_supported_and_one_that_loses_more_refuted(tmp_path):
+def test_a_head_that_keeps_what_gap_loses_is_supported_and_one_that_loses_more_refuted(tmp_path, answered):
     study = _study(tmp_path, heads=("max", "cls", "map", "gap"), seeds=3, margin=0.05)
     falling = {16: 0.9, 4: 0.8, 2: 0.7, 1: 0.6}
     levels = {
@@ -111,7 +53,7 @@ def test_a_head_that_keeps_what_gap_loses_is_supported_and_one_that_loses_more_r
         "cls": {16: 0.9, 4: 0.65, 2: 0.5, 1: 0.3},
         "map": falling,
     }
-    result = study.analyse(_pretend(study, _shares(levels)))
+    result = study.analyse(answered(study, _shares(levels), images=300))
     verdicts = [finding.verdict for finding in result.findings]
     assert verdicts[:3] == ["supported", "refuted", "equivalent"]
     halvings = np.array([0.0, 2.0, 3.0, 4.0])
@@ -142,10 +84,10 @@ class Chosen(Answers):
         return 0.9 if trials[0].arm == "gap" else 0.1 * int(trials[0].variant.split()[0]) / 16
 
 
-def test_the_head_that_loses_least_is_chosen_by_the_validation_images(tmp_path):
+def test_the_head_that_loses_least_is_chosen_by_the_validation_images(tmp_path, answered):
     study = _study(tmp_path, heads=("max", "gap"), seeds=1)
     levels = {"gap": {16: 0.9, 4: 0.7, 2: 0.6, 1: 0.5}, "max": dict.fromkeys((16, 4, 2, 1), 0.9)}
-    _pretend(study, _shares(levels))
+    answered(study, _shares(levels), images=300)
     result = study.analyse(Chosen(study.setup.folder))
     assert result.headline.endswith(
         "Of all heads gap loses least on validation as the relevant part shrinks; on the test images it is "
@@ -153,10 +95,10 @@ def test_the_head_that_loses_least_is_chosen_by_the_validation_images(tmp_path):
     )
 
 
-def test_heads_at_chance_are_named_and_failed_files_are_in_the_record(tmp_path):
+def test_heads_at_chance_are_named_and_failed_files_are_in_the_record(tmp_path, answered):
     study = _study(tmp_path, heads=("gap", "max"), seeds=1)
     levels = {"gap": {16: 0.9, 4: 0.7, 2: 0.5, 1: 0.2}, "max": dict.fromkeys((16, 4, 2, 1), 0.9)}
-    result = study.analyse(_pretend(study, _shares(levels)))
+    result = study.analyse(answered(study, _shares(levels), images=300))
     named = [note for note in result.notes if note.startswith("No better than the commonest class")]
     assert len(named) == 1
     assert named[0].endswith("gap, 1 of 16.")
@@ -165,48 +107,18 @@ def test_heads_at_chance_are_named_and_failed_files_are_in_the_record(tmp_path):
     assert result.data["test"] == 300
 
 
-def test_it_runs_on_untrained_models_and_its_report_can_be_written(tmp_path):
-    def untrained(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
+def test_the_curve_of_untrained_models_is_of_canvases_of_their_tiles(tmp_path, fresh):
+    def train(run_dir, train, val, **settings):
         assert train.images.shape[1:] == (3, 16, 16)
-        settings = {key: value for key, value in model.items() if key != "name"}
-        with seeded(seed):
-            classifier = create_classifier(model["name"], train.index.class_names, **settings)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return save_classifier(classifier, run_dir / "model.safetensors")
+        return fresh()(run_dir, train, val, **settings)
 
     study = _study(tmp_path, heads=("gap", "cls"), seeds=1, side=2, distractors="noise")
-    assert run_trials(study.trials(), tmp_path, untrained, Spread(1)) == 0
+    assert run_trials(study.trials(), tmp_path, train, Spread(1)) == 0
     result = study.analyse(Answers(tmp_path))
-    again = study.analyse(Answers(tmp_path))
-    assert json.dumps(result.to_dict(predictions=True)) == json.dumps(again.to_dict(predictions=True))
     assert set(result.predictions["predictions"]) == {
         f"{head}, {count} of 4" for head in ("gap", "cls") for count in (4, 2, 1)
     }
-    assert len(result.predictions["paths"]) == len(result.predictions["targets"]) == 599
-    assert "Change of accuracy with each halving" in lab_text(result)
-    write_lab_report(tmp_path, result, versions={})
-    curves = result.figures[0]
-    assert [x for x, _ in curves.lines[0].points] == [0.25, 0.5, 1.0]
-    right = np.mean(
-        np.array(result.predictions["predictions"]["gap, 1 of 4"]["0"]) == result.predictions["targets"]
-    )
-    assert curves.lines[0].points[0][1] == pytest.approx(right)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"heads": ("cls", "max")}, "--heads needs gap.*got cls, max"),
-        ({"heads": ("gap",)}, "and another one; got gap"),
-        ({"heads": ("gap", "cls", "cls")}, "each head once; got gap, cls, cls"),
-        ({"heads": ("gap", "clss")}, "got 'clss'"),
-        ({"side": 1}, "--side must be at least 2; got 1"),
-        ({"distractors": "nois"}, "--distractors must be one of classes, noise; got 'nois'"),
-        ({"tile": 6}, "--tile must be a multiple of the patch size.*got 6 and 4 pixels"),
-        ({"recipe": Recipe(img_size=64)}, "--recipe.img_size 64 has no effect.*--side and --tile"),
-        ({"recipe": Recipe(augment="affine")}, "--recipe.augment affine has no effect"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(tmp_path, options, words):
-    with pytest.raises(ConfigError, match=words):
-        _study(tmp_path, **options)
+    gap = result.figures[0].lines[0]
+    assert [x for x, _ in gap.points] == [0.25, 0.5, 1.0]
+    preds = np.array(result.predictions["predictions"]["gap, 1 of 4"]["0"])
+    assert gap.points[0][1] == pytest.approx(np.mean(preds == result.predictions["targets"]))

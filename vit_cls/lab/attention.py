@@ -24,9 +24,8 @@ class AttentionParts:
     """What one attention computed from one input.
 
     Args:
-        weights: Rows sum to 1, shape ``(batch, heads, read tokens, tokens)``.
-        queries: As they meet the keys, normalised and rotated, but not yet scaled; shape
-            ``(batch, heads, read tokens, head_dim)``.
+        weights: Shape ``(batch, heads, read tokens, tokens)``.
+        queries: Not yet scaled, shape ``(batch, heads, read tokens, head_dim)``.
         values: Shape ``(batch, heads, tokens, head_dim)``.
     """
 
@@ -62,7 +61,6 @@ def attention_parts(attn: Any, *args: Any, **kwargs: Any) -> AttentionParts:
 
     Args:
         args: Of its ``forward``: the normalised tokens first, shape ``(batch, tokens, dim)``.
-        kwargs: Of its ``forward``: which tokens are read, a mask, rotary positions, a relative position bias.
 
     Source:
         Attention is all you need, https://arxiv.org/abs/1706.03762, equation 1; variants: timm's
@@ -128,13 +126,10 @@ def _biases(attn: Any, given: dict[str, Any]) -> Iterator[Tensor]:
 def capture_attention(
     blocks: Iterable[nn.Module], keep: Callable[[Tensor], Tensor] = lambda weights: weights
 ) -> Iterator[list[Tensor]]:
-    """Collect the attention weights of every block that runs inside the ``with``.
+    """Collect the attention weights of every block that runs inside the ``with``, in the order of the calls.
 
     Args:
         keep: What is kept of the weights of a block, shape ``(batch, heads, read tokens, tokens)``.
-
-    Yields:
-        A list that grows by one for each call of a block, in the order of the calls.
 
     Raises:
         ConfigError: If the attention of a block is not a single softmax over scaled products.
@@ -155,12 +150,9 @@ def rollout(layers: Sequence[Tensor], *, alpha: float = 0.5) -> Tensor:
     """Attention through all layers, if each layer passed on a share of its attention and the rest unchanged.
 
     Args:
-        layers: Attention weights, averaged over heads, of consecutive blocks, each of shape
-            ``(batch, tokens, tokens)``.
+        layers: Weights of consecutive blocks, averaged over heads, each ``(batch, tokens, tokens)``, which is
+            also the shape of the result.
         alpha: Share of the attention branch, in [0, 1]; the rest is the residual connection.
-
-    Returns:
-        Shape ``(batch, tokens, tokens)``; rows sum to 1 where those of the layers do.
 
     Raises:
         ConfigError: If there is no layer or ``alpha`` is out of range.
@@ -184,13 +176,7 @@ def rollout(layers: Sequence[Tensor], *, alpha: float = 0.5) -> Tensor:
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
-    """Entropy of each row, as a share of the entropy of uniform attention.
-
-    Args:
-        weights: Rows sum to 1, shape ``(..., tokens)``.
-
-    Returns:
-        In [0, 1]: 0 where one token gets everything, 1 where all get the same; shape ``(...)``.
+    """Entropy of each row, ``(..., tokens)`` to ``(...)``, as a share of the entropy of uniform attention.
 
     Example:
         >>> attention_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]])).tolist()
@@ -200,15 +186,10 @@ def attention_entropy(weights: Tensor) -> Tensor:
 
 
 def attention_distance(weights: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
-    """Mean distance between a patch and the patches that it attends to.
+    """Mean distance in pixels between a patch and the patches that it attends to.
 
-    Args:
-        weights: From patches to patches, prefix tokens left out, shape ``(..., patches, patches)``; rows are
-            brought to a sum of 1 here.
-        patch_size: Side of a patch, in pixels.
-
-    Returns:
-        In pixels, the mean over the patches, shape ``(...)``.
+    Weights are from patches to patches, ``(..., patches, patches)``; rows are brought to a sum of 1 here. The
+    mean over the patches is of shape ``(...)``.
 
     Example:
         >>> attention_distance(torch.ones(4, 4), (2, 2), 10).round().item()
@@ -228,13 +209,7 @@ def attention_distance(weights: Tensor, grid_size: tuple[int, int], patch_size: 
 
 
 def uniform_distance(grid_size: tuple[int, int], patch_size: int) -> float:
-    """What `attention_distance` is where every patch attends to all patches alike.
-
-    Args:
-        patch_size: Side of a patch, in pixels.
-
-    Returns:
-        In pixels: the mean distance of two patches that are drawn independently.
+    """What `attention_distance` is where every patch attends to all alike: the mean of two random patches.
 
     Example:
         >>> round(uniform_distance((14, 14), 16), 3)

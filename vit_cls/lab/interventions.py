@@ -18,11 +18,9 @@ Change = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def capture_tokens(model: TokenModel) -> Iterator[list[Tensor]]:
-    """Collect the tokens after each block that runs inside the ``with``.
+    """Collect the tokens after each block that runs inside the ``with``, in order.
 
-    Yields:
-        A list that grows by one for each block that has run, in order. What the last block of a native model
-        gives is the tokens that were read.
+    What the last block of a native model gives is the tokens that were read.
     """
     found: list[Tensor] = []
     with contextlib.ExitStack() as stack:
@@ -37,9 +35,8 @@ def changed_tokens(model: TokenModel, layer: int, change: Change) -> Iterator[No
     """Change the tokens between two blocks.
 
     Args:
-        layer: Blocks that run before the change, from 0 (the encoder's input) to the depth (its output).
-        change: From what leaves one block to what enters the next. At the output of a native model these are
-            the read tokens alone.
+        layer: Blocks that run before the change, from 0 (the encoder's input) to the depth (its output, which
+            in a native model is the read tokens alone).
 
     Raises:
         ConfigError: If there is no such layer.
@@ -75,11 +72,7 @@ def changed_tokens(model: TokenModel, layer: int, change: Change) -> Iterator[No
 
 
 def shuffle_token(position: int, order: Tensor) -> Change:
-    """Exchange one token between the images of a batch.
-
-    Args:
-        position: Of the token; negative counts from the end.
-        order: Image i gets the token of image ``order[i]``, shape ``(batch,)``.
+    """Exchange one token between the images of a batch: image i gets that of image ``order[i]``.
 
     Example:
         >>> tokens = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
@@ -87,20 +80,11 @@ def shuffle_token(position: int, order: Tensor) -> Change:
         [3.0, 2.0, 1.0, 4.0]
     """
 
-    def change(tokens: Tensor) -> Tensor:
-        tokens = tokens.clone()
-        tokens[:, position] = tokens[order.to(tokens.device), position]
-        return tokens
-
-    return change
+    return lambda tokens: replace_token(position, tokens[order.to(tokens.device), position])(tokens)
 
 
 def replace_token(position: int, value: Tensor) -> Change:
-    """Put another vector in the place of one token.
-
-    Args:
-        position: Of the token; negative counts from the end.
-        value: Shape ``(dim,)``, or ``(batch, dim)`` for a vector each.
+    """Put another vector in the place of one token: ``(dim,)``, or ``(batch, dim)`` for one each.
 
     Example:
         >>> replace_token(-1, torch.tensor([9.0]))(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
@@ -116,11 +100,7 @@ def replace_token(position: int, value: Tensor) -> Change:
 
 
 def insert_tokens(position: int, values: Tensor) -> Change:
-    """Put more tokens into the sequence; every token behind them moves on.
-
-    Args:
-        position: Of the first new token, from 0 to the number of tokens (the end).
-        values: Shape ``(new tokens, dim)``, or ``(batch, new tokens, dim)``.
+    """Put tokens, ``(new tokens, dim)`` or ``(batch, new tokens, dim)``, before a position, or at the end.
 
     Example:
         >>> insert_tokens(1, torch.tensor([[9.0]]))(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
@@ -139,11 +119,7 @@ def insert_tokens(position: int, values: Tensor) -> Change:
 
 
 def reorder_tokens(tokens: Tensor, order: Tensor) -> Tensor:
-    """The same tokens in another order.
-
-    Args:
-        tokens: Shape ``(batch, tokens, dim)``.
-        order: Old position of each new one, shape ``(tokens,)``, or ``(batch, tokens)`` for an order each.
+    """The same tokens in another order: the old position of each new one, for all images or for each.
 
     Example:
         >>> reorder_tokens(torch.tensor([[[1.0], [2.0]]]), torch.tensor([1, 0])).flatten().tolist()

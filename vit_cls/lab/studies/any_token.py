@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import Figure, LabResult, Table, forest
-from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.results import Figure, Table, forest
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.patch_tokens import (
     CLS,
     GAP,
     TOKENS,
-    FrozenReads,
     chosen_patches,
     frozen_claims,
     frozen_table,
@@ -24,7 +22,7 @@ from vit_cls.lab.studies.patch_tokens import (
     heat_maps,
     read_frozen,
 )
-from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
+from vit_cls.lab.studies.study import ARM_COLUMNS, Measured, Setup, Study, score_cells
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.random_effects import paired_difference
 from vit_cls.stats.verdicts import CANNOT_TELL, EQUAL, EQUIVALENT, REFUTED, Claim, Finding, judge_all
@@ -37,6 +35,11 @@ FINETUNE_LR = 0.25
 """Its learning rate over the recipe's."""
 VERDICT_WORDS = {EQUIVALENT: "the same", REFUTED: "not the same", CANNOT_TELL: "cannot tell"}
 DIFFERENCE_COLUMNS = ("less cls (%)", "less cls, from (%)", "less cls, to (%)")
+TRAINED = {
+    SCRATCH: ("Trained", "", " for each read-out"),
+    FINETUNED: ("Fine-tuned", " from a CLS-trained model", " from the CLS-trained model"),
+}
+"""What is done in a mode, in the order of a report; what follows in its claims, and in its table's title."""
 
 
 class AnyTokenStudy(Study):
@@ -92,18 +95,10 @@ class AnyTokenStudy(Study):
 
     def scratch(self) -> dict[str, list[Trial]]:
         """Trainings of their own, by read-out: what ``scratch`` compares, and what other modes start from."""
-        wanted = dict(self.pools) if SCRATCH in self.modes else {}
-        wanted = {CLS: CLS, **wanted}
+        wanted = {CLS: CLS, **(self.pools if SCRATCH in self.modes else {})}
         if FROZEN in self.modes:
             wanted.setdefault(GAP, GAP)
-        pretrained = self.setup.recipe.pretrained is not None
-        return {
-            name: [
-                self.setup.trial(name, seed, model=head_settings(pool, pretrained=pretrained))
-                for seed in self.setup.all_seeds
-            ]
-            for name, pool in wanted.items()
-        }
+        return self.setup.arms({name: self.setup.head(pool) for name, pool in wanted.items()})
 
     def finetuned(self) -> dict[str, list[Trial]]:
         """Trainings that go on from the CLS-trained model of their seed, by read-out."""
@@ -136,67 +131,44 @@ class AnyTokenStudy(Study):
         """Trials by mode and read-out, a seed each."""
         return {SCRATCH: self.scratch(), FINETUNED: self.finetuned()}
 
-    def analyse(self, answers: Answers) -> LabResult:
-        """See `Study.analyse`."""
-        arms = self._compared()
-        right = {mode: {k: answers.correct(t) for k, t in one.items()} for mode, one in arms.items()}
-        reads = self._frozen(answers)
-        margin = self.setup.margin
-        groups = {mode: self._claims(mode, one) for mode, one in right.items()}
-        groups |= {FROZEN: frozen_claims(reads[CLS], reads[GAP], margin=margin)} if reads else {}
-        # Each mode is a question of its own, and is adjusted for the number of its own claims.
-        findings = {mode: judge_all(claims, seed=self.setup.seed) for mode, claims in groups.items()}
-        everything = {**self.scratch(), **{f"{FINETUNED} {k}": t for k, t in self.finetuned().items()}}
-        return self.result(
-            answers,
-            self._headline(right, reads, findings),
-            [one for group in findings.values() for one in group],
-            tables=[
-                *(self._table(mode, answers, arms[mode], right[mode]) for mode in arms),
-                *([frozen_table(list(reads.values()))] if reads else []),
-            ],
-            figures=self._figures(right, reads),
-            values={
-                "patches": self.patches,
-                "top1": {
-                    mode: {name: rows.mean(axis=1) for name, rows in one.items()}
-                    for mode, one in right.items()
-                },
-                "frozen": {one.name: one.values() for one in reads.values()},
-            },
-            predictions={
-                **answers.predictions(everything),
-                "frozen": {one.name: one.predictions() for one in reads.values()},
-            },
-            notes=self._notes(reads),
-        )
+    def label(self, trial: Trial) -> str:
+        return f"{trial.variant} {trial.arm}".lstrip()
 
-    def _compared(self) -> dict[str, dict[str, list[Trial]]]:
-        """Trials of the trained modes, by mode and read-out; cls first."""
-        found: dict[str, dict[str, list[Trial]]] = {}
-        if SCRATCH in self.modes:
-            found[SCRATCH] = {name: self.scratch()[name] for name in self.pools}
-        if FINETUNED in self.modes:
-            found[FINETUNED] = self.finetuned()
-        return {mode: {CLS: arms[CLS], **arms} for mode, arms in found.items()}
+    @property
+    def compared(self) -> dict[str, dict[str, str]]:
+        """Labels of the arms that are compared, by trained mode and read-out; cls first."""
+        names = dict.fromkeys([CLS, *self.pools])
+        prefix = {SCRATCH: "", FINETUNED: f"{FINETUNED} "}
+        return {mode: {name: prefix[mode] + name for name in names} for mode in TRAINED if mode in self.modes}
 
-    def _frozen(self, answers: Answers) -> dict[str, FrozenReads]:
-        if FROZEN not in self.modes:
-            return {}
+    def measure(self, answers: Answers) -> Measured:
+        """Beside what is right, the probes on frozen tokens, by what their model was trained to read."""
         trained = self.scratch()
-        return {name: read_frozen(answers, trained[name], f"{name.upper()}-trained") for name in (CLS, GAP)}
+        reads = {
+            pool: read_frozen(answers, trained[pool], f"{pool.upper()}-trained")
+            for pool in (CLS, GAP)
+            if FROZEN in self.modes
+        }
+        return dataclasses.replace(super().measure(answers), more=reads)
+
+    def judge(self, measured: Measured) -> list[Finding]:
+        """Each mode is a question of its own, and is adjusted for the number of its own claims."""
+        groups = [self._claims(mode, measured) for mode in self.compared]
+        if measured.more:
+            groups.append(frozen_claims(measured.more[CLS], measured.more[GAP], margin=self.setup.margin))
+        return [one for claims in groups for one in judge_all(claims, seed=self.setup.seed)]
 
     def _words(self, name: str) -> str:
         return f"{name} patch (token {self.patches[name]})" if name in self.patches else name
 
-    def _claims(self, mode: str, right: Mapping[str, np.ndarray]) -> list[Claim]:
-        how = "Trained" if mode == SCRATCH else "Fine-tuned from a CLS-trained model"
+    def _claims(self, mode: str, measured: Measured) -> list[Claim]:
+        labels, (how, behind, _) = self.compared[mode], TRAINED[mode]
         return [
             Claim(
-                f"{how} to be read at the {self._words(name)}, a model does as well as read at its class "
-                "token.",
-                right[CLS],
-                right[name],
+                f"{how}{behind} to be read at the {self._words(name)}, a model does as well as read at its "
+                "class token.",
+                measured.right[labels[CLS]],
+                measured.right[labels[name]],
                 EQUAL,
                 self.setup.margin,
                 (f"{mode} cls", f"{mode} {self._words(name)}"),
@@ -204,34 +176,28 @@ class AnyTokenStudy(Study):
             for name in self.patches
         ]
 
-    def _headline(
-        self,
-        right: Mapping[str, Mapping[str, np.ndarray]],
-        reads: Mapping[str, FrozenReads],
-        findings: Mapping[str, Sequence[Finding]],
-    ) -> str:
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
         """One verdict, that of the first mode; and a sentence for each."""
-        sentences = [self._sentence(mode, findings[mode], right[mode][CLS]) for mode in right]
-        if reads:
-            cls, gap = reads[CLS], reads[GAP]
-            ahead, behind = (
-                100 * (one.pooled[own] - one.single).mean() for one, own in ((cls, CLS), (gap, GAP))
+        size, sentences = len(self.patches), []
+        for i, (mode, labels) in enumerate(self.compared.items()):
+            shape = measured.right[labels[CLS]].shape
+            sentences.append(self._sentence(TRAINED[mode][0], findings[i * size : (i + 1) * size], *shape))
+        if measured.more:
+            cls, gap = (
+                100 * (reads.pooled[own] - reads.single).mean() for own, reads in measured.more.items()
             )
             sentences.append(
-                f"frozen, the class token is {ahead:+.1f} points from the average single patch of the "
-                f"CLS-trained model, and the mean of the patches {behind:+.1f} points in the GAP-trained one."
+                f"Frozen, the class token is {cls:+.1f} points from the average single patch of the "
+                f"CLS-trained model, and the mean of the patches {gap:+.1f} points in the GAP-trained one."
             )
-        first = next(iter(findings.values()))
-        verdict = overall(first) if right else first[0].verdict
-        others = [one[0].upper() + one[1:] for one in sentences[1:]]
-        return f"{verdict.capitalize()}: {' '.join([sentences[0], *others])}"
+        verdict = overall(findings[:size]) if self.compared else findings[0].verdict
+        text = " ".join(sentences)
+        return f"{verdict.capitalize()}: {text[0].lower()}{text[1:]}"
 
-    def _sentence(self, mode: str, findings: Sequence[Finding], reference: np.ndarray) -> str:
-        how = "trained" if mode == SCRATCH else "fine-tuned"
+    def _sentence(self, how: str, findings: Sequence[Finding], seeds: int, images: int) -> str:
         sizes = [100 * (one.estimate or 0.0) for one in findings]
         counts = {verdict: sum(one.verdict == verdict for one in findings) for verdict in VERDICT_WORDS}
         told = ", ".join(f"{VERDICT_WORDS[verdict]}: {count}" for verdict, count in counts.items() if count)
-        seeds, images = reference.shape
         spread = f"{sizes[0]:+.1f}" if len(sizes) == 1 else f"{min(sizes):+.1f} to {max(sizes):+.1f}"
         patches = "one patch is" if len(sizes) == 1 else f"{len(sizes)} patches are"
         return (
@@ -240,37 +206,52 @@ class AnyTokenStudy(Study):
             f"{fmt.count(images)} images)."
         )
 
-    def _table(
-        self,
-        mode: str,
-        answers: Answers,
-        arms: Mapping[str, Sequence[Trial]],
-        right: Mapping[str, np.ndarray],
-    ) -> Table:
-        rows: list[list[Any]] = []
-        for name, trials in arms.items():
-            differs = paired_difference(right[CLS], right[name]) if name != CLS else None
-            cells = [None] * 3 if differs is None else [differs.estimate, *differs.ci95]
-            rows.append([name, self.patches.get(name), *answers.cells(trials), *cells])
-        title = "Trained for each read-out" if mode == SCRATCH else "Fine-tuned from the CLS-trained model"
-        note = "Test images. Intervals of differences are not adjusted for how many there are."
-        return Table(title, ["read-out", "token", *ARM_COLUMNS, *DIFFERENCE_COLUMNS], rows, note)
+    def tables(self, measured: Measured, findings: Sequence[Finding]) -> list[Table]:
+        reads = list(measured.more.values())
+        trained = [self._table(mode, measured) for mode in self.compared]
+        return [*trained, *([frozen_table(reads)] if reads else [])]
 
-    def _figures(
-        self, right: Mapping[str, Mapping[str, np.ndarray]], reads: Mapping[str, FrozenReads]
-    ) -> list[Figure]:
-        found: list[Figure] = []
-        for mode, arms in right.items():
+    def _table(self, mode: str, measured: Measured) -> Table:
+        labels, (how, _, behind) = self.compared[mode], TRAINED[mode]
+        cls = measured.right[labels[CLS]]
+        rows: list[list[Any]] = []
+        for name, label in labels.items():
+            right = measured.right[label]
+            differs = paired_difference(cls, right) if name != CLS else None
+            difference = [None] * 3 if differs is None else [differs.estimate, *differs.ci95]
+            rows.append([name, self.patches.get(name), *score_cells(right), *difference])
+        note = "Test images. Intervals of differences are not adjusted for how many there are."
+        return Table(how + behind, ["read-out", "token", *ARM_COLUMNS, *DIFFERENCE_COLUMNS], rows, note)
+
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
+        right, seed = measured.right, self.setup.seed
+        figures: list[Figure] = []
+        for mode, labels in self.compared.items():
+            cls = right[labels[CLS]]
             differences = {
-                f"{self._words(name)} minus cls": paired_difference(arms[CLS], rows, seed=self.setup.seed)
-                for name, rows in arms.items()
+                f"{self._words(name)} minus cls": paired_difference(cls, right[label], seed=seed)
+                for name, label in labels.items()
                 if name != CLS
             }
-            title = f"{'Trained' if mode == SCRATCH else 'Fine-tuned'}: difference to the class token"
-            found += forest(title, differences, self.setup.margin)
-        return [*found, *heat_maps(list(reads.values()))]
+            title = f"{TRAINED[mode][0]}: difference to the class token"
+            figures += forest(title, differences, self.setup.margin)
+        return [*figures, *heat_maps(list(measured.more.values()))]
 
-    def _notes(self, reads: Mapping[str, FrozenReads]) -> list[str]:
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        return {
+            "patches": self.patches,
+            "top1": {
+                mode: {name: measured.right[label].mean(axis=1) for name, label in labels.items()}
+                for mode, labels in self.compared.items()
+            },
+            "frozen": {reads.name: reads.values() for reads in measured.more.values()},
+        }
+
+    def predictions(self, measured: Measured) -> dict[str, Any]:
+        frozen = {reads.name: reads.predictions() for reads in measured.more.values()}
+        return {**super().predictions(measured), "frozen": frozen}
+
+    def notes(self, measured: Measured) -> list[str]:
         pretrained = self.setup.recipe.pretrained
         notes = [
             "Per seed all models start from the same encoder and see the same images in the same order.",
@@ -289,7 +270,7 @@ class AnyTokenStudy(Study):
                 "Fine-tuning keeps the head, trained on the class token, and the class token itself: "
                 "other tokens still see it."
             )
-        if reads:
+        if FROZEN in self.modes:
             notes.append(
                 "Frozen: a ridge probe of its own on each patch, its penalty chosen on validation. The "
                 "average single patch is, for each image, the share of its patches whose probe was right."

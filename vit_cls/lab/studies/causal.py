@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from vit_cls import formatting as fmt
-from vit_cls.lab.results import LabResult, Line, LineChart, forest
-from vit_cls.lab.studies.heads import head_settings
-from vit_cls.lab.studies.study import (
-    LAST_EPOCH,
-    ONE_RATE,
-    PAIRED,
-    Answers,
-    Study,
-    arms_table,
-    train_arms,
-)
+from vit_cls.lab.results import Figure, Line, LineChart, forest
+from vit_cls.lab.studies.answers import Answers
+from vit_cls.lab.studies.study import Measured, Study, verdict_line
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.random_effects import mean_interval, paired_difference
 from vit_cls.stats.verdicts import EQUAL, EQUIVALENT, LESS, SUPPORTED, Claim, Finding, judge_all
@@ -27,6 +20,14 @@ FIRST, MIDDLE, LAST = "causal, cls first", "causal, cls middle", "causal, cls la
 GAP, CAUSAL_GAP = "bidirectional gap", "causal gap"
 SAME_PROBS = 1e-6
 """Float32 sums of equal rows may differ by their place in a batch, and by no more than this."""
+SAME = "Without a mask it makes no difference where the class token stands."
+BLIND = "In a causal encoder a class token that stands first does no better than the majority class."
+CLAIMS = (
+    ("A causal encoder does as well if its class token stands last.", FREE, LAST, EQUAL),
+    ("In a causal encoder, cls in the middle does worse than last.", LAST, MIDDLE, LESS),
+    ("The mean of the patches does as well in a causal encoder.", GAP, CAUSAL_GAP, EQUAL),
+)
+COSTS = ((FIRST, FREE), (MIDDLE, FREE), (LAST, FREE), (CAUSAL_GAP, GAP))
 
 
 class CausalStudy(Study):
@@ -44,14 +45,16 @@ class CausalStudy(Study):
 
     name = "causal"
     question = "Where must the class token stand when tokens see only what comes before them?"
+    arms_title = "Places of the class token"
+    remarks = (
+        "Patches stand in raster order, so that a causal patch sees what is above it and left of it.",
+        "The mean of all patches reads each of them, the last of which have seen all.",
+    )
 
     def arms(self) -> dict[str, list[Trial]]:
-        """Trials by arm, a seed each."""
-        pretrained = self.setup.recipe.pretrained is not None
-        cls, gap = (head_settings(head, pretrained=pretrained) for head in ("cls", "gap"))
+        cls, gap = (self.setup.head(pool) for pool in ("cls", "gap"))
         causal = {"causal": True}
-        return train_arms(
-            self.setup,
+        return self.setup.arms(
             {
                 FREE: cls,
                 FREE_LAST: {**cls, "class_position": "last"},
@@ -60,122 +63,85 @@ class CausalStudy(Study):
                 LAST: {**cls, **causal, "class_position": "last"},
                 GAP: gap,
                 CAUSAL_GAP: {**gap, **causal},
-            },
+            }
         )
 
-    def analyse(self, answers: Answers) -> LabResult:
-        """See `Study.analyse`."""
+    def measure(self, answers: Answers) -> Measured:
+        """Beside what is right: how far what should be exact is from it, and the share of the majority."""
         arms = self.arms()
-        right = {arm: answers.correct(trials) for arm, trials in arms.items()}
-        change = largest_change(answers, arms[FREE], arms[FREE_LAST])
-        spread = largest_spread(answers, arms[FIRST])
         targets = answers.probs(arms[FIRST][0])[1]
-        findings = self._findings(right, change, spread, targets)
-        majority = float(np.bincount(targets).max() / len(targets))
-        costs = {
-            f"{arm} minus {free}": paired_difference(right[free], right[arm], seed=self.setup.seed)
-            for arm, free in ((FIRST, FREE), (MIDDLE, FREE), (LAST, FREE), (CAUSAL_GAP, GAP))
+        more = {
+            "bidirectional_largest_change": largest_change(answers, arms[FREE], arms[FREE_LAST]),
+            "causal_first_largest_spread": largest_spread(answers, arms[FIRST]),
+            "majority_share": float(np.bincount(targets).max() / len(targets)),
         }
-        return self.result(
-            answers,
-            self._headline(findings, right),
-            findings,
-            tables=[arms_table("Places of the class token", answers, arms)],
-            figures=[
-                self._curve(answers, arms, right, majority),
-                *forest("What the mask costs", costs, self.setup.margin),
-            ],
-            values={
-                "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
-                "bidirectional_largest_change": change,
-                "causal_first_largest_spread": spread,
-                "majority_share": majority,
-            },
-            predictions=answers.predictions(arms),
-            notes=[
-                PAIRED,
-                "Patches stand in raster order, so that a causal patch sees what is above it and left of it.",
-                "The mean of all patches reads each of them, the last of which have seen all.",
-                ONE_RATE,
-                LAST_EPOCH,
-            ],
-        )
+        return Measured.of(answers, arms, more)
 
-    def _findings(
-        self, right: dict[str, np.ndarray], change: float, spread: float, targets: np.ndarray
-    ) -> list[Finding]:
+    def judge(self, measured: Measured) -> list[Finding]:
         """The exact answers first; where one is not exact, as on a GPU, it is judged with the others."""
-        margin = self.setup.margin
-        same = "Without a mask it makes no difference where the class token stands."
-        blind = "In a causal encoder a class token that stands first does no better than the majority class."
+        right, margin = measured.right, self.setup.margin
+        spread = measured.more["causal_first_largest_spread"]
+        targets = measured.answers.probs(measured.arms[FIRST][0])[1]
         exact: list[Finding] = []
         claims: list[Claim] = []
         if spread <= SAME_PROBS:
-            exact.append(sees_nothing(blind, right[FIRST], targets, spread))
+            exact.append(sees_nothing(BLIND, right[FIRST], targets, spread))
         else:
             majority = np.tile(targets == np.bincount(targets).argmax(), (len(right[FIRST]), 1))
             names = "the majority class", FIRST
-            claims.append(Claim(blind, majority, right[FIRST], LESS, margin, names, at_least=-margin))
-        if change == 0:
-            exact.append(same_function(same, right[FREE], margin))
+            claims.append(Claim(BLIND, majority, right[FIRST], LESS, margin, names, at_least=-margin))
+        if measured.more["bidirectional_largest_change"] == 0:
+            exact.append(same_function(SAME, right[FREE], margin))
         else:
-            claims.append(Claim(same, right[FREE], right[FREE_LAST], EQUAL, margin, (FREE, FREE_LAST)))
-        for text, one, other, expect in (
-            ("A causal encoder does as well if its class token stands last.", FREE, LAST, EQUAL),
-            ("In a causal encoder, cls in the middle does worse than last.", LAST, MIDDLE, LESS),
-            ("The mean of the patches does as well in a causal encoder.", GAP, CAUSAL_GAP, EQUAL),
-        ):
-            claims.append(Claim(text, right[one], right[other], expect, margin, (one, other)))
+            claims += measured.claims([(SAME, FREE, FREE_LAST, EQUAL)], margin)
+        claims += measured.claims(CLAIMS, margin)
         return exact + judge_all(claims, seed=self.setup.seed)
 
-    def _headline(self, findings: Sequence[Finding], right: dict[str, np.ndarray]) -> str:
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
+        """The class token at the end, and what each place gives."""
         rates = ", ".join(
-            f"{arm.removeprefix('causal, cls ')} {fmt.percent(right[arm].mean())}"
+            f"{arm.removeprefix('causal, cls ')} {fmt.percent(measured.right[arm].mean())}"
             for arm in (FIRST, MIDDLE, LAST)
         )
-        finding = next(one for one in findings if "stands last" in one.claim)
-        return (
-            f"{finding.verdict.capitalize()}: {finding.sentence} With a causal mask, by the class token's "
-            f"place: {rates}."
-        )
+        finding = next(one for one in findings if one.claim == CLAIMS[0][0])
+        return verdict_line(finding, f"With a causal mask, by the class token's place: {rates}.")
 
-    def _curve(
-        self,
-        answers: Answers,
-        arms: Mapping[str, Sequence[Trial]],
-        right: dict[str, np.ndarray],
-        majority: float,
-    ) -> LineChart:
-        patches = answers.model(arms[FIRST][0]).model.layout.num_patches
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
+        right = measured.right
+        patches = measured.answers.model(measured.arms[FIRST][0]).model.layout.num_patches
         places = {FIRST: 0, MIDDLE: patches // 2, LAST: patches}
-        line = Line.of("causal, cls", {place: mean_interval(right[arm]) for arm, place in places.items()})
-        marks = {"bidirectional cls": float(right[FREE].mean()), "majority class": majority}
-        return LineChart(
-            "What the class token may see",
-            "patches before the class token",
-            "test accuracy",
-            [line],
-            marks=marks,
-            note="Mean over seeds and images, with 95 % intervals.",
-        )
+        marks = {
+            "bidirectional cls": float(right[FREE].mean()),
+            "majority class": measured.more["majority_share"],
+        }
+        costs = {
+            f"{arm} minus {free}": paired_difference(right[free], right[arm], seed=self.setup.seed)
+            for arm, free in COSTS
+        }
+        return [
+            LineChart(
+                "What the class token may see",
+                "patches before the class token",
+                "test accuracy",
+                [Line.of("causal, cls", {place: mean_interval(right[arm]) for arm, place in places.items()})],
+                marks=marks,
+                note="Mean over seeds and images, with 95 % intervals.",
+            ),
+            *forest("What the mask costs", costs, self.setup.margin),
+        ]
+
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        return {**super().values(measured, findings), **measured.more}
 
 
 def largest_change(answers: Answers, ones: Sequence[Trial], others: Sequence[Trial]) -> float:
-    """The largest difference of a probability between two arms, over seeds, test images and classes.
-
-    Raises:
-        RunError: If a training failed.
-    """
+    """The largest difference of a probability between two arms, over seeds, test images and classes."""
     pairs = zip(ones, others, strict=True)
     return max(float(np.abs(answers.probs(a)[0] - answers.probs(b)[0]).max()) for a, b in pairs)
 
 
 def largest_spread(answers: Answers, trials: Sequence[Trial]) -> float:
-    """The largest difference of a probability between two test images, over seeds and classes.
-
-    Raises:
-        RunError: If a training failed.
-    """
+    """The largest difference of a probability between two test images, over seeds and classes."""
     return max(float(np.ptp(answers.probs(trial)[0], axis=0).max()) for trial in trials)
 
 

@@ -39,11 +39,10 @@ class ClassTokens:
     """The class tokens of one model on some images.
 
     Args:
-        layers: Before the first block and after each, as the blocks left them, float32, shape
-            ``(images, depth + 1, K, dim)``.
+        layers: As `class_tokens_by_layer` gives them.
         output: After the last block and the final norm, float32, shape ``(images, K, dim)``.
         overlap: Jensen-Shannon divergence of the tokens' attention to the patches in the last block, the mean
-            over heads and pairs, in units of log 2, shape ``(images,)``; None where weights are not known.
+            over heads and pairs, shape ``(images,)``; None where weights are not known.
         maps: That attention, the mean over heads, shape ``(images, K, patches)``; rows sum to 1.
     """
 
@@ -55,10 +54,29 @@ class ClassTokens:
     preprocess: Preprocess
     grid_size: tuple[int, int]
 
-    @property
-    def count(self) -> int:
-        """How many class tokens there are."""
-        return int(self.output.shape[1])
+
+def class_tokens_by_layer(
+    classifier: ImageClassifier, source: ImageSource, config: InferenceConfig
+) -> tuple[Tensor, Rows]:
+    """Class tokens before the first block and after each, as the blocks left them.
+
+    Returns:
+        On the CPU, shape ``(images, depth + 1, K, dim)``, and which images these are.
+
+    Raises:
+        DataError: If no image can be read.
+        ModelFileError: If tokens are not finite.
+    """
+    count = classifier.model.layout.num_class_tokens
+    layers = range(len(classifier.model.blocks) + 1)
+    kept: list[Tensor] = []
+    failures: dict[int, str] = {}
+    for outputs in batches(classifier, source, layer_tokens(classifier, layers), config):
+        failures |= outputs.failures
+        if (tokens := outputs.values) is not None:
+            kept.append(torch.stack([tokens[layer][:, :count] for layer in layers], dim=1))
+    rows = Rows.of(source, failures)
+    return torch.cat(kept), rows
 
 
 def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> ClassTokens:
@@ -66,20 +84,15 @@ def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Cl
 
     Raises:
         ConfigError: If the model has no class token.
-        DataError: If no image can be read.
-        ModelFileError: If tokens are not finite.
     """
     model = classifier.model
     layout = model.layout
     if not layout.class_token:
         raise ConfigError("the model has no class token. Choose one that has: model.pool cls.")
-    count = layout.num_class_tokens
-    kept: list[Tensor] = []
     overlaps: list[Tensor] = []
-    failures: dict[int, str] = {}
 
     def keep(weights: Tensor) -> Tensor:
-        rows = weights[:, :, :count, layout.num_prefix_tokens :].float()
+        rows = weights[:, :, : layout.num_class_tokens, layout.num_prefix_tokens :].float()
         rows = rows / rows.sum(dim=-1, keepdim=True)
         overlaps.append(jensen_shannon(rows).mean(dim=1).cpu())
         return rows.mean(dim=1).cpu()
@@ -89,17 +102,11 @@ def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Cl
         attention_module(blocks[0])
     except ConfigError:
         blocks = []
-    layers = range(len(model.blocks) + 1)
     with capture_attention(blocks, keep) as maps:
-        for outputs in batches(classifier, source, layer_tokens(classifier, layers), CONFIG):
-            failures |= outputs.failures
-            if (tokens := outputs.values) is not None:
-                kept.append(torch.stack([tokens[layer][:, :count] for layer in layers], dim=1))
-    rows = Rows.of(source, failures)
-    collected = torch.cat(kept)
+        tokens, rows = class_tokens_by_layer(classifier, source, CONFIG)
     return ClassTokens(
-        collected.numpy(),
-        TokenReader(model).on_cpu().normed(collected[:, -1]).numpy(),
+        tokens.numpy(),
+        TokenReader(model).on_cpu().normed(tokens[:, -1]).numpy(),
         torch.cat(overlaps).double().numpy() if blocks else None,
         torch.cat(maps).numpy() if blocks else None,
         rows,
@@ -134,10 +141,7 @@ def _unit(tokens: np.ndarray) -> np.ndarray:
 
 
 def image_cosine(tokens: np.ndarray, *, seed: int) -> float:
-    """Mean cosine of the same token on two different images: what parallel tokens must be judged against.
-
-    Args:
-        tokens: Of two images at least, shape ``(images, K, dim)``.
+    """Mean cosine of the same token on two images: what parallel ones among ``(images, K, dim)`` mean.
 
     Example:
         >>> round(image_cosine(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), seed=0), 6)
@@ -154,7 +158,7 @@ class AgainstSeeds:
 
     Args:
         independent: Mean cosine of tokens of different models on the same image.
-        p: One-sided p-value of no difference.
+        p: One-sided.
         smallest_p: The least that so few seeds and tokens allow.
     """
 
@@ -168,12 +172,7 @@ def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
 
     If the tokens of a model had nothing to do with each other, it would not matter which of all tokens are
     put together as a model: they are dealt out at random, and the mean cosine within a model computed again.
-
-    Args:
-        outputs: Of models of different seeds on the same images, shape ``(seeds, images, K, dim)``.
-
-    Returns:
-        None for fewer than two seeds.
+    Outputs are of shape ``(seeds, images, K, dim)``; one seed alone gives None.
 
     Example:
         >>> right, up = [[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
@@ -209,12 +208,8 @@ def _rounded_p(observed: float, null_draws: np.ndarray) -> float:
 def jensen_shannon(rows: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions, the mean over pairs, in units of log 2.
 
-    Args:
-        rows: Each sums to 1 over the last axis; at least two, shape ``(..., K, places)``. One has nobody to
-            differ from: 0.
-
-    Returns:
-        From 0 (all equal) to 1 (no place in common), shape ``(...)``.
+    Rows are of shape ``(..., K, places)``, each of which sums to 1; the result, ``(...)``, goes from 0, where
+    all are equal or there is one alone, to 1, where they have no place in common.
 
     Example:
         >>> jensen_shannon(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).item()
@@ -238,9 +233,8 @@ class TokenAnswers:
     """What each class token says about the class.
 
     Args:
-        preds: Class by each token, int, shape ``(images, K)``.
-        most_confident: The token with the highest score for any class, int, shape ``(images,)``.
-        targets: True classes, shape ``(images,)``.
+        preds: Shape ``(images, K)``.
+        most_confident: The token with the highest score for any class, shape ``(images,)``.
         read_by: ``own head``, or ``ridge`` where the head reads no single token.
     """
 
@@ -277,7 +271,7 @@ def token_answers(classifier: ImageClassifier, parts: Partition, test: ClassToke
     else:
         train, val = (collect_class_tokens(classifier, part) for part in (parts.train, parts.val))
         columns = []
-        for k in range(test.count):
+        for k in range(test.output.shape[1]):
             fit = fit_linear(
                 (train.output[:, k], train.rows.labels),
                 (val.output[:, k], val.rows.labels),
@@ -292,14 +286,9 @@ def token_answers(classifier: ImageClassifier, parts: Partition, test: ClassToke
 
 
 def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
-    """How much the choice of a token tells about the class, averaged over seeds.
+    """How much the choice of a token, ``(seeds, images)``, tells about the class: bits, mean over seeds.
 
-    Args:
-        tokens: Which token, int, shape ``(seeds, images)``.
-        labels: Class of each image, shape ``(images,)``.
-
-    Returns:
-        In bits; the estimate from counts, which is above 0 by chance.
+    The estimate is from counts, and above 0 by chance.
 
     Example:
         >>> mutual_information(np.array([[0, 0, 1, 1]]), np.array([3, 3, 5, 5]))
@@ -317,11 +306,7 @@ def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
 
 
 def information_test(tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tuple[float, float, float]:
-    """Whether token and class depend on each other, by permuting the labels for all seeds alike.
-
-    Returns:
-        Mutual information in bits, its mean under permutation, and the p-value of no dependence.
-    """
+    """Mutual information in bits, its mean where labels are permuted for all seeds alike, and the p-value."""
     rng = np.random.default_rng(seed)
     bits = mutual_information(tokens, labels)
     null = np.array([mutual_information(tokens, rng.permutation(labels)) for _ in range(PERMUTATIONS)])
@@ -336,11 +321,7 @@ def collapse(cosine: Mean) -> str:
 
 @dataclass(frozen=True)
 class ArmTokens:
-    """What the models of one arm showed on the test part, a seed each.
-
-    Args:
-        seed: Which images are paired for comparison; also of the permutations.
-    """
+    """What the models of one arm showed on the test part, a seed each; ``seed`` is that of comparisons."""
 
     tokens: list[ClassTokens]
     answers: list[TokenAnswers]
@@ -376,11 +357,7 @@ class ArmTokens:
 def measure_arm(
     answers: Answers, trials: Sequence[Trial], parts: Mapping[int, Partition], seed: int
 ) -> ArmTokens:
-    """Watch the class tokens of the models of one arm.
-
-    Raises:
-        RunError: If a training failed.
-    """
+    """Watch the class tokens of the models of one arm."""
     tokens, token_preds = [], []
     for trial in trials:
         model = answers.model(trial)

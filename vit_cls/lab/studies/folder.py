@@ -18,8 +18,6 @@ def claim_folder(folder: Path, study: Study, images: dict[str, str]) -> bool:
     """Begin a study in a folder, or go on where the same study began.
 
     Args:
-        folder: As the user wrote it.
-        study: With its settings.
         images: A fingerprint of the images of each part.
 
     Returns:

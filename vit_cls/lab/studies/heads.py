@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,44 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError, RunError
-from vit_cls.lab.probes.common import compare_with
-from vit_cls.lab.results import HeatMap, LabResult, Line, LineChart, ScatterChart, Table, forest
-from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
+from vit_cls.lab.results import Figure, HeatMap, Line, LineChart, ScatterChart, Table, forest
+from vit_cls.lab.studies.answers import Answers
+from vit_cls.lab.studies.study import (
+    ARM_COLUMNS,
+    FROM_TO,
+    LAST_EPOCH,
+    Measured,
+    Setup,
+    Study,
+    check_pools,
+    score_cells,
+    verdict_line,
+)
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.model.pooling import needs_class_token, num_class_tokens
 from vit_cls.stats.random_effects import mean_interval, paired_difference
-from vit_cls.stats.verdicts import Claim, Finding, judge_all
+from vit_cls.stats.verdicts import DIFFERS, Claim, Finding, judge_all
 
 LR_FACTORS = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 1.0, 2.0), 5: (0.25, 0.5, 1.0, 2.0, 4.0)}
+COSTS = ("parameters", "head_parameters", "macs", "head_macs")
+"""What a trial notes of its model, in the order of the table."""
 DEFAULT_HEADS = ("cls", "gap", "max", "map", "ep:8")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the heads do at each learning rate, given as a factor of the recipe's.
+
+    Args:
+        usable: Trials of those rates at which every training ended well, by head and factor.
+        failed: Head and factor of the others.
+        tuned: The factor that was chosen for each head.
+        shared: Which test images are right at the recipe's own rate, by head that could be trained with it.
+    """
+
+    usable: dict[str, dict[float, list[Trial]]]
+    failed: list[tuple[str, float]]
+    tuned: dict[str, float]
+    shared: dict[str, np.ndarray]
 
 
 class HeadsStudy(Study):
@@ -53,8 +82,7 @@ class HeadsStudy(Study):
             given = ", ".join(self.heads) or "none"
             raise ConfigError(f"--heads needs two or more, such as cls,gap; got {given}.")
         check_choice("--lr_grid", lr_grid, LR_FACTORS)
-        for head in self.heads:
-            num_class_tokens(head, 1)  # refuses what is no pooling
+        check_pools(self.heads)
 
     @property
     def names(self) -> list[str]:
@@ -67,107 +95,70 @@ class HeadsStudy(Study):
     def arms(self) -> dict[str, dict[float, list[Trial]]]:
         """Trials by arm and factor of the learning rate, a seed each."""
         setup = self.setup
-        found: dict[str, dict[float, list[Trial]]] = {}
-        for arm, head in zip(self.names, self.heads, strict=True):
-            found[arm] = {
-                factor: [
-                    setup.trial(
-                        arm,
-                        seed,
-                        model=head_settings(head, pretrained=setup.recipe.pretrained is not None),
-                        lr_factor=factor,
-                        variant=f"lr x{factor:g}",
-                    )
-                    for seed in setup.all_seeds
-                ]
+        return {
+            arm: {
+                factor: setup.trials(arm, model=setup.head(head), lr_factor=factor, variant=f"lr x{factor:g}")
                 for factor in LR_FACTORS[self.lr_grid]
             }
-        return found
-
-    def analyse(self, answers: Answers) -> LabResult:
-        """See `Study.analyse`."""
-        grid = self.arms()
-        usable = {
-            arm: {f: t for f, t in rates.items() if not any(answers.failed(one) for one in t)}
-            for arm, rates in grid.items()
+            for arm, head in zip(self.names, self.heads, strict=True)
         }
-        for arm, rates in usable.items():
-            if not rates:
-                errors = [answers.failed(trial) for trials in grid[arm].values() for trial in trials]
-                raise RunError(f"no learning rate worked for {arm}: {next(filter(None, errors))}")
-        tuned = {arm: best_rate(answers, rates) for arm, rates in usable.items()}
-        chosen = {arm: usable[arm][factor] for arm, factor in tuned.items()}
-        shared = {arm: rates[1.0] for arm, rates in usable.items() if 1.0 in rates}
-        right = {arm: answers.correct(trials) for arm, trials in chosen.items()}
-        first, margin, seed = self.names[0], self.setup.margin, self.setup.seed
-        findings = list(compare_with(first, right, "{} and {} differ.", margin=margin, seed=seed).values())
-        best = max(chosen, key=lambda arm: answers.val_accuracy(chosen[arm]))
-        return self.result(
-            answers,
-            self._headline(right, findings, best),
-            findings,
-            tables=self._tables(answers, chosen, shared, tuned),
-            figures=self._figures(answers, usable, chosen, findings, right),
-            values={
-                "tuned_lr": {arm: self._lr(factor) for arm, factor in tuned.items()},
-                "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
-                "top1_shared_lr": {arm: answers.correct(t).mean(axis=1) for arm, t in shared.items()},
-            },
-            predictions=answers.predictions(chosen),
-            notes=self._notes(grid, usable),
-        )
 
-    def _headline(self, right: dict[str, np.ndarray], findings: Sequence[Finding], best: str) -> str:
+    def measure(self, answers: Answers) -> Measured:
+        """Each head at the rate that is best for it, and at the others."""
+        usable: dict[str, dict[float, list[Trial]]] = {}
+        failed: list[tuple[str, float]] = []
+        for arm, rates in self.arms().items():
+            errors = {
+                factor: next(filter(None, map(answers.failed, trials)), None)
+                for factor, trials in rates.items()
+            }
+            usable[arm] = {factor: trials for factor, trials in rates.items() if errors[factor] is None}
+            failed += [(arm, factor) for factor in rates if errors[factor] is not None]
+            if not usable[arm]:
+                raise RunError(f"no learning rate worked for {arm}: {next(iter(errors.values()))}")
+        tuned = {arm: best_rate(answers, rates) for arm, rates in usable.items()}
+        shared = {arm: answers.correct(rates[1.0]) for arm, rates in usable.items() if 1.0 in rates}
+        chosen = {arm: usable[arm][factor] for arm, factor in tuned.items()}
+        return Measured.of(answers, chosen, Rates(usable, failed, tuned, shared))
+
+    def claims(self, measured: Measured) -> list[Claim]:
+        first, *others = measured.right
+        return self._differ(measured, [(first, other) for other in others])
+
+    def _differ(self, measured: Measured, pairs: Sequence[tuple[str, str]]) -> list[Claim]:
+        rows = [(f"{b} and {a} differ.", a, b, DIFFERS) for a, b in pairs]
+        return measured.claims(rows, self.setup.margin)
+
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
         """The comparison that is asked most: CLS with GAP where both are there, else the first two.
 
         The best of several, chosen by the images that it is reported on, would look better than it is.
         """
-        arms = list(right)
+        arms = list(measured.arms)
         other = "gap" if arms[0] != "gap" and "gap" in arms else arms[1]
-        finding = findings[arms[1:].index(other)]
-        top = f"Best on validation: {best}, with {fmt.percent(right[best].mean())} of the test images right."
-        return f"{finding.verdict.capitalize()}: {finding.sentence} {top}"
+        best = max(arms, key=lambda arm: measured.answers.val_accuracy(measured.arms[arm]))
+        share = fmt.percent(measured.right[best].mean())
+        top = f"Best on validation: {best}, with {share} of the test images right."
+        return verdict_line(findings[arms[1:].index(other)], top)
 
     def _lr(self, factor: float) -> float:
         assert self.setup.recipe.lr is not None
         return self.setup.recipe.lr * factor
 
-    def _tables(
-        self,
-        answers: Answers,
-        chosen: dict[str, list[Trial]],
-        shared: dict[str, list[Trial]],
-        tuned: dict[str, float],
-    ) -> list[Table]:
-        rows: list[list[Any]] = []
-        for arm, trials in chosen.items():
-            note = answers.note(trials[0])
-            seconds = float(np.median([answers.note(trial)["seconds"] for trial in trials]))
-            rows.append(
-                [
-                    arm,
-                    *answers.cells(trials),
-                    answers.val_accuracy(trials),
-                    self._lr(tuned[arm]),
-                    note["parameters"],
-                    note["head_parameters"],
-                    note["macs"],
-                    note["head_macs"],
-                    seconds,
-                ]
-            )
-        rows.sort(key=lambda row: -row[1])
+    def tables(self, measured: Measured, findings: Sequence[Finding]) -> list[Table]:
+        rates: Rates = measured.more
+        tuned = sorted(self._rows(measured), key=lambda row: -row[1])
         costs = ["validation (%)", "learning rate", "parameters", "of pooling and head", "MACs", "of these"]
-        order = sorted(shared, key=lambda arm: -answers.correct(shared[arm]).mean())
+        order = sorted(rates.shared, key=lambda arm: -rates.shared[arm].mean())
         ranks = [
-            [place, row[0], order[place - 1] if place <= len(order) else None]
-            for place, row in enumerate(rows, 1)
+            [place, row[0], at_one]
+            for place, (row, at_one) in enumerate(itertools.zip_longest(tuned, order), 1)
         ]
         return [
             Table(
                 "Each head at its own learning rate",
                 ["head", *ARM_COLUMNS, *costs, "seconds"],
-                rows,
+                tuned,
                 "Test images; the learning rate was chosen on validation images. MACs: multiply-adds for one "
                 "image, encoder included, then of pooling and head. Seconds: of a training and its answers, "
                 "beside others where --jobs is above 1.",
@@ -181,23 +172,26 @@ class HeadsStudy(Study):
             Table(
                 "All at the shared learning rate",
                 ["head", *ARM_COLUMNS],
-                [[arm, *answers.cells(shared[arm])] for arm in order],
+                [[arm, *score_cells(rates.shared[arm])] for arm in order],
             ),
-            self._pairs({arm: answers.correct(trials) for arm, trials in chosen.items()}),
+            self._pairs(measured),
         ]
 
-    def _pairs(self, right: dict[str, np.ndarray]) -> Table:
-        pairs = list(itertools.combinations(right, 2))
-        judged = judge_all(
-            [
-                Claim(f"{b} and {a} differ.", right[a], right[b], margin=self.setup.margin, names=(a, b))
-                for a, b in pairs
-            ],
-            seed=self.setup.seed,
-        )
+    def _rows(self, measured: Measured) -> list[list[Any]]:
+        answers = measured.answers
+        rows: list[list[Any]] = []
+        for arm, trials in measured.arms.items():
+            row = [arm, *score_cells(measured.right[arm]), answers.val_accuracy(trials)]
+            costs = [answers.note(trials[0])[name] for name in COSTS]
+            rows.append([*row, self._lr(measured.more.tuned[arm]), *costs, answers.seconds(trials)])
+        return rows
+
+    def _pairs(self, measured: Measured) -> Table:
+        pairs = list(itertools.combinations(measured.right, 2))
+        judged = judge_all(self._differ(measured, pairs), seed=self.setup.seed)
         return Table(
             "Every pair",
-            ["head", "less", "difference (%)", "from (%)", "to (%)", "p, Holm", "p of equivalence, Holm"],
+            ["head", "less", "difference (%)", *FROM_TO, "p, Holm", "p of equivalence, Holm"],
             [
                 [b, a, one.estimate, *(one.ci95 or (None, None)), one.p_holm, one.p_equivalence]
                 for (a, b), one in zip(pairs, judged, strict=True)
@@ -205,33 +199,25 @@ class HeadsStudy(Study):
             f"Each at its own learning rate, paired by seed and image; adjusted over all {len(pairs)} pairs.",
         )
 
-    def _figures(
-        self,
-        answers: Answers,
-        usable: dict[str, dict[float, list[Trial]]],
-        chosen: dict[str, list[Trial]],
-        findings: Sequence[Finding],
-        right: dict[str, np.ndarray],
-    ) -> list[Any]:
-        arms = list(chosen)
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
+        answers, right = measured.answers, measured.right
+        first, *others = right
         response = [
             Line(arm, [(self._lr(f), answers.val_accuracy(t)) for f, t in sorted(rates.items())])
-            for arm, rates in list(usable.items())[:8]
+            for arm, rates in list(measured.more.usable.items())[:8]
         ]
-        points = []
-        for arm, trials in chosen.items():
-            mean = mean_interval(right[arm])
-            points.append((arm, float(answers.note(trials[0])["macs"]), mean.estimate, mean.ci95))
+        means = {arm: mean_interval(rows) for arm, rows in right.items()}
+        points = [
+            (arm, float(answers.note(trials[0])["macs"]), means[arm].estimate, means[arm].ci95)
+            for arm, trials in measured.arms.items()
+        ]
         matrix = [
-            [paired_difference(right[a], right[b]).estimate if a != b else float("nan") for b in arms]
-            for a in arms
+            [paired_difference(right[a], right[b]).estimate if a != b else float("nan") for b in right]
+            for a in right
         ]
+        differences = dict(zip([f"{arm} minus {first}" for arm in others], findings, strict=True))
         return [
-            *forest(
-                f"Difference to {arms[0]}",
-                {f"{arm} minus {arms[0]}": one for arm, one in zip(arms[1:], findings, strict=True)},
-                self.setup.margin,
-            ),
+            *forest(f"Difference to {first}", differences, self.setup.margin),
             LineChart(
                 "Response to the learning rate",
                 "learning rate",
@@ -244,39 +230,31 @@ class HeadsStudy(Study):
             HeatMap(
                 "Column minus row",
                 matrix,
-                arms,
-                arms,
+                list(right),
+                list(right),
                 note="Mean difference of test accuracy over seeds and images.",
             ),
         ]
 
-    def _notes(self, grid: dict[str, Any], usable: dict[str, Any]) -> list[str]:
-        notes = [
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        rates: Rates = measured.more
+        return {
+            "tuned_lr": {arm: self._lr(factor) for arm, factor in rates.tuned.items()},
+            **super().values(measured, findings),
+            "top1_shared_lr": {arm: rows.mean(axis=1) for arm, rows in rates.shared.items()},
+        }
+
+    def notes(self, measured: Measured) -> list[str]:
+        fresh = "Heads that do not read a class token are trained without one."
+        return [
             "Per seed all heads start from the same encoder and see the same images in the same order.",
-            "The model after the last epoch counts; no epoch was selected.",
+            LAST_EPOCH,
+            *([fresh] if self.setup.recipe.pretrained is None else []),
+            *(
+                f"{arm}: learning rate {self._lr(factor):g} failed and was left out."
+                for arm, factor in measured.more.failed
+            ),
         ]
-        if self.setup.recipe.pretrained is None:
-            notes.append("Heads that do not read a class token are trained without one.")
-        notes += [
-            f"{arm}: learning rate {self._lr(factor):g} failed and was left out."
-            for arm in grid
-            for factor in grid[arm]
-            if factor not in usable[arm]
-        ]
-        return notes
-
-
-def head_settings(head: str, *, pretrained: bool) -> dict[str, Any]:
-    """Settings of ``fit``'s ``model`` for a pooling.
-
-    Args:
-        pretrained: Whether the weights have a class token, which is then kept even where it is not read.
-
-    Example:
-        >>> head_settings("gap", pretrained=False)
-        {'pool': 'gap', 'class_token': False}
-    """
-    return {"pool": head} | ({} if pretrained or needs_class_token(head) else {"class_token": False})
 
 
 def best_rate(answers: Answers, rates: dict[float, list[Trial]]) -> float:

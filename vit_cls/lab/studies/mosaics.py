@@ -29,15 +29,14 @@ TILE = 32
 FEWEST_CLASSES = 4
 """Two to tell apart, and two for the other tiles."""
 EXAMPLES = 4
-_LOADED = 64
-_MEMORY = Path("/proc/meminfo")
+LOADED = 64
+MEMORY = Path("/proc/meminfo")
 
 
 class MosaicSource(ArraySource):
     """Canvases in memory, and what stands where on them.
 
     Args:
-        images: One canvas for each, uint8, shape ``(images, 3, height, width)``.
         tiles: Which tiles show the image, row by row, int64, shape ``(images, relevant)``.
         failures: Why an image is on no canvas, neither as target nor as distractor, by its relative path.
     """
@@ -70,9 +69,8 @@ def mosaic_parts(
         relevant: Tiles that show the image, from 1 to ``side * side``.
         tile: Side of a tile in pixels: the centre square of an image is resized to it. None keeps square
             images in memory as they are, and takes `TILE` for files.
-        distractors: ``classes``: the first half of the classes, by name, are to be told apart, and the other
-            tiles show images of the second half, drawn from the same part with replacement. ``noise``: all
-            classes are to be told apart, and the other tiles are uniform noise.
+        distractors: What the other tiles show: ``classes``, images of the second of the `roles`, drawn from
+            the same part with replacement; or ``noise``, which is uniform.
 
     Returns:
         The same parts, each a `MosaicSource`. Files that cannot be read are left out; ``origin`` counts them.
@@ -81,13 +79,16 @@ def mosaic_parts(
         ConfigError: If a setting is out of range, or there are too few classes for ``classes``.
         DataError: If a part has no image for one of the two roles, or the memory is too small.
     """
-    _check(side, relevant, tile)
+    tiles = side * side
+    check_range("--side", side, at_least=2)
+    check_range("relevant", relevant, at_least=1, at_most=tiles, hint=f"A mosaic has {tiles} tiles.")
+    check_range("--tile", tile, at_least=2)
     targets, others = roles(parts.class_names, distractors)
     sources: dict[str, ImageSource] = {name: getattr(parts, name) for name in PARTS}
     pixels = tile_side(parts) if tile is None else tile
     count = sum(int(np.isin(_names(one.index), targets).sum()) for one in sources.values())
     size = 3 * pixels * pixels
-    canvases = count * side * side * size
+    canvases = count * tiles * size
     _check_memory(
         canvases + max(len(one.index) for one in sources.values()) * size, f"{count} mosaics", tile=pixels
     )
@@ -109,10 +110,7 @@ def mosaic_parts(
 
 
 def relevant_tiles(path: str, *, side: int, relevant: int, seed: int = 0) -> np.ndarray:
-    """The tiles that show the image itself: where its evidence lies, known without any annotation.
-
-    Returns:
-        Positions of the tiles, row by row, int64, shape ``(relevant,)``; fewer are the first of more.
+    """The tiles that show the image itself, row by row, int64, ``(relevant,)``; fewer are the first of more.
 
     Example:
         >>> few, more = (relevant_tiles("3/0013.png", side=4, relevant=n) for n in (2, 5))
@@ -123,10 +121,7 @@ def relevant_tiles(path: str, *, side: int, relevant: int, seed: int = 0) -> np.
 
 
 def roles(class_names: Sequence[str], distractors: str) -> tuple[list[str], list[str]]:
-    """The classes to be told apart, and those that the other tiles show.
-
-    Returns:
-        Both in the order of the names; the second is empty for noise.
+    """The classes to be told apart, and those that the other tiles show: halves by name; none for noise.
 
     Raises:
         ConfigError: If there are too few classes for both roles, or ``distractors`` is another word.
@@ -158,11 +153,7 @@ def tile_side(parts: Partition) -> int:
 
 
 def with_image(canvas: np.ndarray, tile: np.ndarray, where: np.ndarray, side: int) -> np.ndarray:
-    """The same canvas with an image on some of its tiles.
-
-    Args:
-        canvas: Shape ``(channels, height, width)``; is not changed.
-        tile: The image, in the size of a tile, shape ``(channels, height / side, width / side)``.
+    """A canvas ``(channels, height, width)`` with an image, in the size of a tile, on some of its tiles.
 
     Example:
         >>> with_image(np.zeros((1, 2, 2), int), np.full((1, 1, 1), 7), np.array([2]), 2)[0].tolist()
@@ -174,11 +165,7 @@ def with_image(canvas: np.ndarray, tile: np.ndarray, where: np.ndarray, side: in
 
 
 def example_pictures(source: MosaicSource, counts: Sequence[int], *, side: int, seed: int) -> Pictures:
-    """Some images with more and fewer relevant tiles.
-
-    Args:
-        source: Mosaics with as few relevant tiles as any of ``counts``; ``side`` and ``seed`` are theirs.
-    """
+    """Some images of a source, whose ``side`` and ``seed`` these are, with as many or more relevant tiles."""
     labels = source.index.labels
     chosen = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)[:EXAMPLES]]
     rows = []
@@ -245,7 +232,7 @@ def _read(source: ImageSource, pixels: int) -> tuple[np.ndarray, np.ndarray, dic
     tiles = np.empty((len(index), 3, pixels, pixels), dtype=np.uint8)
     kept: list[int] = []
     failures: dict[str, str] = {}
-    for positions, batch in load_once(source, eval_reader(pixels, crop_pct=1.0), batch_size=_LOADED):
+    for positions, batch in load_once(source, eval_reader(pixels, crop_pct=1.0), batch_size=LOADED):
         failures |= {index.paths[positions[place]]: reason for place, reason in batch.failures}
         rows = [positions[place] for place in batch.indices.tolist()]
         if rows:
@@ -264,13 +251,6 @@ def _draws(path: str, seed: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little"))
 
 
-def _check(side: int, relevant: int, tile: int | None) -> None:
-    check_range("--side", side, at_least=2)
-    tiles = side * side
-    check_range("relevant", relevant, at_least=1, at_most=tiles, hint=f"A mosaic has {tiles} tiles.")
-    check_range("--tile", tile, at_least=2)
-
-
 def _check_memory(needed: int, what: str, *, tile: int) -> None:
     """Refuse what does not fit; where the system does not tell what is free, nothing is refused."""
     free = _free_memory()
@@ -284,7 +264,7 @@ def _check_memory(needed: int, what: str, *, tile: int) -> None:
 def _free_memory() -> int | None:
     """Bytes that the system could give, None where it does not say."""
     try:
-        lines = _MEMORY.read_text(encoding="ascii").splitlines()
+        lines = MEMORY.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines if ":" in line)

@@ -15,13 +15,13 @@ from vit_cls.lab.probes.common import freeze_parts
 from vit_cls.lab.probes.tokens import SINGLE
 from vit_cls.lab.probes.tokens import tokens as probe_tokens
 from vit_cls.lab.results import HeatMap, Table
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.recipe import MODEL_KEYS, Recipe
-from vit_cls.lab.studies.study import ARM_COLUMNS, Answers
+from vit_cls.lab.studies.study import ARM_COLUMNS, score_cells
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.model.pooling import make_pooling
 from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.model.tokens import TokenLayout
-from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import EQUAL, GREATER, Claim
 from vit_cls.weights.factory import architecture_of
 
@@ -30,12 +30,7 @@ TOKENS = (CLS, "first", "corner", "centre", "random", GAP)
 
 
 def grid_of(recipe: Recipe) -> tuple[int, int]:
-    """Patch rows and columns of the models that a recipe makes.
-
-    Raises:
-        ConfigError: If its settings do not fit together.
-        ModelFileError: If the weights cannot be had.
-    """
+    """Patch rows and columns of the models that a recipe makes."""
     settings = recipe.part(MODEL_KEYS)
     name, pretrained = settings.pop("name"), settings.pop("pretrained", None)
     rows, columns = architecture_of(name, pretrained, **settings).grid_size
@@ -45,14 +40,11 @@ def grid_of(recipe: Recipe) -> tuple[int, int]:
 def chosen_patches(
     tokens: Sequence[str], grid_size: tuple[int, int], seed: int
 ) -> tuple[dict[str, int], list[str]]:
-    """Patches by name, and what was left out because another name has it already.
+    """Patches by name, and a sentence for each that was left out because another name has it already.
 
     Args:
         tokens: As the user wrote them, each once; ``cls`` and ``gap`` are no patches.
         seed: Of the patch that is drawn. It is none of the other names' where there is another.
-
-    Returns:
-        The number of each patch in raster order, and a sentence for each that was left out.
 
     Raises:
         ConfigError: If a token is unknown, or has no such number.
@@ -137,12 +129,7 @@ class FrozenReads:
 
 
 def read_frozen(answers: Answers, trials: Sequence[Trial], name: str) -> FrozenReads:
-    """Probe every single token of finished models, by the probe ``tokens``.
-
-    Raises:
-        RunError: If a training failed.
-        DataError: If a part is too small for a probe.
-    """
+    """Probe every single token of finished models, by the probe ``tokens``."""
     patches, pooled, preds = [], [], []
     grid_size = (0, 0)
     config = InferenceConfig(precision="32")
@@ -168,13 +155,9 @@ def read_frozen(answers: Answers, trials: Sequence[Trial], name: str) -> FrozenR
 
 
 def frozen_claims(cls: FrozenReads, gap: FrozenReads, *, margin: float) -> list[Claim]:
-    """What is claimed of single patches, before they are measured.
-
-    Args:
-        gap: Of models that were trained to be read at the mean of their patches.
-    """
+    """What is claimed of single patches, before they are measured."""
     of_cls, of_gap = cls.pooled["cls"].astype(np.float64), gap.pooled["gap"].astype(np.float64)
-    average = f"{SINGLE} of the {{}} model"
+    of_patch = f"{SINGLE} of the {{}} model"
     return [
         Claim(
             f"Frozen, the class token of a {cls.name} model beats its average patch.",
@@ -182,7 +165,7 @@ def frozen_claims(cls: FrozenReads, gap: FrozenReads, *, margin: float) -> list[
             of_cls,
             GREATER,
             margin,
-            (average.format(cls.name), "its class token"),
+            (of_patch.format(cls.name), "its class token"),
         ),
         Claim(
             f"Frozen, the average patch of a {gap.name} model does as well as the mean of its patches.",
@@ -190,7 +173,7 @@ def frozen_claims(cls: FrozenReads, gap: FrozenReads, *, margin: float) -> list[
             of_gap,
             EQUAL,
             margin,
-            (average.format(gap.name), "the mean of its patches"),
+            (of_patch.format(gap.name), "the mean of its patches"),
         ),
         Claim(
             f"Frozen, the class token of a {cls.name} model is further ahead of its average patch than the "
@@ -220,11 +203,7 @@ def frozen_table(models: Sequence[FrozenReads]) -> Table:
             f"worst patch ({worst})": model.patches[:, worst],
             f"best patch ({best})": model.patches[:, best],
         }
-        for pool, scores in reads.items():
-            mean, by_seed = mean_interval(scores), scores.mean(axis=1)
-            low, high = max(0.0, mean.ci95[0]), min(1.0, mean.ci95[1])
-            spread = [float(by_seed.min()), float(by_seed.max())]
-            rows.append([model.name, pool, mean.estimate, low, high, *spread, mean.seeds, mean.images])
+        rows += [[model.name, pool, *score_cells(scores)] for pool, scores in reads.items()]
     note = (
         "Test images. The best patch is the best on these images, so its accuracy is optimistic, as that of "
         "the worst is pessimistic; they are shown for the spread."

@@ -8,17 +8,8 @@ from typing import Any
 
 from vit_cls.checks import check_range
 
-MODEL_KEYS = (
-    "name",
-    "pretrained",
-    "img_size",
-    "patch_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "fc_norm",
-)
+_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+MODEL_KEYS = ("name", "pretrained", *_SIZES, "fc_norm")
 OPTIM_KEYS = ("lr", "weight_decay", "label_smoothing", "warmup_epochs")
 DATA_KEYS = ("batch_size", "augment")
 
@@ -71,11 +62,7 @@ class Recipe:
             check_range(f"--recipe.{name}", getattr(self, name), above=0)
 
     def resolved(self, data: str) -> Recipe:
-        """The same with every setting that has a usual value filled in.
-
-        Args:
-            data: ``digits``, or a folder.
-        """
+        """The same with what suits ``digits`` or a folder filled in."""
         usual = RECIPES["digits" if data == "digits" else "finetune" if self.pretrained else "scratch"]
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         return dataclasses.replace(usual, **given)

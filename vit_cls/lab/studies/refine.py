@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,15 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import LabResult, Line, LineChart, Table
-from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.results import Figure, Line, LineChart, Table
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.refinement import Refinement, check_reads_class_token, refinement
-from vit_cls.lab.studies.study import Answers, Setup, Study, train_arms
+from vit_cls.lab.studies.study import FROM_TO, Measured, Setup, Study, bounded, verdict_line
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.stats.random_effects import Mean, mean_interval
-from vit_cls.stats.verdicts import EQUIVALENT, LESS, SUPPORTED, Claim, Finding, judge_all
+from vit_cls.stats.random_effects import mean_interval
+from vit_cls.stats.verdicts import EQUIVALENT, LESS, SUPPORTED, Claim, Finding
 from vit_cls.weights.factory import load
-
-RESULT_COLUMNS = ("(%)", "from (%)", "to (%)")
 
 
 class RefineStudy(Study):
@@ -59,69 +58,117 @@ class RefineStudy(Study):
             )
 
     def arms(self) -> dict[str, list[Trial]]:
-        """See `Study.arms`; none where the user gave a model, which is checked before anything begins."""
+        """None where the user gave a model, which is checked before anything begins."""
         if self.model is not None:
             check_reads_class_token(load(self.model).model)
             return {}
-        model = head_settings("cls", pretrained=self.setup.recipe.pretrained is not None)
-        return train_arms(self.setup, {"cls": model})
+        return self.setup.arms({"cls": self.setup.head("cls")})
 
     def settings(self) -> dict[str, Any]:
-        """See `Study.settings`; without a recipe where nothing is trained."""
+        """Without a recipe where nothing is trained."""
         found = super().settings()
         return found if self.model is None else {key: v for key, v in found.items() if key != "recipe"}
 
-    def analyse(self, answers: Answers) -> LabResult:
-        """See `Study.analyse`."""
-        measured = self._measure(answers)
-        curves = Curves.of(list(measured.values()))
-        claims = [
-            Claim(
-                f"Class tokens exchanged between images after block {layer} make test top-1 lower.",
-                curves.unchanged.astype(np.float64),
-                curves.shuffled[:, layer],
-                LESS,
-                self.setup.margin,
-                ("an unchanged one", f"a class token shuffled after block {layer}"),
-            )
-            for layer in range(1, curves.depth + 1)
-        ]
-        findings = judge_all(claims, seed=self.setup.seed)
-        used = [layer for layer, one in enumerate(findings, 1) if one.verdict == SUPPORTED]
-        return self.result(
-            answers,
-            headline(curves, findings, used),
-            findings,
-            tables=[_shuffle_table(curves, findings), _layer_table(curves)],
-            figures=[_curve_chart(curves), _kl_chart(curves)],
-            data=self._data(answers, measured),
-            values=_values(curves, measured, used),
-            predictions=_predictions(measured),
-            notes=self._notes(curves),
-        )
-
-    def _measure(self, answers: Answers) -> dict[str, Refinement]:
-        """What was found of each model, by its seed; all of the user's permutations in one."""
+    def measure(self, answers: Answers) -> Measured:
+        """What was found of each model, by its seed; all permutations of a user's model in one."""
         setup, count = self.setup, self.permutations
         if self.model is not None:
             parts = setup.trial_data.parts(setup.seed)
             found = refinement(load(self.model), parts, seeds=setup.all_seeds, permutations=count)
-            return {str(setup.seed): found}
-        return {
+            return Measured(answers, {}, {}, Refinements({str(setup.seed): found}))
+        models = {
             str(trial.seed): refinement(
                 answers.model(trial), trial.data.parts(trial.seed), seeds=[trial.seed], permutations=count
             )
             for trial in self.trials()
         }
+        return Measured(answers, {}, {}, Refinements(models))
 
-    def _data(self, answers: Answers, measured: dict[str, Refinement]) -> dict[str, Any]:
+    def claims(self, measured: Measured) -> list[Claim]:
+        models: Refinements = measured.more
+        return [
+            Claim(
+                f"Class tokens exchanged between images after block {layer} make test top-1 lower.",
+                models.unchanged.astype(np.float64),
+                models.by_layer["shuffled"][:, layer],
+                LESS,
+                self.setup.margin,
+                ("an unchanged one", f"a class token shuffled after block {layer}"),
+            )
+            for layer in range(1, models.depth + 1)
+        ]
+
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
+        return headline(findings, measured.more.by_layer["ridge probe"])
+
+    def tables(self, measured: Measured, findings: Sequence[Finding]) -> list[Table]:
+        return [_shuffle_table(measured.more, findings), _layer_table(measured.more)]
+
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
+        models: Refinements = measured.more
+        return [
+            LineChart(
+                "Decodable and used",
+                "block",
+                "test top-1",
+                [_line(name, scores) for name, scores in models.by_layer.items()],
+                marks={"unchanged": float(models.unchanged.mean())},
+                note=(
+                    "0 is before the first block; bands are 95 % intervals. Probe and lens rise where the "
+                    "class token comes to hold the class; shuffled and mean fall where what it holds is used."
+                ),
+            ),
+            LineChart(
+                "How far answers move when class tokens are shuffled",
+                "block",
+                "KL divergence (nats)",
+                [_line("shuffled", models.stacked("kl"), float("inf"))],
+                percent=False,
+                note="Of the probabilities before to those after, mean over images; band: 95 % interval.",
+            ),
+        ]
+
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        models, used = measured.more, used_layers(findings)
+        each = models.by_seed.values()
+        return {
+            "top1": models.unchanged.mean(axis=1),
+            **{name.replace(" ", "_"): rows.mean(axis=(0, 2)) for name, rows in models.by_layer.items()},
+            "kl": models.stacked("kl").mean(axis=(0, 2)),
+            "used_layers": used,
+            "first_used_layer": used[0] if used else None,
+            "permuted_logits_top1": float(np.mean([one.permuted for one in each])),
+            "shuffle_layer0_max_change": max(one.layer0_change for one in each),
+            "shuffle_last_layer_max_distance_to_permuted_logits": max(one.last_change for one in each),
+        }
+
+    def predictions(self, measured: Measured) -> dict[str, Any]:
+        """Everything per image: classes, and shares of permutations."""
+        models: Refinements = measured.more
+        first = models.first
+
+        def by_seed(name: str) -> dict[str, Any]:
+            return {seed: getattr(one, name).tolist() for seed, one in models.by_seed.items()}
+
+        names = ("replaced", "inserted", "lens", "ridge")
+        return {
+            "class_names": first.class_names,
+            "paths": list(first.rows.paths),
+            "targets": first.targets.tolist(),
+            "predictions": {"cls": by_seed("preds")},
+            "by_layer": {name: by_seed(name) for name in names if getattr(first, name) is not None},
+            "shuffled_right_share": by_seed("shuffled"),
+            "shuffled_kl": by_seed("kl"),
+        }
+
+    def data(self, measured: Measured) -> dict[str, Any]:
         if self.model is None:
-            return self.data_record(answers, self.trials())
+            return super().data(measured)
         parts = self.setup.trial_data.parts(self.setup.seed)
-        failures = next(iter(measured.values())).failures
+        failures = measured.more.first.failures
         return {"origin": parts.origin, **parts.counts(), "failed": len(failures), "failures": failures}
 
-    def _notes(self, curves: Curves) -> list[str]:
+    def notes(self, measured: Measured) -> list[str]:
         notes = [
             "Layer 0 is before the first block, where the class token is the same for every image, so that "
             "shuffling it changes nothing. After the last block, shuffling it permutes the logits.",
@@ -133,16 +180,14 @@ class RefineStudy(Study):
         ]
         if self.model is not None:
             count = self.setup.seeds * self.permutations
-            notes.append(
+            notes += [
                 f"One model, {count} permutations, averaged for each image: what is found holds for this "
-                "model and images like these."
-            )
-            notes.append(
+                "model and images like these.",
                 "If the model was trained on images of the train or validation part, what is read off its "
                 "class token there, and the probe that is fitted to it, are not as on images new to it; "
-                "images of the test part must be new to it."
-            )
-        if curves.inserted is None:
+                "images of the test part must be new to it.",
+            ]
+        if measured.more.first.inserted is None:
             notes.append(
                 "The class token was not inserted late: attention has a causal mask, rotary positions or "
                 "relative position biases, which are made for all tokens."
@@ -151,78 +196,69 @@ class RefineStudy(Study):
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Scores of all models: what is right, image by image.
+class Refinements:
+    """What was found of all models, by seed; they answered for the same images."""
 
-    Args:
-        unchanged: bool, shape ``(seeds, images)``.
-        shuffled: Share of the permutations, float64, shape ``(seeds, layers, images)``.
-        kl: In nats, likewise.
-        replaced: bool, likewise.
-        inserted: bool, likewise; None where blocks need the class token.
-        lens: bool, likewise.
-        ridge: bool, likewise.
-    """
+    by_seed: Mapping[str, Refinement]
 
-    unchanged: np.ndarray
-    shuffled: np.ndarray
-    kl: np.ndarray
-    replaced: np.ndarray
-    inserted: np.ndarray | None
-    lens: np.ndarray
-    ridge: np.ndarray
-
-    @classmethod
-    def of(cls, measured: Sequence[Refinement]) -> Curves:
-        """Put models together that answered for the same images."""
-        targets = measured[0].targets
-        assert all(np.array_equal(one.rows.positions, measured[0].rows.positions) for one in measured)
-
-        def right(name: str) -> np.ndarray:
-            return np.stack([getattr(one, name) == targets for one in measured])
-
-        return cls(
-            right("preds"),
-            np.stack([one.shuffled for one in measured]),
-            np.stack([one.kl for one in measured]),
-            right("replaced"),
-            None if any(one.inserted is None for one in measured) else right("inserted"),
-            right("lens"),
-            right("ridge"),
-        )
+    @property
+    def first(self) -> Refinement:
+        """That of the first seed."""
+        return next(iter(self.by_seed.values()))
 
     @property
     def depth(self) -> int:
         """Blocks."""
-        return self.shuffled.shape[1] - 1
+        return len(self.first.shuffled) - 1
 
+    @property
+    def unchanged(self) -> np.ndarray:
+        """Which images the models have right as they are, bool, shape ``(seeds, images)``."""
+        return self.right("preds")
+
+    def stacked(self, name: str) -> np.ndarray:
+        """An array of each model, shape ``(seeds, ...)``."""
+        assert all(np.array_equal(one.targets, self.first.targets) for one in self.by_seed.values())
+        return np.stack([getattr(one, name) for one in self.by_seed.values()])
+
+    def right(self, name: str) -> np.ndarray:
+        """Where answers are right, bool, shape ``(seeds, ..., images)``."""
+        return self.stacked(name) == self.first.targets
+
+    @cached_property
     def by_layer(self) -> dict[str, np.ndarray]:
-        """Everything that is an accuracy at each layer, by what it is called."""
+        """What is right at each layer, by what it is called, each of shape ``(seeds, layers, images)``."""
         found = {
-            "ridge probe": self.ridge,
-            "class lens": self.lens,
-            "shuffled": self.shuffled,
-            "mean class token instead": self.replaced,
+            "ridge probe": self.right("ridge"),
+            "class lens": self.right("lens"),
+            "shuffled": self.stacked("shuffled"),
+            "mean class token instead": self.right("replaced"),
         }
-        return found if self.inserted is None else {**found, "inserted here only": self.inserted}
+        late = {} if self.first.inserted is None else {"inserted here only": self.right("inserted")}
+        return {**found, **late}
 
 
-def _interval(scores: np.ndarray, most: float = 1.0) -> tuple[Mean, tuple[float, float]]:
-    mean = mean_interval(scores)
-    return mean, (max(0.0, mean.ci95[0]), min(most, mean.ci95[1]))
+def used_layers(findings: Sequence[Finding]) -> list[int]:
+    """Blocks after which exchanged class tokens made top-1 lower."""
+    return [layer for layer, one in enumerate(findings, 1) if one.verdict == SUPPORTED]
 
 
-def headline(curves: Curves, findings: Sequence[Finding], used: Sequence[int]) -> str:
-    """What may be said in one sentence."""
-    depth = curves.depth
+def headline(findings: Sequence[Finding], ridge: np.ndarray) -> str:
+    """What may be said in one sentence, and what a probe reads off where that begins to hold.
+
+    Args:
+        findings: One for each block.
+        ridge: Which images a probe has right, shape ``(seeds, layers, images)``.
+    """
+    depth, used = len(findings), used_layers(findings)
     if not used:
-        return f"{findings[-1].verdict.capitalize()}: {findings[-1].sentence}"
+        return verdict_line(findings[-1])
     first = used[0]
     if len(used) < depth + 1 - first:
         blocks = f"blocks {', '.join(map(str, used[:-1]))} and {used[-1]}" if used[1:] else f"block {first}"
         rest = f"the class token is used after {blocks} of {depth}; after the others no drop was shown"
         return f"{SUPPORTED.capitalize()}: {rest}: {findings[first - 1].sentence}"
-    probe = f"A ridge probe reads {fmt.percent(curves.ridge[:, first].mean())} off it there"
+    probe = f"A ridge probe reads {fmt.percent(ridge[:, first].mean())} off it there"
     if first == 1:
         what, before = f"what the class token holds after the first block of {depth} is used", "."
     else:
@@ -231,7 +267,7 @@ def headline(curves: Curves, findings: Sequence[Finding], used: Sequence[int]) -
             what += ", and not before"
         else:
             what += " at the latest; whether it is before cannot be told"
-        before = f", and {fmt.percent(curves.ridge[:, first - 1].mean())} one block earlier."
+        before = f", and {fmt.percent(ridge[:, first - 1].mean())} one block earlier."
     return f"{SUPPORTED.capitalize()}: {what}: {findings[first - 1].sentence} {probe}{before}"
 
 
@@ -239,105 +275,44 @@ def _place(layer: int, depth: int) -> str:
     return "0, before the first block" if layer == 0 else f"{layer}, last" if layer == depth else str(layer)
 
 
-def _shuffle_table(curves: Curves, findings: Sequence[Finding]) -> Table:
+def _shuffle_table(models: Refinements, findings: Sequence[Finding]) -> Table:
     rows: list[list[Any]] = []
-    for layer in range(curves.depth + 1):
-        mean, ends = _interval(curves.shuffled[:, layer])
-        cells: list[Any] = [_place(layer, curves.depth), mean.estimate, *ends]
+    for layer in range(models.depth + 1):
+        mean = mean_interval(models.by_layer["shuffled"][:, layer])
+        judged: list[float | None] = [None] * 4
         if layer:
-            one = findings[layer - 1]
-            cells += [one.estimate, *(one.ci95 or (None, None)), one.p_holm]
-        else:
-            cells += [None] * 4
-        rows.append([*cells, float(curves.kl[:, layer].mean()), mean.seeds, mean.images])
-    unchanged, ends = _interval(curves.unchanged)
-    columns = [
-        "after block", *(f"shuffled {one}" for one in RESULT_COLUMNS),
-        *(f"less unchanged {one}" for one in RESULT_COLUMNS), "p (Holm)", "KL (nats)", "models", "images",
-    ]  # fmt: skip
+            finding = findings[layer - 1]
+            judged = [finding.estimate, *(finding.ci95 or (None, None)), finding.p_holm]
+        kl = float(models.stacked("kl")[:, layer].mean())
+        rows.append([_place(layer, models.depth), *bounded(mean), *judged, kl, mean.seeds, mean.images])
+    shares = ("(%)", *FROM_TO)
+    columns = ["after block", *(f"shuffled {one}" for one in shares)]
+    columns += [*(f"less unchanged {one}" for one in shares), "p (Holm)", "KL (nats)", "models", "images"]
+    unchanged = mean_interval(models.unchanged)
     note = (
         f"Test top-1 unchanged: {fmt.percent(unchanged.estimate)} "
-        f"({fmt.interval(ends, fmt.bare_percent)}). KL is of the answers before shuffling to "
-        "those after, mean over images."
+        f"({fmt.interval(unchanged.ci95, fmt.bare_percent)}). KL is of the answers before shuffling to those "
+        "after, mean over images."
     )
     return Table("Class tokens exchanged between images", columns, rows, note)
 
 
-def _layer_table(curves: Curves) -> Table:
+def _layer_table(models: Refinements) -> Table:
     """Every accuracy at every layer, with its interval."""
-    found = curves.by_layer()
     rows: list[list[Any]] = []
-    for layer in range(curves.depth + 1):
-        for name, scores in found.items():
-            mean, ends = _interval(scores[:, layer])
-            rows.append([_place(layer, curves.depth), name, mean.estimate, *ends, mean.seeds, mean.images])
+    for layer in range(models.depth + 1):
+        for name, scores in models.by_layer.items():
+            mean = mean_interval(scores[:, layer])
+            rows.append([_place(layer, models.depth), name, *bounded(mean), mean.seeds, mean.images])
     note = (
         "Ridge probe and class lens (the model's own norm and head) read the class token at that layer. The "
         "mean is over the training images. Inserted: the blocks before ran without a class token."
     )
-    columns = ["after block", "what", "top-1 (%)", "from (%)", "to (%)", "models", "images"]
+    columns = ["after block", "what", "top-1 (%)", *FROM_TO, "models", "images"]
     return Table("What the class token holds, and what comes of changing it", columns, rows, note)
 
 
 def _line(label: str, scores: np.ndarray, most: float = 1.0) -> Line:
-    found = [_interval(scores[:, layer], most) for layer in range(scores.shape[1])]
-    points = [(float(layer), mean.estimate) for layer, (mean, _) in enumerate(found)]
-    return Line(label, points, [ends for _, ends in found])
-
-
-def _curve_chart(curves: Curves) -> LineChart:
-    return LineChart(
-        "Decodable and used",
-        "block",
-        "test top-1",
-        [_line(name, scores) for name, scores in curves.by_layer().items()],
-        marks={"unchanged": float(curves.unchanged.mean())},
-        note=(
-            "0 is before the first block; bands are 95 % intervals. Probe and lens rise where the class "
-            "token comes to hold the class; shuffled and mean fall where what it holds is used."
-        ),
-    )
-
-
-def _kl_chart(curves: Curves) -> LineChart:
-    return LineChart(
-        "How far answers move when class tokens are shuffled",
-        "block",
-        "KL divergence (nats)",
-        [_line("shuffled", curves.kl, float("inf"))],
-        percent=False,
-        note="Of the probabilities before to those after, mean over images; band: 95 % interval.",
-    )
-
-
-def _values(curves: Curves, measured: dict[str, Refinement], used: Sequence[int]) -> dict[str, Any]:
-    found = {name.replace(" ", "_"): scores.mean(axis=(0, 2)) for name, scores in curves.by_layer().items()}
-    return {
-        "top1": curves.unchanged.mean(axis=1),
-        **found,
-        "kl": curves.kl.mean(axis=(0, 2)),
-        "used_layers": list(used),
-        "first_used_layer": used[0] if used else None,
-        "permuted_logits_top1": float(np.mean([one.permuted for one in measured.values()])),
-        "shuffle_layer0_max_change": max(one.layer0_change for one in measured.values()),
-        "shuffle_last_layer_max_distance_to_permuted_logits": max(
-            one.last_change for one in measured.values()
-        ),
-    }
-
-
-def _predictions(measured: dict[str, Refinement]) -> dict[str, Any]:
-    """Everything per image: classes, and shares of permutations."""
-    first = next(iter(measured.values()))
-    names = [name for name in ("replaced", "inserted", "lens", "ridge") if getattr(first, name) is not None]
-    return {
-        "class_names": first.class_names,
-        "paths": list(first.rows.paths),
-        "targets": first.targets.tolist(),
-        "predictions": {"cls": {seed: one.preds.tolist() for seed, one in measured.items()}},
-        "by_layer": {
-            name: {seed: getattr(one, name).tolist() for seed, one in measured.items()} for name in names
-        },
-        "shuffled_right_share": {seed: one.shuffled.tolist() for seed, one in measured.items()},
-        "shuffled_kl": {seed: one.kl.tolist() for seed, one in measured.items()},
-    }
+    means = [bounded(mean_interval(scores[:, layer]), most=most) for layer in range(scores.shape[1])]
+    points = [(float(layer), estimate) for layer, (estimate, _, _) in enumerate(means)]
+    return Line(label, points, [(low, high) for _, low, high in means])

@@ -21,6 +21,7 @@ from vit_cls.lab.features import Rows
 from vit_cls.lab.interventions import changed_tokens, insert_tokens, replace_token
 from vit_cls.lab.probes.common import checked_parts
 from vit_cls.lab.probes.linear import LinearSettings, fit_linear
+from vit_cls.lab.studies.class_tokens import CONFIG, class_tokens_by_layer
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.token_reader import TokenReader
@@ -30,28 +31,25 @@ from vit_cls.model.token_reader import TokenReader
 class Refinement:
     """The class token of one model, layer by layer, on the images of the test part.
 
-    Layer 0 is before the first block, layer ``l`` after block ``l``.
+    Layer 0 is before the first block, layer ``l`` after block ``l``. Answers are classes in the model's
+    order, int64, shape ``(layers, images)``; shares and divergences are float64, of the same shape.
 
     Args:
-        targets: True classes by the model's order, int64, shape ``(images,)``.
-        preds: What the unchanged model says, int64, shape ``(images,)``.
-        shuffled: Share of the permutations under which an image is still classified right, float64, shape
-            ``(layers, images)``.
+        targets: True classes, shape ``(images,)``.
+        preds: What the unchanged model says, shape ``(images,)``.
+        shuffled: Share of the permutations under which an image is still classified right.
         kl: Divergence of the probabilities after shuffling from those before, in nats, mean over the
-            permutations, float64, shape ``(layers, images)``.
-        replaced: What the model says with the mean class token of the training images, int64, shape
-            ``(layers, images)``.
-        inserted: What it says where the blocks up to the layer run without a class token, likewise; None
-            where blocks cannot.
-        lens: What the model's own norm and head say of the class token at the layer, likewise.
-        ridge: What a ridge probe says of it, likewise.
-        permuted: Share of the permutations under which an image is right by permuted logits, float64, shape
+            permutations.
+        replaced: Answers with the mean class token of the training images.
+        inserted: Answers where the blocks up to the layer run without a class token; None where they cannot.
+        lens: What the model's own norm and head say of the class token.
+        ridge: What a ridge probe says of it.
+        permuted: Share of the permutations under which an image is right by permuted logits, shape
             ``(images,)``.
         layer0_change: The largest change of a logit by shuffling before the first block.
         last_change: The largest distance between logits with class tokens shuffled after the last block and
             permuted logits.
         failures: Why an image of any part could not be read, by its path.
-        class_names: The classes, in the model's order.
     """
 
     rows: Rows
@@ -77,22 +75,17 @@ def refinement(
     *,
     seeds: Sequence[int] = (0,),
     permutations: int = 5,
-    config: InferenceConfig | None = None,
+    config: InferenceConfig = CONFIG,
 ) -> Refinement:
     """Probe the class token at every layer, and shuffle, replace and insert it there.
 
     Shuffling gives each image the class token that another image of the test part, or by chance itself, has
-    at that layer. The blocks before the layer, and all other tokens, stay as they are.
-
-    Args:
-        classifier: Reads its class token alone. Is moved to the device and put in evaluation mode.
-        partition: Train and validation part for means and probes, test part for everything else.
-        config: How the model is run; None means in float32, on the best device.
+    at that layer. The blocks before the layer, and all other tokens, stay as they are. Means and probes come
+    from the train and validation part.
 
     Raises:
-        ConfigError: If the head reads something else, or a number is out of range.
+        ConfigError: If the head reads anything but the class token, or a number is out of range.
         DataError: If a part is too small, or a class is not the model's.
-        ModelFileError: If tokens are not finite.
 
     Source:
         Interchanging activations between inputs: Geiger et al. 2021, https://arxiv.org/abs/2106.02997.
@@ -100,32 +93,28 @@ def refinement(
     """
     check_range("--permutations", permutations, at_least=1)
     check_reads_class_token(classifier.model)
-    config = config or InferenceConfig(precision="32")
-    sources: dict[str, ImageSource] = {part: getattr(partition, part) for part in PARTS}
-    labelled = {part: one.index.with_class_names(classifier.class_names) for part, one in sources.items()}
-    held = {part: _class_tokens(classifier, source, config) for part, source in sources.items()}
-    rows = {part: found[1] for part, found in held.items()}
-    checked_parts(*rows.values())
-    labels = {part: labelled[part].labels[rows[part].positions] for part in PARTS}
-    features = {part: TokenReader(classifier.model).on_cpu().normed(found[0]) for part, found in held.items()}
+    names, sources = classifier.class_names, dict(zip(PARTS, partition.sources, strict=True))
+    labelled = {part: source.index.with_class_names(names).labels for part, source in sources.items()}
+    held = {part: class_tokens_by_layer(classifier, source, config) for part, source in sources.items()}
+    rows = checked_parts(*(rows for _, rows in held.values()))
+    labels = {part: labelled[part][rows[part].positions] for part in PARTS}
+    reader = TokenReader(classifier.model).on_cpu()
+    tokens = {part: found[:, :, 0] for part, (found, _) in held.items()}
+    features = {part: reader.normed(found) for part, found in tokens.items()}
     lens = _head(classifier.model, features["test"])
-    orders = _orders(len(labels["test"]), seeds, permutations)
-    effects = _effects(
-        classifier,
-        sources["test"],
-        config,
-        _Given(held["test"][0], held["train"][0].mean(dim=1), orders, labels["test"], lens[-1]),
-    )
-    permuted = lens[-1].argmax(dim=-1).numpy()[orders] == labels["test"]
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    orders = [one.permutation(len(labels["test"])) for one in generators for _ in range(permutations)]
+    given = _Given(tokens["test"], tokens["train"].mean(dim=0), np.stack(orders), labels["test"], lens[:, -1])
+    permuted = lens[:, -1].argmax(dim=-1).numpy()[given.orders] == given.targets
     return Refinement(
         rows["test"],
         labels["test"],
-        lens=lens.argmax(dim=-1).numpy(),
-        ridge=_ridge(features, labels, len(classifier.class_names)),
+        lens=lens.argmax(dim=-1).numpy().T,
+        ridge=_ridge(features, labels, len(names)),
         permuted=permuted.mean(axis=0),
         failures={path: why for one in rows.values() for path, why in one.failures.items()},
-        class_names=list(classifier.class_names),
-        **effects,
+        class_names=list(names),
+        **_effects(classifier, sources["test"], config, given),
     )
 
 
@@ -145,8 +134,7 @@ def check_reads_class_token(model: TokenModel) -> None:
 def can_do_without(model: TokenModel) -> bool:
     """Whether blocks run on a sequence that lacks the class token.
 
-    Args:
-        model: Any. A causal mask, rotary positions and relative position biases are made for all tokens.
+    A causal mask, rotary positions and relative position biases are made for all tokens.
 
     Example:
         >>> from vit_cls.model.presets import preset_config
@@ -160,31 +148,10 @@ def can_do_without(model: TokenModel) -> bool:
     return not getattr(model.config, "causal", False) and all(one is None for one in bound)
 
 
-def _class_tokens(
-    classifier: ImageClassifier, source: ImageSource, config: InferenceConfig
-) -> tuple[Tensor, Rows]:
-    """As the blocks left them, on the CPU, shape ``(layers, images, dim)``."""
-    found: list[Tensor] = []
-    failures: dict[int, str] = {}
-    layers = range(len(classifier.model.blocks) + 1)
-    for outputs in batches(classifier, source, layer_tokens(classifier, layers), config):
-        failures |= outputs.failures
-        if (tokens := outputs.values) is not None:
-            found.append(torch.stack([tokens[layer][:, 0] for layer in layers]))
-    rows = Rows.of(source, failures)  # raises where no image could be read
-    return torch.cat(found, dim=1), rows
-
-
-def _orders(images: int, seeds: Sequence[int], permutations: int) -> np.ndarray:
-    """Whose token each image gets, int64, shape ``(seeds * permutations, images)``."""
-    generators = [np.random.default_rng(seed) for seed in seeds]
-    return np.stack([one.permutation(images) for one in generators for _ in range(permutations)])
-
-
 def _ridge(features: dict[str, Tensor], labels: dict[str, np.ndarray], classes: int) -> np.ndarray:
     preds = []
-    for layer in range(len(features["test"])):
-        train, val, test = (features[part][layer].numpy() for part in PARTS)
+    for layer in range(features["test"].shape[1]):
+        train, val, test = (features[part][:, layer].numpy() for part in PARTS)
         fit = fit_linear(
             (train, labels["train"]), (val, labels["val"]), num_classes=classes, settings=LinearSettings()
         )
@@ -195,7 +162,7 @@ def _ridge(features: dict[str, Tensor], labels: dict[str, np.ndarray], classes: 
 def _head(model: TokenModel, features: Tensor) -> Tensor:
     """Logits of features that passed the final norm, on the CPU."""
     where = next(model.parameters()).device
-    return torch.stack([model.head(one.to(where)).float().cpu() for one in features])
+    return torch.stack([model.head(one.to(where)).float().cpu() for one in features.unbind(dim=1)], dim=1)
 
 
 def _logits(model: TokenModel, tokens: Tensor) -> Tensor:
@@ -209,10 +176,9 @@ class _Given:
     """What interventions put in the place of class tokens, and what comes out is compared with.
 
     Args:
-        tokens: Class tokens, shape ``(layers, images, dim)``.
+        tokens: Class tokens, shape ``(images, layers, dim)``.
         means: Mean class tokens of the training images, shape ``(layers, dim)``.
         orders: Whose token each image gets, shape ``(permutations, images)``.
-        targets: True classes.
         logits: Of the unchanged model, shape ``(images, classes)``.
     """
 
@@ -258,7 +224,7 @@ def _of_batch(classifier: ImageClassifier, inputs: Tensor, given: _Given) -> dic
     changes = {0: 0.0, depth: 0.0}
     for layer in range(depth + 1):
         for order in given.orders:
-            with changed_tokens(model, layer, replace_token(0, given.tokens[layer][order])):
+            with changed_tokens(model, layer, replace_token(0, given.tokens[order, layer])):
                 logits = _logits(model, inputs)
             after = (logits.double() / classifier.temperature).log_softmax(dim=-1)
             right[layer] += logits.argmax(dim=-1).cpu().numpy() == given.targets

@@ -11,20 +11,10 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.data.dataset import ImageSource
-from vit_cls.data.partition import Partition
 from vit_cls.data.transforms import model_reader
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import (
-    MOST_LINES,
-    Figure,
-    HeatMap,
-    LabResult,
-    Line,
-    LineChart,
-    Pictures,
-    Table,
-    forest,
-)
+from vit_cls.lab.results import MOST_LINES, Figure, HeatMap, Line, LineChart, Pictures, Table, forest
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.class_tokens import (
     COLLAPSED,
     ArmTokens,
@@ -34,14 +24,22 @@ from vit_cls.lab.studies.class_tokens import (
     information_test,
     measure_arm,
 )
-from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study, train_arms
+from vit_cls.lab.studies.study import (
+    ARM_COLUMNS,
+    FROM_TO,
+    Measured,
+    Setup,
+    Study,
+    bounded,
+    score_cells,
+    verdict_line,
+)
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.stats.metrics import METRICS, Scored
-from vit_cls.stats.random_effects import Mean, mean_interval, paired_difference
-from vit_cls.stats.verdicts import GREATER, LESS, REFUTED, SUPPORTED, Claim, Finding, judge_all
+from vit_cls.stats.random_effects import mean_interval, paired_difference
+from vit_cls.stats.verdicts import GREATER, LESS, REFUTED, SUPPORTED, Claim, Finding
 
 EXAMPLES = 6
-FROM_TO = ("from (%)", "to (%)")
 VARIANTS = {"mean": "multicls", "concat": "multicls-concat", "diverse": "multicls-diverse"}
 """Poolings by the word that is typed."""
 ONE, REGISTER = "cls", "extra register"
@@ -103,143 +101,131 @@ class SpecialiseStudy(Study):
         return {f"{word} {k}": f"{VARIANTS[word]}:{k}" for word in self.variants for k in self.counts[1:]}
 
     def arms(self) -> dict[str, list[Trial]]:
-        """Trials by arm, a seed each."""
         models: dict[str, dict[str, Any]] = {ONE: {"pool": "cls"}, REGISTER: {"pool": "cls", "reg_tokens": 1}}
-        models |= {arm: {"pool": pool} for arm, pool in self.several.items()}
-        return train_arms(self.setup, models)
+        return self.setup.arms(models | {arm: {"pool": pool} for arm, pool in self.several.items()})
 
-    def analyse(self, answers: Answers) -> LabResult:
-        """See `Study.analyse`."""
-        grid = self.arms()
-        right = {arm: answers.correct(trials) for arm, trials in grid.items()}
-        parts = {seed: grid[ONE][0].data.parts(seed) for seed in self.setup.all_seeds}
-        measured = {arm: measure_arm(answers, grid[arm], parts, self.setup.seed) for arm in self.several}
-        findings = self._findings(measured, right)
-        parallel, gain = findings[0], findings[len(self.counts) - 1]  # of the most tokens
-        return self.result(
-            answers,
-            f"{parallel.verdict.capitalize()}: {parallel.sentence} {gain.sentence}",
-            findings,
-            tables=[alike_table(measured), knowledge_table(measured), self._accuracy(answers, grid, right)],
-            figures=self._figures(measured, right, parts[self.setup.seed]),
-            more_settings={"cosine_margin": COSINE_MARGIN},
-            values=self._values(measured, right),
-            predictions=answers.predictions(grid),
-            notes=self._notes(measured),
-        )
+    def measure(self, answers: Answers) -> Measured:
+        """Beside what is right, the class tokens of each arm that has several."""
+        arms, seed = self.arms(), self.setup.seed
+        parts = {trial.seed: trial.data.parts(trial.seed) for trial in arms[ONE]}
+        tokens = {arm: measure_arm(answers, arms[arm], parts, seed) for arm in self.several}
+        return Measured.of(answers, arms, tokens)
 
-    def _findings(self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray]) -> list[Finding]:
-        counts, margin = self.counts[:0:-1], self.setup.margin  # from the most tokens to two
+    def claims(self, measured: Measured) -> list[Claim]:
+        tokens: dict[str, ArmTokens] = measured.more
+        counts = self.counts[:0:-1]  # from the most tokens to two
         parallel = [
             Claim(
                 f"{k} class tokens read by their mean end parallel: their cosine is above {COLLAPSED}.",
-                np.zeros_like(measured[f"mean {k}"].cosines),
-                measured[f"mean {k}"].cosines,
-                expect=GREATER,
-                margin=COSINE_MARGIN,
-                names=("0", f"the cosine of {k} tokens"),
-                unit=COSINE,
+                np.zeros_like(tokens[f"mean {k}"].cosines),
+                tokens[f"mean {k}"].cosines,
+                GREATER,
+                COSINE_MARGIN,
+                ("0", f"the cosine of {k} tokens"),
+                COSINE,
                 at_least=COLLAPSED,
             )
             for k in counts
         ]
         gains = [
-            Claim(
-                f"{k} class tokens read by their mean beat {words}.",
-                right[arm],
-                right[f"mean {k}"],
-                expect=GREATER,
-                margin=margin,
-                names=(arm, f"mean {k}"),
-            )
+            (f"{k} class tokens read by their mean beat {words}.", arm, f"mean {k}", GREATER)
             for k in counts
             for arm, words in ((ONE, "one"), (REGISTER, "one and a register"))
         ]
         lower = [
             Claim(
                 f"The diverse head lowers the cosine of {k} class tokens.",
-                measured[f"mean {k}"].cosines,
-                measured[f"diverse {k}"].cosines,
-                expect=LESS,
-                margin=COSINE_MARGIN,
-                names=(f"the cosine of mean {k}", f"that of diverse {k}"),
-                unit=COSINE,
+                tokens[f"mean {k}"].cosines,
+                tokens[f"diverse {k}"].cosines,
+                LESS,
+                COSINE_MARGIN,
+                (f"the cosine of mean {k}", f"that of diverse {k}"),
+                COSINE,
                 words=("higher", "lower"),
             )
             for k in counts
             if "diverse" in self.variants
         ]
-        findings = judge_all([*parallel, *gains, *lower], seed=self.setup.seed)
-        for i, k in enumerate(counts):
-            findings[i] = _with_sentence(findings[i], k, measured[f"mean {k}"])
+        return [*parallel, *measured.claims(gains, self.setup.margin), *lower]
+
+    def judge(self, measured: Measured) -> list[Finding]:
+        """Claims on the cosine alone get sentences of their own."""
+        findings = super().judge(measured)
+        for i, k in enumerate(self.counts[:0:-1]):
+            findings[i] = _with_sentence(findings[i], k, measured.more[f"mean {k}"])
         return findings
 
-    def _accuracy(
-        self, answers: Answers, grid: dict[str, list[Trial]], right: dict[str, np.ndarray]
-    ) -> Table:
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
+        """Of the most tokens: whether they are parallel, and what they gain."""
+        return verdict_line(findings[0], findings[len(self.counts) - 1].sentence)
+
+    def tables(self, measured: Measured, findings: Sequence[Finding]) -> list[Table]:
+        return [alike_table(measured.more), knowledge_table(measured.more), self._accuracy(measured)]
+
+    def _accuracy(self, measured: Measured) -> Table:
+        right, answers = measured.right, measured.answers
         rows: list[list[Any]] = []
-        for arm, trials in grid.items():
+        for arm, trials in measured.arms.items():
             note = answers.note(trials[0])
+            scored = [(*answers.probs(trial), trial.seed) for trial in trials]
             errors = [
-                METRICS["ece"].estimate(Scored(probs.astype(np.float64), targets, trial.seed)).value
-                for trial in trials
-                for probs, targets in [answers.probs(trial)]
+                METRICS["ece"].estimate(Scored(probs.astype(np.float64), targets, seed)).value
+                for probs, targets, seed in scored
             ]
-            gains = [
-                [None] * 3 if arm == other else [gain.estimate, *gain.ci95]
-                for other in (ONE, REGISTER)
-                for gain in [paired_difference(right[other], right[arm], seed=self.setup.seed)]
-            ]
+            gains: list[float | None] = []
+            for other in (ONE, REGISTER):
+                gain = paired_difference(right[other], right[arm], seed=self.setup.seed)
+                gains += [None] * 3 if arm == other else [gain.estimate, *gain.ci95]
             calibration = [float(np.mean(errors)), min(errors), max(errors)]
-            costs = [note["tokens"], note["parameters"]]
-            rows.append([arm, *costs, *answers.cells(trials), *gains[0], *gains[1], *calibration])
+            rows.append(
+                [arm, note["tokens"], note["parameters"], *score_cells(right[arm]), *gains, *calibration]
+            )
         columns = ["arm", "tokens", "parameters", *ARM_COLUMNS, f"minus {ONE} (%)", *FROM_TO]
         columns += [f"minus {REGISTER} (%)", *FROM_TO, "ECE", "lowest seed", "highest seed"]
-        return Table(
-            "Accuracy",
-            columns,
-            rows,
-            "Test images. Intervals of differences are paired and not adjusted for their number.",
-        )
+        how_to_read = "Test images. Intervals of differences are paired and not adjusted for their number."
+        return Table("Accuracy", columns, rows, how_to_read)
 
-    def _figures(
-        self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray], parts: Partition
-    ) -> list[Figure]:
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
+        right, tokens = measured.right, measured.more
         gains = {
             f"{arm} minus {other}": paired_difference(right[other], right[arm], seed=self.setup.seed)
             for other in (ONE, REGISTER)
-            for arm in measured
+            for arm in tokens
         }
         most = [f"{word} {self.counts[-1]}" for word in ("mean", "diverse") if word in self.variants]
-        first = {arm: measured[arm].tokens[0] for arm in most}
+        first = {arm: tokens[arm].tokens[0] for arm in most}
+        trial = measured.arms[ONE][0]
         return [
-            layer_chart(measured),
+            layer_chart(tokens),
             *forest("Accuracy against one class token", gains, self.setup.margin),
-            *(cosine_map(arm, tokens) for arm, tokens in first.items()),
-            *token_pictures(parts.test, first),
+            *(cosine_map(arm, one) for arm, one in first.items()),
+            *token_pictures(trial.data.parts(trial.seed).test, first),
         ]
 
-    def _values(self, measured: dict[str, ArmTokens], right: dict[str, np.ndarray]) -> dict[str, Any]:
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        tokens: dict[str, ArmTokens] = measured.more
         return {
-            "top1": {arm: rows.mean(axis=1) for arm, rows in right.items()},
-            "output_cosine": {arm: each.cosines.mean(axis=1) for arm, each in measured.items()},
-            "layer_cosine": {arm: each.layer_cosines.mean(axis=2).T for arm, each in measured.items()},
-            "other_image_cosine": {arm: each.other_image_cosine for arm, each in measured.items()},
+            **super().values(measured, findings),
+            "output_cosine": {arm: each.cosines.mean(axis=1) for arm, each in tokens.items()},
+            "layer_cosine": {arm: each.layer_cosines.mean(axis=2).T for arm, each in tokens.items()},
+            "other_image_cosine": {arm: each.other_image_cosine for arm, each in tokens.items()},
             "token_top1": {
-                arm: [answers.right.mean(axis=0) for answers in each.answers]
-                for arm, each in measured.items()
+                arm: [answers.right.mean(axis=0) for answers in each.answers] for arm, each in tokens.items()
             },
             "independent_models": {
                 arm: None if each.against_seeds is None else vars(each.against_seeds)
-                for arm, each in measured.items()
+                for arm, each in tokens.items()
             },
             "attention_apart": {
-                arm: [None if tokens.overlap is None else tokens.overlap.mean() for tokens in each.tokens]
-                for arm, each in measured.items()
+                arm: [None if one.overlap is None else one.overlap.mean() for one in each.tokens]
+                for arm, each in tokens.items()
             },
         }
 
-    def _notes(self, measured: dict[str, ArmTokens]) -> list[str]:
+    def derived_settings(self) -> dict[str, Any]:
+        return {"cosine_margin": COSINE_MARGIN}
+
+    def notes(self, measured: Measured) -> list[str]:
         assert self.setup.recipe.lr is not None
         notes = [
             f"One learning rate for all arms, {self.setup.recipe.lr:g}, not tuned.",
@@ -257,7 +243,7 @@ class SpecialiseStudy(Study):
                 "Whether class tokens of one model are more parallel than those of independent models takes "
                 "two seeds at least, and was not tested."
             )
-        if any(each.overlaps is None for each in measured.values()):
+        if any(each.overlaps is None for each in measured.more.values()):
             notes.append("Attention weights are not known for this architecture, and were left out.")
         return notes
 
@@ -285,10 +271,10 @@ def alike_table(measured: Mapping[str, ArmTokens]) -> Table:
     rows: list[list[Any]] = []
     for arm, each in measured.items():
         mean, seeds = mean_interval(each.cosines), each.cosines.mean(axis=1)
-        likeness = [*_bounded(mean), collapse(mean), float(seeds.min()), float(seeds.max())]
+        likeness = [*bounded(mean, -1.0), collapse(mean), float(seeds.min()), float(seeds.max())]
         others = [each.other_image_cosine, float(each.layer_cosines[0].mean())]
         chance = dataclasses.astuple(each.against_seeds) if each.against_seeds else [None] * 3
-        apart = [None] * 3 if each.overlaps is None else _bounded(mean_interval(each.overlaps), 0.0)
+        apart = [None] * 3 if each.overlaps is None else bounded(mean_interval(each.overlaps))
         rows.append([arm, *likeness, *others, *chance, *apart, mean.seeds, mean.images])
     columns = ["arm", "cosine", "from", "to", "collapsed", "lowest seed", "highest seed"]
     columns += ["same token, other image", "at the input", "independent models", "p", "smallest p"]
@@ -315,8 +301,8 @@ def knowledge_table(measured: Mapping[str, ArmTokens]) -> Table:
         oracle = mean_interval(np.asarray(right.any(axis=2)))
         most_confident = np.stack([answers.most_confident for answers in each.answers])
         bits = information_test(most_confident, each.answers[0].targets, seed=each.seed)
-        own = [*_bounded(single, 0.0), float(tokens.min()), float(tokens.max())]
-        shares = [*_bounded(differ, 0.0), *_bounded(oracle, 0.0)]
+        own = [*bounded(single), float(tokens.min()), float(tokens.max())]
+        shares = [*bounded(differ), *bounded(oracle)]
         rows.append([arm, each.answers[0].read_by, *own, *shares, *bits, single.seeds, single.images])
     columns = ["arm", "read by", "one token (%)", *FROM_TO, "worst (%)", "best (%)"]
     columns += ["pairs that disagree (%)", *FROM_TO, "any token right (%)", *FROM_TO]
@@ -335,7 +321,7 @@ def layer_chart(measured: Mapping[str, ArmTokens]) -> LineChart:
     """Cosine of the class tokens, block by block."""
     lines = []
     for arm, each in list(measured.items())[:MOST_LINES]:
-        means = [_bounded(mean_interval(values)) for values in each.layer_cosines]
+        means = [bounded(mean_interval(values), -1.0) for values in each.layer_cosines]
         points = [(float(layer), estimate) for layer, (estimate, _, _) in enumerate(means)]
         lines.append(Line(arm, points, [(low, high) for _, low, high in means]))
     return LineChart(
@@ -377,7 +363,8 @@ def token_pictures(source: ImageSource, measured: Mapping[str, ClassTokens]) -> 
             assert tokens.maps is not None
             row += [_picture(values, tokens.grid_size, row[0].shape[:2]) for values in tokens.maps[i]]
         rows.append(row)
-    columns = [f"{arm}: token {k + 1}" for arm, tokens in shown.items() for k in range(tokens.count)]
+    counts = {arm: tokens.output.shape[1] for arm, tokens in shown.items()}
+    columns = [f"{arm}: token {k + 1}" for arm, count in counts.items() for k in range(count)]
     title = "Attention of each class token to the patches, last block"
     row_labels = [first.rows.class_names[int(labels[i])] for i in chosen]
     note = "Mean over heads, of the first seed's models. In each map the highest value is white, 0 is black."
@@ -390,9 +377,3 @@ def _picture(values: np.ndarray, grid_size: tuple[int, int], size: tuple[int, ..
     rows, columns = (np.arange(n) * cells // n for n, cells in zip(size, grid_size, strict=True))
     grey = np.rint(255 * grid[rows][:, columns]).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _bounded(mean: Mean, least: float = -1.0) -> tuple[float, float, float]:
-    """Estimate and interval of what lies between ``least`` and 1."""
-    low, high = mean.ci95
-    return mean.estimate, max(least, low), min(1.0, high)

@@ -1,10 +1,9 @@
-"""What every study has in common: its settings, its trials, and the answers of their models."""
+"""What every study has in common: its settings, its trainings, and how what they answer becomes a result."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,18 +12,25 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vit_cls.checks import check_range
-from vit_cls.errors import ConfigError, RunError
+from vit_cls.errors import ConfigError
 from vit_cls.lab.probes.common import check_margin
-from vit_cls.lab.results import LabResult, Table
+from vit_cls.lab.results import Figure, LabResult, Table
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.recipe import DATA_KEYS, MODEL_KEYS, OPTIM_KEYS, Recipe
-from vit_cls.lab.studies.trials import ANSWERS, DONE, MODEL, Trial, TrialData, trial_folder
-from vit_cls.model.classifier import ImageClassifier
-from vit_cls.stats.random_effects import mean_interval
-from vit_cls.stats.verdicts import Finding
-from vit_cls.weights.factory import load
+from vit_cls.lab.studies.trials import Trial, TrialData
+from vit_cls.model.pooling import needs_class_token, num_class_tokens
+from vit_cls.stats.random_effects import Mean, mean_interval
+from vit_cls.stats.verdicts import GREATER, Claim, Finding, judge_all
 
-ARM_COLUMNS = ("top-1 (%)", "from (%)", "to (%)", "lowest seed (%)", "highest seed (%)", "seeds", "images")
-"""Headers of `Answers.cells`."""
+FROM_TO = ("from (%)", "to (%)")
+ARM_COLUMNS = ("top-1 (%)", *FROM_TO, "lowest seed (%)", "highest seed (%)", "seeds", "images")
+"""Headers of `score_cells`."""
+PAIRED = "Per seed all start from the same encoder weights and see the same images in the same order."
+ONE_RATE = (
+    "All are trained at one learning rate, which need not suit them alike: --recipe.lr tries another; "
+    "`vit-cls study heads` tunes it for each head."
+)
+LAST_EPOCH = "The model after the last epoch counts; no epoch was selected."
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,16 @@ class Setup:
         """The images as they are."""
         return TrialData(self.data, self.val_fraction, self.test_fraction)
 
+    def head(self, pool: str) -> dict[str, Any]:
+        """Settings of ``fit``'s ``model`` for a pooling; weights keep their class token where it is not read.
+
+        Example:
+            >>> Setup("digits", Path("study")).head("gap")
+            {'pool': 'gap', 'class_token': False}
+        """
+        kept = self.recipe.pretrained is not None or needs_class_token(pool)
+        return {"pool": pool} | ({} if kept else {"class_token": False})
+
     def trial(
         self,
         arm: str,
@@ -77,6 +93,7 @@ class Setup:
         *,
         model: Mapping[str, Any] | None = None,
         optim: Mapping[str, Any] | None = None,
+        loader: Mapping[str, Any] | None = None,
         data: TrialData | None = None,
         lr_factor: float = 1.0,
         epochs: int | None = None,
@@ -86,10 +103,7 @@ class Setup:
         """One training by the recipe, but for what is given.
 
         Args:
-            model: Settings of ``fit``'s ``model`` on top of the recipe's.
-            optim: Settings of ``fit``'s ``optim`` on top of the recipe's.
-            data: The images; None takes them as they are.
-            epochs: How long; None takes the recipe's.
+            model: Settings of ``fit``'s ``model`` on top of the recipe's; so ``optim`` and ``loader``.
             after: The trial whose model it starts from, with that model's architecture.
         """
         recipe = self.recipe
@@ -103,164 +117,188 @@ class Setup:
             data or self.trial_data,
             model={**base, **(model or {})},
             optim={**settings, **(optim or {})},
-            loader=recipe.part(DATA_KEYS),
+            loader={**recipe.part(DATA_KEYS), **(loader or {})},
             epochs=recipe.epochs if epochs is None else epochs,
             variant=variant,
             after=None if after is None else after.key,
         )
 
+    def trials(self, arm: str, **settings: Any) -> list[Trial]:
+        """`trial` under every seed."""
+        return [self.trial(arm, seed, **settings) for seed in self.all_seeds]
 
-class Answers:
-    """What the models of finished trials said about each image.
+    def arms(self, models: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Trial]]:
+        """A training under every seed by arm, from settings of ``fit``'s ``model`` on top of the recipe's."""
+        return {arm: self.trials(arm, model=model) for arm, model in models.items()}
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a study finds where there is nothing to find, such as in untrained encoders or shuffled labels.
 
     Args:
-        folder: Folder of the study.
+        name: Its key among the result's ``controls``, and its row in their table.
+        right: As of an arm, bool, shape ``(seeds, images)``.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._notes: dict[str, dict[str, Any]] = {}
-        self._positions: np.ndarray | None = None
+    name: str
+    right: np.ndarray
 
-    def note(self, trial: Trial) -> dict[str, Any]:
-        """What the trial left about itself: costs, seconds, counts, ``error`` where it failed."""
-        if trial.key not in self._notes:
-            text = (trial_folder(self.folder, trial) / DONE).read_text(encoding="utf-8")
-            self._notes[trial.key] = json.loads(text)
-        return self._notes[trial.key]
 
-    def failed(self, trial: Trial) -> str | None:
-        """Why a training failed, or None."""
-        return self.note(trial).get("error")
+@dataclass(frozen=True)
+class Measured:
+    """What the models of a study are found to do, which its claims, tables and figures are about.
 
-    def model(self, trial: Trial) -> ImageClassifier:
-        """The trained classifier, in evaluation mode on the CPU.
+    Args:
+        arms: Trials, a seed each, by the arm's name in reports.
+        right: Which test images the models of each arm had right, bool, shape ``(seeds, images)``.
+        more: What else the study measures.
+    """
 
-        Raises:
-            RunError: If its training failed.
-        """
-        self._refuse_failed(trial)
-        return load(trial_folder(self.folder, trial) / MODEL)
+    answers: Answers
+    arms: Mapping[str, Sequence[Trial]]
+    right: Mapping[str, np.ndarray]
+    more: Any = None
 
-    def probs(self, trial: Trial, part: str = "test") -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities and true classes.
+    @classmethod
+    def of(cls, answers: Answers, arms: Mapping[str, Sequence[Trial]], more: Any = None) -> Measured:
+        """With what the arms had right."""
+        return cls(answers, arms, {arm: answers.correct(trials) for arm, trials in arms.items()}, more)
 
-        Args:
-            part: ``val`` or ``test``.
-
-        Returns:
-            float32, shape ``(images, classes)``, and int64, shape ``(images,)``.
-
-        Raises:
-            RunError: If its training failed, or it answered for other test images than the trials before.
-        """
-        self._refuse_failed(trial)
-        with np.load(trial_folder(self.folder, trial) / ANSWERS, allow_pickle=False) as arrays:
-            if part == "test":
-                self._refuse_others(trial, arrays["test_positions"])
-            return arrays[f"{part}_probs"], arrays[f"{part}_targets"]
-
-    def correct(self, trials: Sequence[Trial], part: str = "test") -> np.ndarray:
-        """Which images each model classified right.
-
-        Args:
-            part: ``val`` or ``test``. Validation images differ from seed to seed.
-
-        Returns:
-            bool, shape ``(trials, images)``.
-
-        Raises:
-            RunError: If a training failed.
-        """
-        rows = [self.probs(trial, part) for trial in trials]
-        return np.stack([probs.argmax(axis=1) == targets for probs, targets in rows])
-
-    def val_accuracy(self, trials: Sequence[Trial]) -> float:
-        """Mean share of right validation images; what choices are made by.
-
-        Raises:
-            RunError: If a training failed.
-        """
-        rows = [self.probs(trial, "val") for trial in trials]
-        return float(np.mean([(probs.argmax(axis=1) == targets).mean() for probs, targets in rows]))
-
-    def cells(self, trials: Sequence[Trial]) -> list[float | int]:
-        """Cells of a table under `ARM_COLUMNS`, on the test images.
-
-        Raises:
-            RunError: If a training failed.
-        """
-        right = self.correct(trials)
-        mean, seeds = mean_interval(right), right.mean(axis=1)
-        return [mean.estimate, *mean.ci95, float(seeds.min()), float(seeds.max()), mean.seeds, mean.images]
-
-    def predictions(self, arms: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
-        """Per-image predictions on the test images, from which every statistic can be done again."""
-        first = next(iter(arms.values()))[0]
-        parts = first.data.parts(first.seed)
-        with np.load(trial_folder(self.folder, first) / ANSWERS, allow_pickle=False) as arrays:
-            positions = arrays["test_positions"].tolist()
-        found = {
-            arm: {str(trial.seed): self.probs(trial)[0].argmax(axis=1).tolist() for trial in trials}
-            for arm, trials in arms.items()
-        }
-        return {
-            "class_names": parts.class_names,
-            "paths": [parts.test.index.paths[i] for i in positions],
-            "targets": self.probs(first)[1].tolist(),
-            "predictions": found,
-        }
-
-    def _refuse_others(self, trial: Trial, positions: np.ndarray) -> None:
-        """Everything here is paired by image."""
-        if self._positions is None:
-            self._positions = positions
-        if not np.array_equal(positions, self._positions):
-            raise RunError(
-                f"the training {trial.key} answered for {len(positions)} test images, others for "
-                f"{len(self._positions)}, and not for the same ones: some file could not be read every time. "
-                "Mend or remove it (`vit-cls doctor` names it), and give a new --output."
-            )
-
-    def _refuse_failed(self, trial: Trial) -> None:
-        error = self.failed(trial)
-        if error is not None:
-            raise RunError(
-                f"the training {trial.key} failed: {error} Mend the cause (often --recipe.lr), delete "
-                f"{trial_folder(self.folder, trial)} and run the study again; the others are kept."
-            )
+    def claims(self, rows: Iterable[tuple[str, str, str, str]], margin: float) -> list[Claim]:
+        """A claim for each row: its text, an arm, another arm, and what is expected of that one."""
+        return [
+            Claim(text, self.right[one], self.right[other], expect, margin, (one, other))
+            for text, one, other, expect in rows
+        ]
 
 
 class Study(ABC):
     """A question, the trainings that it takes, and the answer.
 
+    A study gives its arms and its claims, and of the other parts of a result those that are its own. Its
+    attributes are its options: they are recorded, and a folder is only resumed where they are the same.
+
     Args:
         setup: What all studies share.
+
+    Raises:
+        ConfigError: If weights are to be loaded that the study would have to take apart.
     """
 
     name: ClassVar[str]
     """The word that is typed."""
     question: ClassVar[str]
     """What is asked, as a question."""
+    why_fresh: ClassVar[str] = ""
+    """Why weights cannot be loaded, where that is so."""
+    arms_title: ClassVar[str] = "Arms"
+    """Title of the table of arms."""
+    arms_note: ClassVar[str] = ""
+    """How to read it."""
+    remarks: ClassVar[Sequence[str]] = ()
+    """What a reader of this study needs to know beside what holds for all."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        if self.why_fresh and setup.recipe.pretrained is not None:
+            raise ConfigError(
+                f"study {self.name} trains from fresh weights, since {self.why_fresh}; got "
+                f"--recipe.pretrained {setup.recipe.pretrained}. Leave it out."
+            )
 
     @abstractmethod
     def arms(self) -> Mapping[str, Any]:
         """Trials, a seed each, by arm; where more than the arm is varied, by that inside of it."""
 
+    def control_arms(self) -> dict[str, list[Trial]]:
+        """Trainings after which there is nothing to find, a seed each, by the name of the control."""
+        return {}
+
     def trials(self) -> list[Trial]:
         """Every training that the study takes, each once; those that others start from come first."""
-        return list(_flat(self.arms()))
+        return [trial for arms in (self.arms(), self.control_arms()) for t in _lists(arms) for trial in t]
 
-    @abstractmethod
+    def label(self, trial: Trial) -> str:
+        """Name of a trial's arm in reports."""
+        return f"{trial.arm}, {trial.variant}" if trial.variant else trial.arm
+
     def analyse(self, answers: Answers) -> LabResult:
         """The answer, once all trials are done.
 
         Raises:
             RunError: If a training that cannot be done without failed.
         """
+        measured = self.measure(answers)
+        findings = self.judge(measured)
+        controls = self.controls(measured)
+        tables, values = list(self.tables(measured, findings)), self.values(measured, findings)
+        if controls:
+            rows = [[control.name, *score_cells(control.right)] for control in controls]
+            tables.append(Table("Controls", ["control", *ARM_COLUMNS], rows, "Test images."))
+            values["controls"] = {control.name: control.right.mean(axis=1) for control in controls}
+        return LabResult(
+            kind=f"study {self.name}",
+            question=self.question,
+            headline=self.headline(measured, findings),
+            findings=findings,
+            tables=tables,
+            figures=self.figures(measured, findings),
+            settings={**self.settings(), **self.derived_settings()},
+            data=self.data(measured),
+            values=values,
+            predictions=self.predictions(measured),
+            notes=self.notes(measured),
+        )
+
+    def measure(self, answers: Answers) -> Measured:
+        """What the models do: where nothing else is said, which test images they have right."""
+        return Measured.of(answers, {self.label(trials[0]): trials for trials in _lists(self.arms())})
+
+    def judge(self, measured: Measured) -> list[Finding]:
+        """Verdicts on the claims, adjusted for how many there are."""
+        return judge_all(self.claims(measured), seed=self.setup.seed)
+
+    def claims(self, measured: Measured) -> list[Claim]:
+        """What is claimed, the most important first."""
+        raise NotImplementedError(f"study {self.name} says what it claims, or judges itself")
+
+    def controls(self, measured: Measured) -> list[Control]:
+        """What is found where there is nothing to find; control arms first."""
+        return [Control(name, measured.answers.correct(t)) for name, t in self.control_arms().items()]
+
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
+        """First line of a report."""
+        return verdict_line(findings[0])
+
+    def tables(self, measured: Measured, findings: Sequence[Finding]) -> list[Table]:
+        """In reading order; controls come after them."""
+        return [arms_table(self.arms_title, measured, self.arms_note)]
+
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
+        """In reading order."""
+        return []
+
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        """Numbers for scripts."""
+        return {"top1": {arm: rows.mean(axis=1) for arm, rows in measured.right.items()}}
+
+    def predictions(self, measured: Measured) -> dict[str, Any]:
+        """Per-image predictions."""
+        return measured.answers.predictions(measured.arms)
+
+    def notes(self, measured: Measured) -> list[str]:
+        """Sentences that a reader needs to judge the numbers."""
+        return [PAIRED, *self.remarks, ONE_RATE, LAST_EPOCH]
+
+    def data(self, measured: Measured) -> dict[str, Any]:
+        """Where the images came from, how many there were, and which could not be read."""
+        trials, answers = self.trials(), measured.answers
+        failures: dict[str, str] = {}
+        for trial in trials:
+            failures |= answers.note(trial).get("failures", {})
+        note = answers.note(trials[0])
+        return {"origin": note["origin"], **note["data"], "failed": len(failures), "failures": failures}
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -280,105 +318,76 @@ class Study(ABC):
             **self.options,
         }
 
-    def result(
-        self,
-        answers: Answers,
-        headline: str,
-        findings: Sequence[Finding],
-        *,
-        data: Mapping[str, Any] | None = None,
-        more_settings: Mapping[str, Any] | None = None,
-        **contents: Any,
-    ) -> LabResult:
-        """What the study has to say.
-
-        Args:
-            data: Where the images came from; None means what the trials noted.
-            more_settings: On top of `settings`.
-            contents: Other fields of `LabResult`.
-        """
-        return LabResult(
-            kind=f"study {self.name}",
-            question=self.question,
-            headline=headline,
-            findings=findings,
-            settings={**self.settings(), **(more_settings or {})},
-            data=self.data_record(answers, self.trials()) if data is None else data,
-            **contents,
-        )
-
-    def data_record(self, answers: Answers, trials: Sequence[Trial]) -> dict[str, Any]:
-        """Where the images came from, how many there were, and which could not be read."""
-        note = answers.note(trials[0])
-        failures: dict[str, str] = {}
-        for trial in trials:
-            failures |= answers.note(trial).get("failures", {})
-        return {"origin": note["origin"], **note["data"], "failed": len(failures), "failures": failures}
+    def derived_settings(self) -> dict[str, Any]:
+        """What follows from the settings and is worth a line in the result."""
+        return {}
 
 
-def _flat(arms: Any) -> Iterator[Trial]:
-    if isinstance(arms, Trial):
-        yield arms
+def _lists(arms: Any) -> Iterator[list[Trial]]:
+    """The lists of trials at the ends of nested arms."""
+    if isinstance(arms, Mapping):
+        for inner in arms.values():
+            yield from _lists(inner)
     else:
-        for one in arms.values() if isinstance(arms, Mapping) else arms:
-            yield from _flat(one)
+        yield arms
 
 
-PAIRED = "Per seed all start from the same encoder weights and see the same images in the same order."
-ONE_RATE = (
-    "All are trained at one learning rate, which need not suit them alike: --recipe.lr tries another; "
-    "`vit-cls study heads` tunes it for each head."
-)
-LAST_EPOCH = "The model after the last epoch counts; no epoch was selected."
-
-
-def train_arms(setup: Setup, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Trial]]:
-    """One training for each arm and seed, at the recipe's learning rate.
-
-    Args:
-        setup: What all studies share.
-        arms: Settings of ``fit``'s ``model`` by arm, on top of the recipe's.
-
-    Returns:
-        Trials by arm, a seed each; the seeds are the same for all.
-    """
-    return {
-        arm: [setup.trial(arm, seed, model=model) for seed in setup.all_seeds] for arm, model in arms.items()
-    }
-
-
-def arms_table(title: str, answers: Answers, arms: Mapping[str, Sequence[Trial]], note: str = "") -> Table:
-    """How every arm does on the test images, and what it costs.
+def check_pools(pools: Sequence[str]) -> None:
+    """Refuse what is no pooling.
 
     Raises:
-        RunError: If a training failed.
+        ConfigError: If a word is none.
     """
+    for pool in pools:
+        num_class_tokens(pool, 1)
+
+
+def bounded(mean: Mean, least: float = 0.0, most: float = 1.0) -> tuple[float, float, float]:
+    """Estimate and 95 % interval of what lies between two bounds."""
+    return mean.estimate, max(least, mean.ci95[0]), min(most, mean.ci95[1])
+
+
+def score_cells(scores: np.ndarray) -> list[float | int]:
+    """Cells of a table under `ARM_COLUMNS`, of shares of shape ``(seeds, images)``."""
+    mean, seeds = mean_interval(scores), scores.mean(axis=1)
+    return [*bounded(mean), float(seeds.min()), float(seeds.max()), mean.seeds, mean.images]
+
+
+def arms_table(title: str, measured: Measured, note: str = "") -> Table:
+    """How every arm does on the test images, and what it costs."""
+    answers = measured.answers
     rows: list[list[Any]] = []
-    for arm, trials in arms.items():
-        notes = [answers.note(trial) for trial in trials]
-        seconds = float(np.median([one["seconds"] for one in notes]))
-        val = answers.val_accuracy(trials)
-        rows.append([arm, *answers.cells(trials), val, notes[0].get("parameters"), seconds])
+    for arm, trials in measured.arms.items():
+        costs = answers.note(trials[0]).get("parameters"), answers.seconds(trials)
+        rows.append([arm, *score_cells(measured.right[arm]), answers.val_accuracy(trials), *costs])
     columns = ["arm", *ARM_COLUMNS, "validation (%)", "parameters", "seconds"]
     return Table(title, columns, rows, f"Test images; seconds of one training. {note}".rstrip())
 
 
-def headline(finding: Finding, more: str = "") -> str:
-    """First line of a report."""
+def slope_claim(
+    text: str, heads: tuple[str, str], slopes: tuple[np.ndarray, np.ndarray], margin: float, unit: str
+) -> Claim:
+    """That scores of the second head rise more steeply than those of the first; see `least_squares_slope`."""
+    names = f"the slope of {heads[0]}", f"the slope of {heads[1]}"
+    return Claim(text, *slopes, GREATER, margin, names, unit, words=("higher", "lower"))
+
+
+def verdict_line(finding: Finding, more: str = "") -> str:
+    """A verdict, its sentence, and what else is to be said."""
     return f"{finding.verdict.capitalize()}: {finding.sentence} {more}".rstrip()
 
 
-def refuse_pretrained(setup: Setup, study: str, why: str) -> None:
-    """Say no to weights that the study would have to take apart.
+def least_squares_slope(x: Sequence[float], scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Slope over ``x`` of the scores of every seed and image.
+
+    A linear combination of the scores, so that its mean is the slope of the mean scores.
 
     Args:
-        setup: What all studies share.
+        scores: For each ``x``, of which there are two or more, shape ``(seeds, images)``.
 
-    Raises:
-        ConfigError: If ``--recipe.pretrained`` was given.
+    Example:
+        >>> least_squares_slope([0, 2], [np.array([[False, False]]), np.array([[True, False]])])
+        array([[0.5, 0. ]])
     """
-    if setup.recipe.pretrained is not None:
-        raise ConfigError(
-            f"study {study} trains from fresh weights, since {why}; got --recipe.pretrained "
-            f"{setup.recipe.pretrained}. Leave it out."
-        )
+    centred = np.asarray(x, dtype=np.float64) - np.mean(x)
+    return np.tensordot(centred / (centred**2).sum(), np.stack(scores).astype(np.float64), axes=1)

@@ -48,14 +48,10 @@ ANSWERS = "answers.npz"
 
 @dataclass(frozen=True)
 class TrialData:
-    """The images of a trial.
+    """The images of a trial, as `partition_data` splits them.
 
     Args:
-        data: ``digits`` or a folder, as `partition_data` takes it.
-        val_fraction: Share of each class to validate on, where that is split here.
-        test_fraction: Share of each class to test on, likewise.
-        mosaic: How the images are put together to larger ones, for `vit_cls.lab.studies.mosaics`; None leaves
-            them as they are.
+        mosaic: Arguments of `vit_cls.lab.studies.mosaics.mosaic_parts`; None leaves images as they are.
     """
 
     data: str
@@ -82,11 +78,7 @@ class Trial:
     Args:
         arm: What it is compared as, such as ``cls`` or ``gap``.
         seed: Of weights, order, augmentation and validation images: the same for all arms.
-        data: The images.
-        model: Settings of ``fit``'s ``model``.
-        optim: Settings of ``fit``'s ``optim``.
-        loader: Settings of ``fit``'s ``data``, such as ``batch_size``.
-        epochs: How long.
+        model: Settings of ``fit``'s ``model``; so ``optim``, and ``loader`` of its ``data``.
         variant: What else tells it from the arm's other trials, such as ``lr x2``.
         after: Key of the trial whose model it starts from; None starts as ``model`` says.
     """
@@ -183,10 +175,9 @@ def trial_folder(study: Path, trial: Trial) -> Path:
 
 
 def is_done(study: Path, key: str) -> bool:
-    """Whether a trial has come to its end, good or bad.
+    """Whether a trial of a study's folder has come to its end, good or bad.
 
     Args:
-        study: Folder of the study.
         key: See `Trial.key`.
     """
     return (study / "trials" / key / DONE).is_file()
@@ -197,9 +188,7 @@ def run_trials(trials: Sequence[Trial], study: Path, train: TrainFunction, sprea
 
     Args:
         trials: All of the study, each once.
-        study: Folder of the study.
-        train: Trains one.
-        spread: Over which processes, and which part of them here.
+        study: Its folder.
 
     Returns:
         How many of all trials are not done, because they belong to other machines.
@@ -280,15 +269,8 @@ def run_trial(trial: Trial, study: Path, train: TrainFunction) -> float:
     """Train one trial, let it answer for every validation and test image, and note that it is done.
 
     A training that fails, such as by a learning rate that is too high, is an answer too: it is noted with its
-    reason. What was wrong before it began, such as weights that do not exist, is not: it raises.
-
-    Returns:
-        Seconds it took.
-
-    Raises:
-        ConfigError: If its settings do not make a run.
-        DataError: If its images cannot be used.
-        ModelFileError: If the weights it starts from cannot be had.
+    reason. What was wrong before it began, such as weights that do not exist, is not: it raises. Gives the
+    seconds it took.
     """
     started = time.perf_counter()
     folder = trial_folder(study, trial)

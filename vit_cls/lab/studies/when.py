@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
+from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError
-from vit_cls.lab.results import MOST_LINES, ForestChart, LabResult, Line, LineChart, Table, forest
-from vit_cls.lab.studies.heads import head_settings
+from vit_cls.lab.results import MOST_LINES, Figure, Line, LineChart, Table, forest
+from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.mosaics import TILE, MosaicSource, example_pictures, roles
-from vit_cls.lab.studies.recipe import RECIPES
-from vit_cls.lab.studies.study import ARM_COLUMNS, Answers, Setup, Study
+from vit_cls.lab.studies.recipe import RECIPES, Recipe
+from vit_cls.lab.studies.study import (
+    ARM_COLUMNS,
+    FROM_TO,
+    Measured,
+    Setup,
+    Study,
+    check_pools,
+    least_squares_slope,
+    score_cells,
+    slope_claim,
+    verdict_line,
+)
 from vit_cls.lab.studies.trials import Trial
-from vit_cls.model.pooling import num_class_tokens
 from vit_cls.stats.random_effects import mean_interval
-from vit_cls.stats.verdicts import GREATER, Claim, Finding, judge_all
+from vit_cls.stats.verdicts import DIFFERS, Finding, judge_all
 
 GAP = "gap"
 DIGIT_TILE, DIGIT_PATCH = 8, 4
 """Pixels. With the patches of 2 pixels that digits usually have, a canvas would be 256 tokens."""
 UNIT = "points per halving"
-Grid = dict[str, dict[int, list[Trial]]]
-"""Trials by head and number of relevant tiles, a seed each."""
 
 
 class WhenStudy(Study):
@@ -69,14 +78,6 @@ class WhenStudy(Study):
         self.side = side
         self.distractors = distractors
         self.tile = tile if tile is not None else DIGIT_TILE if setup.data == "digits" else TILE
-        self._check_heads()
-        for head in self.heads:
-            num_class_tokens(head, 1)  # refuses what is no pooling
-        check_range("--side", side, at_least=2)
-        roles(list("abcd"), distractors)
-        self._check_recipe()
-
-    def _check_heads(self) -> None:
         given = ", ".join(self.heads) or "none"
         if GAP not in self.heads or len(self.heads) < 2:
             raise ConfigError(
@@ -85,11 +86,15 @@ class WhenStudy(Study):
             )
         if len(set(self.heads)) < len(self.heads):
             raise ConfigError(f"--heads must name each head once; got {given}.")
+        check_pools(self.heads)
+        check_range("--side", side, at_least=2)
+        roles(list("abcd"), distractors)
+        self._check_recipe()
 
     def _check_recipe(self) -> None:
         """What the mosaics decide cannot be set, and a patch must lie in one tile."""
-        recipe, digits = self.setup.recipe, self.setup.data == "digits"
-        usual = RECIPES["digits" if digits else "finetune" if recipe.pretrained else "scratch"]
+        recipe = self.setup.recipe
+        usual = Recipe(pretrained=recipe.pretrained).resolved(self.setup.data)
         for name, why in (
             ("img_size", f"it is {self.side} tiles of {self.tile} pixels; use --side and --tile"),
             ("augment", "a crop or a turn would change which part is relevant"),
@@ -113,12 +118,22 @@ class WhenStudy(Study):
     @property
     def relevant(self) -> list[int]:
         """How many tiles show the image, from all to one."""
-        tiles = self.side**2
-        return sorted({tiles, max(1, tiles // 4), 2, 1}, reverse=True)
+        return sorted({self.tiles, max(1, self.tiles // 4), 2, 1}, reverse=True)
 
-    def share(self, relevant: int) -> float:
-        """The relevant share of the canvas."""
-        return relevant / self.side**2
+    @property
+    def tiles(self) -> int:
+        """How many tiles there are."""
+        return self.side**2
+
+    @property
+    def others(self) -> list[str]:
+        """Heads that are compared with gap."""
+        return [head for head in self.heads if head != GAP]
+
+    @property
+    def slope_margin(self) -> float:
+        """Over all halvings, a difference of slopes that does not matter adds up to the margin at most."""
+        return self.setup.margin / math.log2(self.tiles)
 
     def mosaic(self, relevant: int) -> dict[str, Any]:
         """Arguments of `mosaic_parts`."""
@@ -130,175 +145,103 @@ class WhenStudy(Study):
             "seed": self.setup.seed,
         }
 
-    def arms(self) -> Grid:
+    def arms(self) -> dict[str, dict[int, list[Trial]]]:
         """Trials by head and number of relevant tiles, a seed each."""
         setup = self.setup
         sizes = {"img_size": self.side * self.tile, "patch_size": self.patch_size, "crop_pct": 1.0}
         sizes = {key: value for key, value in sizes.items() if value is not None}
-        found: Grid = {}
-        for head in self.heads:
-            model = head_settings(head, pretrained=setup.recipe.pretrained is not None) | sizes
-            found[head] = {}
-            for count in self.relevant:
-                data = dataclasses.replace(setup.trial_data, mosaic=self.mosaic(count))
-                variant = f"{count} of {self.side**2}"
-                trials = [
-                    setup.trial(head, seed, model=model, data=data, variant=variant)
-                    for seed in setup.all_seeds
-                ]
-                found[head][count] = [
-                    dataclasses.replace(one, loader={**one.loader, "augment": "none"}) for one in trials
-                ]
-        return found
-
-    def analyse(self, answers: Answers) -> LabResult:
-        """See `Study.analyse`."""
-        grid = self.arms()
-        right = {
-            head: {count: answers.correct(trials) for count, trials in counts.items()}
-            for head, counts in grid.items()
+        return {
+            head: {
+                count: setup.trials(
+                    head,
+                    model=setup.head(head) | sizes,
+                    data=dataclasses.replace(setup.trial_data, mosaic=self.mosaic(count)),
+                    loader={"augment": "none"},
+                    variant=f"{count} of {self.tiles}",
+                )
+                for count in self.relevant
+            }
+            for head in self.heads
         }
-        slopes = {head: self.slopes(rows) for head, rows in right.items()}
-        main, levels = self._findings(right, slopes)
-        first = grid[GAP][self.relevant[-1]][0]
-        parts = first.data.parts(first.seed)
-        test = parts.test
-        assert isinstance(test, MosaicSource)
-        pictures = example_pictures(test, self.relevant, side=self.side, seed=self.setup.seed)
-        chance = float(test.index.counts().max()) / len(test.index)
-        failures: dict[str, str] = {}
-        for part in (parts.train, parts.val, parts.test):
-            assert isinstance(part, MosaicSource)
-            failures |= part.failures
-        record = self.data_record(answers, [first])
-        record |= {"classes": parts.class_names, "failed": len(failures), "failures": failures}
-        arms = {self._arm(head, count): t for head, counts in grid.items() for count, t in counts.items()}
-        return self.result(
-            answers,
-            self._headline(main, slopes, {h: self._val_slope(answers, t) for h, t in grid.items()}),
-            [*main, *levels],
-            tables=self._tables(answers, grid, slopes, (main, levels)),
-            figures=[self._curves(right, chance), *self._forest(main), pictures],
-            more_settings={"relevant_tiles": self.relevant, "patch_size": self.patch_size},
-            data=record,
-            values={
-                "relevant_share": [self.share(count) for count in self.relevant],
-                "top1": {h: [rows[n].mean(axis=1) for n in self.relevant] for h, rows in right.items()},
-                "slope_per_halving": {head: rows.mean(axis=1) for head, rows in slopes.items()},
-                "chance": chance,
-            },
-            predictions=answers.predictions(arms),
-            notes=self._notes(right, chance),
-        )
 
-    def slopes(self, right: dict[int, np.ndarray]) -> np.ndarray:
-        """Least-squares slope of each image's score over ``log2(1/r)``.
+    def arm(self, head: str, count: int) -> str:
+        """Name of an arm in reports."""
+        return f"{head}, {count} of {self.tiles}"
 
-        Args:
-            right: Scores by number of relevant tiles, each of shape ``(seeds, images)``.
+    def slope(self, head: str, by_arm: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Change of each score with each halving of the relevant share, as `least_squares_slope` fits it."""
+        halvings = [math.log2(self.tiles / count) for count in self.relevant]
+        return least_squares_slope(halvings, [by_arm[self.arm(head, count)] for count in self.relevant])
 
-        Returns:
-            Change of the score with each halving of the relevant share, float64, shape ``(seeds, images)``.
-        """
-        halvings = np.array([-math.log2(self.share(count)) for count in self.relevant])
-        weights = (halvings - halvings.mean()) / ((halvings - halvings.mean()) ** 2).sum()
-        return np.tensordot(weights, np.stack([right[count] for count in self.relevant]), axes=1)
+    def measure(self, answers: Answers) -> Measured:
+        """Beside what is right, the parts of the first seed with the fewest relevant tiles."""
+        last = self.arms()[GAP][self.relevant[-1]][0]
+        return dataclasses.replace(super().measure(answers), more=last.data.parts(last.seed))
 
-    def _val_slope(self, answers: Answers, trials: dict[int, list[Trial]]) -> float:
-        """Slope of the mean validation accuracies; the images differ from seed to seed."""
-        means = {count: np.array([[answers.val_accuracy(one)]]) for count, one in trials.items()}
-        return float(self.slopes(means)[0, 0])
-
-    def _arm(self, head: str, count: int) -> str:
-        return f"{head}, {count} of {self.side**2}"
-
-    def _findings(
-        self, right: dict[str, dict[int, np.ndarray]], slopes: dict[str, np.ndarray]
-    ) -> tuple[list[Finding], list[Finding]]:
+    def judge(self, measured: Measured) -> list[Finding]:
         """Slopes, which the study is about, and each share on its own; a family of tests each."""
-        setup, others = self.setup, [head for head in self.heads if head != GAP]
-        # Over all halvings, a difference that does not matter adds up to the margin at most.
-        margin = setup.margin / math.log2(self.side**2)
-        main = [
-            Claim(
+        slopes = [
+            slope_claim(
                 f"The advantage of {head} over {GAP} grows as the relevant part shrinks.",
-                slopes[GAP],
-                slopes[head],
-                expect=GREATER,
-                margin=margin,
-                names=(f"the slope of {GAP}", f"the slope of {head}"),
-                unit=UNIT,
-                words=("higher", "lower"),
+                (GAP, head),
+                (self.slope(GAP, measured.right), self.slope(head, measured.right)),
+                self.slope_margin,
+                UNIT,
             )
-            for head in others
+            for head in self.others
         ]
         levels = [
-            Claim(
-                f"{head} and {GAP} differ where {count} of {self.side**2} tiles are relevant.",
-                right[GAP][count],
-                right[head][count],
-                margin=setup.margin,
-                names=(self._arm(GAP, count), self._arm(head, count)),
+            (
+                f"{head} and {GAP} differ where {count} of {self.tiles} tiles are relevant.",
+                self.arm(GAP, count),
+                self.arm(head, count),
+                DIFFERS,
             )
-            for head in others
+            for head in self.others
             for count in self.relevant
         ]
-        return judge_all(main, seed=setup.seed), judge_all(levels, seed=setup.seed)
+        families = slopes, measured.claims(levels, self.setup.margin)
+        return [one for claims in families for one in judge_all(claims, seed=self.setup.seed)]
 
-    def _headline(
-        self, main: Sequence[Finding], slopes: dict[str, np.ndarray], val_slopes: dict[str, float]
-    ) -> str:
+    def headline(self, measured: Measured, findings: Sequence[Finding]) -> str:
         """The head that was named first, and the one that loses least.
 
         The best of several, chosen by the images that it is reported on, would look better than it is.
         """
-        best = max(val_slopes, key=lambda head: val_slopes[head])
-        change = 100 * slopes[best].mean()
-        return (
-            f"{main[0].verdict.capitalize()}: {main[0].sentence} Of all heads {best} loses least on "
-            f"validation as the relevant part shrinks; on the test images it is {change:+.1f} {UNIT}."
+        val = {
+            arm: np.array([[measured.answers.val_accuracy(trials)]]) for arm, trials in measured.arms.items()
+        }
+        best = max(self.heads, key=lambda head: float(self.slope(head, val)[0, 0]))
+        change = 100 * self.slope(best, measured.right).mean()
+        return verdict_line(
+            findings[0],
+            f"Of all heads {best} loses least on validation as the relevant part shrinks; on the test images "
+            f"it is {change:+.1f} {UNIT}.",
         )
 
-    def _tables(
-        self,
-        answers: Answers,
-        grid: Grid,
-        slopes: dict[str, np.ndarray],
-        findings: tuple[Sequence[Finding], Sequence[Finding]],
-    ) -> list[Table]:
+    def tables(self, measured: Measured, findings: Sequence[Finding]) -> list[Table]:
+        by_head = dict(zip(self.others, findings, strict=False))
+        slopes: list[list[Any]] = []
+        for head in self.heads:
+            mean = mean_interval(self.slope(head, measured.right))
+            compared = [*_estimate(by_head[head]), by_head[head].p_holm] if head != GAP else [None] * 4
+            slopes.append([head, mean.estimate, *mean.ci95, *compared, mean.seeds, mean.images])
+        pairs = [(head, count) for head in self.others for count in self.relevant]
+        levels = [
+            [*pair, *_estimate(finding), finding.p_holm, finding.verdict]
+            for pair, finding in zip(pairs, findings[len(self.others) :], strict=True)
+        ]
         accuracy = [
-            [head, count, self.share(count), *answers.cells(trials)]
-            for head, counts in grid.items()
-            for count, trials in counts.items()
+            [head, count, count / self.tiles, *score_cells(measured.right[self.arm(head, count)])]
+            for head in self.heads
+            for count in self.relevant
         ]
-        others = [head for head in self.heads if head != GAP]
-        rows: list[list[Any]] = []
-        for head, values in slopes.items():
-            mean = mean_interval(values)
-            found = findings[0][others.index(head)] if head != GAP else None
-            shared = [None] * 4 if found is None else [found.estimate, *_ends(found), found.p_holm]
-            rows.append([head, mean.estimate, *mean.ci95, *shared, mean.seeds, mean.images])
-        levels: list[list[Any]] = [
-            [head, count, found.estimate, *_ends(found), found.p_holm, found.verdict]
-            for (head, count), found in zip(
-                [(head, count) for head in others for count in self.relevant], findings[1], strict=True
-            )
-        ]
-        interval = ["from (%)", "to (%)"]
+        compared_columns = [f"minus {GAP} (%)", *FROM_TO, "p (Holm)"]
         return [
             Table(
                 "Change of accuracy with each halving of the relevant share",
-                [
-                    "head",
-                    "slope (%)",
-                    *interval,
-                    f"minus {GAP} (%)",
-                    *interval,
-                    "p (Holm)",
-                    "seeds",
-                    "images",
-                ],
-                rows,
+                ["head", "slope (%)", *FROM_TO, *compared_columns, "seeds", "images"],
+                slopes,
                 "Test images; least squares over log2(1/r), intervals 95 %, p adjusted over the heads.",
             ),
             Table(
@@ -309,38 +252,66 @@ class WhenStudy(Study):
             ),
             Table(
                 f"Each head minus {GAP} at each share",
-                ["head", "relevant tiles", "difference (%)", *interval, "p (Holm)", "verdict"],
+                ["head", "relevant tiles", "difference (%)", *FROM_TO, "p (Holm)", "verdict"],
                 levels,
                 "p adjusted over all rows; intervals 95 %, not adjusted.",
             ),
         ]
 
-    def _curves(self, right: dict[str, dict[int, np.ndarray]], chance: float) -> LineChart:
+    def figures(self, measured: Measured, findings: Sequence[Finding]) -> list[Figure]:
         lines = []
-        for head, rows in list(right.items())[:MOST_LINES]:
-            means = {self.share(count): mean_interval(rows[count]) for count in reversed(self.relevant)}
-            lines.append(Line.of(head, means))
-        return LineChart(
+        for head in self.heads[:MOST_LINES]:
+            rows = {count: measured.right[self.arm(head, count)] for count in reversed(self.relevant)}
+            lines.append(
+                Line.of(head, {count / self.tiles: mean_interval(right) for count, right in rows.items()})
+            )
+        curves = LineChart(
             "Accuracy over the relevant share",
             "share of the tiles that show the image",
             "test accuracy",
             lines,
             log_x=True,
-            marks={"commonest class": chance},
+            marks={"commonest class": commonest_share(measured.more)},
             note=f"Bands are 95 % intervals over seeds and images. {MOST_LINES} heads at most are drawn.",
         )
-
-    def _forest(self, main: Sequence[Finding]) -> list[ForestChart]:
-        others = [f"{head} minus {GAP}" for head in self.heads if head != GAP]
-        return forest(
+        labels = [f"{head} minus {GAP}" for head in self.others]
+        growth = forest(
             "Growth of the advantage with each halving of the relevant share",
-            dict(zip(others, main, strict=True)),
-            self.setup.margin / math.log2(self.side**2),
+            dict(zip(labels, findings, strict=False)),
+            self.slope_margin,
             "Above 0, the head's advantage is larger where less of the input is relevant.",
         )
+        test = measured.more.test
+        return [
+            curves,
+            *growth,
+            example_pictures(test, self.relevant, side=self.side, seed=self.setup.seed),
+        ]
 
-    def _notes(self, right: dict[str, dict[int, np.ndarray]], chance: float) -> list[str]:
-        recipe, count = self.setup.recipe, self.side**2
+    def values(self, measured: Measured, findings: Sequence[Finding]) -> dict[str, Any]:
+        right = measured.right
+        return {
+            "relevant_share": [count / self.tiles for count in self.relevant],
+            "top1": {h: [right[self.arm(h, n)].mean(axis=1) for n in self.relevant] for h in self.heads},
+            "slope_per_halving": {head: self.slope(head, right).mean(axis=1) for head in self.heads},
+            "chance": commonest_share(measured.more),
+        }
+
+    def data(self, measured: Measured) -> dict[str, Any]:
+        """Of the parts with the fewest relevant tiles."""
+        note = measured.answers.note(self.arms()[GAP][self.relevant[-1]][0])
+        failures: dict[str, str] = {}
+        for part in measured.more.sources:
+            assert isinstance(part, MosaicSource)
+            failures |= part.failures
+        record = {"origin": note["origin"], **note["data"], "classes": measured.more.class_names}
+        return {**record, "failed": len(failures), "failures": failures}
+
+    def derived_settings(self) -> dict[str, Any]:
+        return {"relevant_tiles": self.relevant, "patch_size": self.patch_size}
+
+    def notes(self, measured: Measured) -> list[str]:
+        chance, count = commonest_share(measured.more), self.tiles
         rest = (
             "The first half of the classes, by name, is to be told apart; distractors are images of the "
             "second half, from the same part, drawn once."
@@ -348,8 +319,8 @@ class WhenStudy(Study):
             else "Distractors are uniform noise, drawn once."
         )
         notes = [
-            f"One learning rate for all heads and shares, {recipe.lr:g}, not tuned: a head that wants "
-            "another one is at a disadvantage (vit-cls study heads shows how much).",
+            f"One learning rate for all heads and shares, {self.setup.recipe.lr:g}, not tuned: a head that "
+            "wants another one is at a disadvantage (vit-cls study heads shows how much).",
             f"{rest} There is no augmentation: each training image is one canvas for all epochs.",
             f"With {count} of {count} tiles the canvas is the image {count} times, so accuracy there is not "
             "that on plain images.",
@@ -358,16 +329,16 @@ class WhenStudy(Study):
             "Slopes are one family of tests, the comparisons at each share another; p-values are adjusted "
             "within each.",
         ]
-        low = [
-            self._arm(head, n)
-            for head, rows in right.items()
-            for n in self.relevant
-            if mean_interval(rows[n]).ci95[0] <= chance
-        ]
+        low = [arm for arm, right in measured.right.items() if mean_interval(right).ci95[0] <= chance]
         if low:
             notes.append(f"No better than the commonest class ({fmt.percent(chance)}): {'; '.join(low)}.")
         return notes
 
 
-def _ends(finding: Finding) -> tuple[float, float]:
-    return finding.ci95 or (0.0, 0.0)
+def commonest_share(parts: Partition) -> float:
+    """Share of the test images that are of the commonest class."""
+    return float(parts.test.index.counts().max()) / len(parts.test.index)
+
+
+def _estimate(finding: Finding) -> tuple[float | None, float, float]:
+    return finding.estimate, *(finding.ci95 or (0.0, 0.0))
