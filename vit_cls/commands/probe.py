@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from vit_cls.checks import check_range
@@ -24,15 +24,15 @@ from vit_cls.data.partition import partition_data
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
 from vit_cls.files import output_folder, writing
-from vit_cls.lab.probes.common import described, find_record, overlap_note
+from vit_cls.lab.probes.base import Subject
+from vit_cls.lab.probes.common import described
+from vit_cls.lab.probes.overlap import find_record, overlap_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.reports.lab import write_lab_report
 from vit_cls.reports.lab_words import lab_text
 from vit_cls.weights.factory import load
 
 log = logging.getLogger("vit_cls")
-
-SHARED = ("classifier", "parts", "partition", "config", "cache", "device")
 
 
 def run(words: list[str]) -> Outcome:
@@ -50,8 +50,8 @@ def run(words: list[str]) -> Outcome:
     started = time.perf_counter()
     example = "vit-cls probe linear --model runs/x --data photos"
     name, rest = name_and_rest("probe", words, PROBES, usage="--model M --data DIR", example=example)
-    probe = PROBES[name]
-    parser = make_parser(f"probe {name}", probe.question)
+    kind = PROBES[name]
+    parser = make_parser(f"probe {name}", kind.question)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_data_arguments(parser)
     parser.add_argument(
@@ -68,19 +68,20 @@ def run(words: list[str]) -> Outcome:
         "time (default: vit_cls/tokens in $XDG_CACHE_HOME or ~/.cache)",
     )
     add_runtime_arguments(parser)
-    own = probe.add_options(parser, SHARED)
+    parser.add_class_arguments(kind, None)
     args = parse(parser, comma_lists(rest))
     if args.compile:
         raise ConfigError("--compile has no effect on a probe: tokens are computed once. Leave it out.")
     check_range("--seed", args.seed, at_least=0)
+    options = args.as_dict()
+    probe = kind(**{field.name: options[field.name] for field in fields(kind)})
     config = inference_config(args, show_progress=sys.stderr.isatty())
     output, cache = output_folder(args.output), cache_folder(args.cache)
     classifier = load(args.model)
     fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
     parts = partition_data(args.data, seed=args.seed, split=args.split, **fractions)
     parts.refuse_unused(fractions)
-    options = args.as_dict()
-    result = probe.run(classifier, parts, config, cache, {key: options[key] for key in own})
+    result = probe.run(Subject(classifier, parts, config, cache))
     architecture = described(classifier.model)
     settings = {"model": args.model, "architecture": architecture, "data": args.data, **result.settings}
     notes = [*result.notes, *overlap_note(find_record(args.model), parts, args.data)]

@@ -2,78 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
-from vit_cls.data.partition import Partition
-from vit_cls.data.parts import PARTS
-from vit_cls.errors import ConfigError
-from vit_cls.inference import InferenceConfig, choose_device
+from vit_cls.inference import choose_device
 from vit_cls.lab.features import FrozenTokens
-from vit_cls.lab.probes.common import (
-    MARGIN,
-    check_margin,
-    checked_parts,
-    described,
-    failures_note,
-    freeze_parts,
+from vit_cls.lab.probes.base import FrozenParts, Probe, Subject
+from vit_cls.lab.probes.common import described
+from vit_cls.lab.probes.head_fits import (
+    HeadFit,
+    HeadRecipe,
+    NormedTokens,
+    fit_head,
+    heads_that_fit,
+    probe_context,
 )
-from vit_cls.lab.probes.head_fits import HeadFit, HeadRecipe, check_pooling, fit_head
 from vit_cls.lab.results import Figure, LabResult, ScatterChart, Table, forest
-from vit_cls.lab.seeding import seeded
-from vit_cls.model.classifier import ImageClassifier
-from vit_cls.model.pooling import make_pooling
-from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.stats.least_squares import chosen_classifier
 from vit_cls.stats.random_effects import Mean, mean_interval
 from vit_cls.stats.verdicts import GREATER, Claim, judge_all
 
-QUESTION = "Does a head that looks at all tokens find more than the class token tells?"
-QUERIES = (1, 2, 4, 8, 16, 32)
-HEADS = ("cls", "gap", *(f"ep:{count}" for count in QUERIES))
-IN_MEMORY = 1 << 28
-"""Up to so many numbers (1 GB), normed tokens are kept; else they are normed batch by batch."""
 
-
-class NormedTokens:
-    """Frozen tokens of one layer after the final norm, by rows."""
-
-    def __init__(self, frozen: FrozenTokens, layer: int) -> None:
-        self.labels = frozen.labels
-        self._frozen = frozen
-        self._layer = layer
-        size = len(frozen) * frozen.layout.num_tokens * frozen.embed_dim
-        self._kept = torch.from_numpy(frozen.normed(layer)) if size <= IN_MEMORY else None
-
-    def rows(self, rows: np.ndarray | slice) -> Tensor:
-        """Tokens of those images, float32, shape ``(rows, tokens, dim)``."""
-        if self._kept is not None:
-            return self._kept[rows]
-        return torch.from_numpy(self._frozen.normed(self._layer, rows))
-
-
-def attentive(
-    classifier: ImageClassifier,
-    parts: Partition,
-    *,
-    heads: Sequence[str] | None = None,
-    layer: int | None = None,
-    recipe: HeadRecipe | None = None,
-    margin: float = MARGIN,
-    seed: int = 0,
-    num_seeds: int = 1,
-    config: InferenceConfig | None = None,
-    cache: Path | None = None,
-) -> LabResult:
+@dataclass(frozen=True, kw_only=True)
+class AttentiveProbe(Probe):
     """Train heads on the frozen tokens of one layer, all in one way, and compare them with the class token.
 
     Learning rate and epoch of each head are chosen on validation images; test images are read once by each.
@@ -82,132 +38,95 @@ def attentive(
     compared with the one that is better on validation.
 
     Args:
-        classifier: Its encoder is frozen; its own head is not used.
-        parts: Images to fit on, to choose by and to report on.
         heads: As in ``model.pool``. None means `HEADS`, less what does not fit the model.
         layer: Whose tokens are read, after the final norm; None means those of the last block.
         recipe: How every head is trained.
         margin: The largest difference of accuracy that does not matter, in (0, 1).
         seed: Of the first one of the trainings and of the intervals.
         num_seeds: Trainings of every head, at least 1; they differ in first weights and order of images.
-        config: How the model is run; None takes the defaults.
-        cache: A folder that keeps tokens; None keeps none.
 
     Raises:
-        ConfigError: If a head, the layer or a number is impossible.
-        DataError: If no image of a part can be read.
+        ConfigError: If a number is impossible.
 
     Source:
         Efficient probing, https://arxiv.org/abs/2506.10178; attentive probes: V-JEPA,
         https://arxiv.org/abs/2404.08471.
     """
-    start = time.perf_counter()
-    check_range("--num_seeds", num_seeds, at_least=1)
-    check_margin(margin)
-    wanted, notes = heads_that_fit(heads, classifier)
-    config = config or InferenceConfig()
-    recipe = recipe or HeadRecipe()
-    recipe = dataclasses.replace(recipe, device=str(choose_device(recipe.device or config.device)))
-    frozen = freeze_parts(classifier, parts.sources, config, cache, None if layer is None else [layer])
-    checked_parts(*(one.rows for one in frozen))
-    layer = frozen[0].depth if layer is None else layer
-    train, val, test = (NormedTokens(one, layer) for one in frozen)
-    context, classes, seeds = (
-        _context(classifier),
-        len(parts.class_names),
-        [seed + i for i in range(num_seeds)],
-    )
-    fits = {
-        head: [
-            fit_head(head, context, (train, val, test), num_classes=classes, recipe=recipe, seed=one)
-            for one in seeds
-        ]
-        for head in wanted
-    }
-    ridge = _ridge(frozen, layer, wanted[0], classes)
-    settings = {"architecture": described(classifier.model), "heads": wanted, "layer": layer}
-    settings |= {**dataclasses.asdict(recipe), "margin": margin, "seeds": seeds}
-    data: dict[str, Any] = {"origin": parts.origin}
-    for name, one in zip(PARTS, frozen, strict=True):
-        data |= {name: len(one), f"{name} failures": one.failures}
-    found = _Found(fits, ridge, frozen[2].labels, list(frozen[2].paths), seed, margin)
-    return LabResult(
-        "probe attentive",
-        QUESTION,
-        found.headline(),
-        found.findings,
-        [_table(found)],
-        _figures(found),
-        settings,
-        data,
-        found.values(),
-        found.predictions(),
-        [*notes, *_notes(found, recipe), *failures_note(dict(zip(PARTS, frozen, strict=True)))],
-        time.perf_counter() - start,
-    )
+
+    heads: Sequence[str] | None = None
+    layer: int | None = None
+    recipe: HeadRecipe | None = None
+    num_seeds: int = 1
+
+    name = "attentive"
+    question = "Does a head that looks at all tokens find more than the class token tells?"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--num_seeds", self.num_seeds, at_least=1)
+        if isinstance(self.recipe, Mapping):  # as the command line gives it
+            object.__setattr__(self, "recipe", HeadRecipe(**self.recipe))
+
+    def measure(self, subject: Subject) -> LabResult:
+        """See `Probe.measure`."""
+        wanted, notes = heads_that_fit(self.heads, subject.classifier)
+        recipe = self.recipe or HeadRecipe()
+        recipe = replace(recipe, device=str(choose_device(recipe.device or subject.config.device)))
+        frozen = subject.freeze(None if self.layer is None else [self.layer])
+        layer = frozen.train.depth if self.layer is None else self.layer
+        train, val, test = (NormedTokens(part, layer) for part in frozen.by_name.values())
+        classes, seeds = len(subject.parts.class_names), [self.seed + i for i in range(self.num_seeds)]
+        context = probe_context(subject.classifier)
+        fits = {
+            head: [
+                fit_head(head, context, (train, val, test), num_classes=classes, recipe=recipe, seed=seed)
+                for seed in seeds
+            ]
+            for head in wanted
+        }
+        ridge = ridge_preds(frozen, layer, wanted[0])
+        heads = TrainedHeads(fits, ridge, frozen.test, self.seed, self.margin)
+        settings = {"architecture": described(subject.classifier.model), "heads": wanted, "layer": layer}
+        data: dict[str, Any] = {"origin": frozen.origin}
+        for name, part in frozen.by_name.items():
+            data |= {name: len(part), f"{name} failures": part.failures}
+        return self.result(
+            heads.headline(),
+            heads.findings,
+            tables=[_table(heads)],
+            figures=_figures(heads),
+            settings={**settings, **asdict(recipe), "margin": self.margin, "seeds": seeds},
+            parts=frozen.rows,
+            data=data,
+            values=heads.values(),
+            predictions=heads.predictions(),
+            notes=[*notes, *_notes(heads, recipe)],
+        )
 
 
-def heads_that_fit(heads: Sequence[str] | None, classifier: ImageClassifier) -> tuple[list[str], list[str]]:
-    """The heads to train, the baseline first, and sentences about those that were left out.
-
-    Args:
-        heads: As the user wrote them; None means `HEADS`.
-
-    Returns:
-        Heads, without repetitions: first ``cls``, or ``gap`` where the model has no class token; and notes.
-
-    Raises:
-        ConfigError: If there are no heads, or one of them does not fit the model.
-    """
-    model, notes = classifier.model, []
-    baseline = "cls" if model.layout.class_token else "gap"
-    if heads is None:
-        dim = model.config.embed_dim
-        odd = [count for count in QUERIES if dim % count]
-        heads = [head for head in HEADS if head not in {f"ep:{count}" for count in odd}]
-        if odd:
-            left_out = ", ".join(f"ep:{count}" for count in odd)
-            notes.append(f"Left out: {left_out}, for the number of queries must divide the width, {dim}.")
-        if baseline == "gap":
-            heads = [head for head in heads if head != "cls"]
-            notes.append("Left out: cls, for the model has no class token; gap is compared with instead.")
-    if not heads:
-        raise ConfigError(f"--heads must name at least one head, such as {', '.join(HEADS[:3])}; got none.")
-    wanted = list(dict.fromkeys([baseline, *heads]))
-    with seeded(0):  # building draws weights
-        for head in wanted:
-            check_pooling(head, make_pooling(head, _context(classifier)))
-    return wanted, notes
-
-
-def _context(classifier: ImageClassifier) -> PoolingContext:
-    context = classifier.model.pooling_context
-    return dataclasses.replace(context, include_prefix=False, setting="--heads")
-
-
-def _ridge(
-    frozen: Sequence[FrozenTokens], layer: int, baseline: str, num_classes: int
-) -> tuple[np.ndarray, float]:
+def ridge_preds(frozen: FrozenParts, layer: int, baseline: str) -> tuple[np.ndarray, float]:
     """Classes of the test images by ridge regression on the baseline's vector; its validation accuracy."""
-    x, x_val, x_test = (one.read(baseline, layer) for one in frozen)
-    labels, labels_val = frozen[0].labels, frozen[1].labels
-    fit = chosen_classifier(x, labels, x_val, labels_val, num_classes=num_classes)
-    return fit(x_test).argmax(axis=1), float((fit(x_val).argmax(axis=1) == labels_val).mean())
+    train, val, test = frozen.train, frozen.val, frozen.test
+    x_val = val.read(baseline, layer)
+    classes = len(train.class_names)
+    fit = chosen_classifier(train.read(baseline, layer), train.labels, x_val, val.labels, num_classes=classes)
+    preds = fit(test.read(baseline, layer)).argmax(axis=1)
+    return preds, float((fit(x_val).argmax(axis=1) == val.labels).mean())
 
 
-class _Found:
+class TrainedHeads:
     """Answers of every head on the test images, and what may be said of them."""
 
     def __init__(
         self,
         fits: dict[str, list[HeadFit]],
         ridge: tuple[np.ndarray, float],
-        targets: np.ndarray,
-        paths: list[str],
+        test: FrozenTokens,
         seed: int,
         margin: float,
     ) -> None:
-        self.fits, self.targets, self.paths, self.margin = fits, targets, paths, margin
+        targets = test.labels
+        self.fits, self.targets, self.paths, self.margin = fits, targets, list(test.paths), margin
         self.ridge, self.ridge_val_accuracy = ridge
         self.baseline = next(iter(fits))
         # Of equal ones ridge regression: it had fewer choices to make on the same images.
@@ -288,7 +207,7 @@ class _Found:
         return {**common, **found}
 
 
-def _notes(found: _Found, recipe: HeadRecipe) -> list[str]:
+def _notes(found: TrainedHeads, recipe: HeadRecipe) -> list[str]:
     notes = [
         "Every head is trained in one way, by AdamW; ridge regression of the baseline, in closed form, has "
         "no such choices to make."
@@ -307,7 +226,7 @@ def _notes(found: _Found, recipe: HeadRecipe) -> list[str]:
     return notes
 
 
-def _table(found: _Found) -> Table:
+def _table(found: TrainedHeads) -> Table:
     rows: list[list[str | int | float | None]] = []
     for head, some in found.fits.items():
         rates = dict.fromkeys(f"{one.learning_rate:g}" for one in some)
@@ -345,7 +264,7 @@ def _share(mean: Mean) -> str:
     return fmt.estimate_cell(mean.estimate, mean.ci95)
 
 
-def _figures(found: _Found) -> list[Figure]:
+def _figures(found: TrainedHeads) -> list[Figure]:
     figures: list[Figure] = [
         ScatterChart(
             f"Accuracy against {what}",

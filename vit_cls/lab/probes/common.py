@@ -1,25 +1,15 @@
-"""What the probes on frozen tokens have in common: the parts they are given, and how pools are compared."""
+"""What probes say alike: the pools they read, accuracies in words and cells, comparisons with one of them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
-from vit_cls.data.dataset import ImageSource
-from vit_cls.data.folders import DIGITS
-from vit_cls.data.partition import Partition
-from vit_cls.data.parts import PARTS
-from vit_cls.errors import DataError
-from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import FrozenTokens, Rows, freeze
-from vit_cls.model.classifier import ImageClassifier
+from vit_cls.lab.features import Rows
 from vit_cls.model.pooling import needs_class_token
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.token_reader import TokenReader
@@ -31,57 +21,8 @@ POOLS = ("cls", "gap", "max", "gem:3", "gem:4", "cls+gap", "cls+gem:4")
 """The pools of the last layer, of those that are compared if nothing else is asked for."""
 LAST = 4
 """Blocks whose class tokens the usual ``last:N`` joins, as far as there are so many."""
-MARGIN = 0.01
-"""A difference of a point does not matter, unless the user says otherwise."""
 ACCURACY_COLUMNS = ("top-1 (%)", "from (%)", "to (%)", "right", "images")
 """Headers of `accuracy_cells`."""
-READINGS_DIFFER = "Reading {} and reading {} give different test top-1."
-"""What `compare_with` claims of most pools."""
-
-
-def checked_parts(train: Rows, val: Rows, test: Rows) -> dict[str, Rows]:
-    """The parts by name; refused where they do not belong together, or cannot be fitted or tested on.
-
-    Raises:
-        DataError: If class lists differ, the training rows are of one class, or there is one test row.
-    """
-    for name, part in (("val", val), ("test", test)):
-        if part.class_names != train.class_names:
-            raise DataError(
-                f"the {name} part has classes {', '.join(part.class_names[:10])}, but the train part has "
-                f"{', '.join(train.class_names[:10])}. Label all parts by one list."
-            )
-    if len(np.unique(train.labels)) < 2:
-        raise DataError(
-            f"the train part has {len(train.labels)} image(s), all of one class; a probe needs two classes "
-            "at least."
-        )
-    if len(test.labels) < 2:
-        raise DataError("the test part has 1 image; a comparison needs at least two.")
-    return {"train": train, "val": val, "test": test}
-
-
-def freeze_parts(
-    classifier: ImageClassifier,
-    sources: Sequence[ImageSource],
-    config: InferenceConfig | None,
-    cache: Path | None,
-    layers: Sequence[int] | None = None,
-) -> tuple[FrozenTokens, FrozenTokens, FrozenTokens]:
-    """Frozen tokens of the images to fit on, to choose by and to report on.
-
-    Args:
-        cache: A folder that keeps tokens; None keeps none.
-        layers: Which; None means the last alone.
-
-    Raises:
-        ConfigError: If there is no such layer or device.
-        DataError: If no image of a part can be read, or the disk is too small.
-    """
-    train, val, test = (
-        freeze(classifier, source, layers=layers, config=config, cache=cache) for source in sources
-    )
-    return train, val, test
 
 
 def usual_pools(depth: int) -> list[str]:
@@ -195,10 +136,9 @@ def accuracy_text(right: np.ndarray) -> str:
 def compare_with(
     reference: str, scores: Mapping[str, np.ndarray], sentence: str, *, margin: float, seed: int
 ) -> dict[str, Finding]:
-    """Judge everything that was scored against one of them.
+    """Judge everything that was scored against one of them, ``reference``.
 
     Args:
-        reference: A key of ``scores``.
         scores: By name, all bool or all float, shape ``(images,)`` or ``(seeds, images)``.
         sentence: The claim, with two gaps: for a name, and for the reference.
         margin: The largest difference that does not matter.
@@ -228,22 +168,6 @@ def sentence_on(name: str, findings: Mapping[str, Finding]) -> str:
     )
 
 
-def settings_record(settings: Any, pools: Sequence[str], **more: Any) -> dict[str, Any]:
-    """The settings of a result, as plain data; what was read is called ``ways`` there."""
-    own = {"ways" if name == "pools" else name: value for name, value in asdict(settings).items()}
-    return {**own, "ways": pools, **more}
-
-
-def data_of(origin: str, parts: Mapping[str, Rows]) -> dict[str, Any]:
-    """Where the images came from, for the result."""
-    return {
-        "origin": origin,
-        "images": {name: len(rows.labels) for name, rows in parts.items()},
-        "classes": len(next(iter(parts.values())).class_names),
-        "failures": {name: dict(rows.failures) for name, rows in parts.items()},
-    }
-
-
 def predictions_of(test: Rows, preds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Predicted class of each image by pool, from which every number can be computed again."""
     return {
@@ -261,87 +185,3 @@ def check_margin(margin: float) -> None:
         ConfigError: If it is not in (0, 1).
     """
     check_range("--margin", margin, above=0, below=1, hint="0.01 is one point.")
-
-
-def failures_note(parts: Mapping[str, FrozenTokens | Rows]) -> list[str]:
-    """A sentence about files that could not be read, if there are some."""
-    failed = {name: len(part.failures) for name, part in parts.items() if part.failures}
-    if not failed:
-        return []
-    counts = ", ".join(f"{count} of {name}" for name, count in failed.items())
-    return [f"Files that could not be read are in no number here: {counts}; their reasons are with the data."]
-
-
-RECORD_FILE = "run.json"
-UNKNOWN = (
-    "There is no record of what the model was trained on: where images of the parts below were among it, "
-    "accuracies and choices made on validation are too good."
-)
-
-
-def find_record(model: str | Path) -> dict[str, Any] | None:
-    """The record of the run that a model came from.
-
-    Args:
-        model: What ``--model`` names: a run folder, or a file in it.
-
-    Returns:
-        What ``run.json`` holds; None where there is none, or it cannot be read.
-
-    Example:
-        >>> find_record("vit_tiny_patch16_224")
-    """
-    path = Path(model)
-    folders = [path] if path.is_dir() else list(path.parents)[:2] if path.is_file() else []
-    for folder in folders:  # a checkpoint lies one folder deeper than the model file
-        try:
-            record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return record if isinstance(record, dict) else None
-    return None
-
-
-def overlap_note(record: Mapping[str, Any] | None, parts: Partition, data: str) -> list[str]:
-    """A sentence on images that are among those that the model was trained on.
-
-    Args:
-        record: Of the run that the model came from, if there is one.
-        parts: The images of the probe.
-        data: What ``--data`` says.
-
-    Returns:
-        One sentence, or none where the record names other images.
-    """
-    if record is None:
-        return [UNKNOWN]
-    if not _same_data(record, parts, data):
-        return []
-    if _test_was_apart(record, parts):
-        return [
-            "The model was trained on this data: it has seen images of the train and validation parts, with "
-            "their labels, so choices made on validation lean towards what it memorised. It has not seen the "
-            "test part."
-        ]
-    return [
-        "The model was trained on this data, and the parts were made anew here: images of the test part may "
-        "have been trained on or have chosen its epoch, so accuracies may be too good. A folder with train/, "
-        "val/ and test/ keeps them apart."
-    ]
-
-
-def _same_data(record: Mapping[str, Any], parts: Partition, data: str) -> bool:
-    told, identity = record.get("data") or {}, record.get("identity") or {}
-    fingerprints = {getattr(parts, part).index.fingerprint() for part in PARTS}
-    if fingerprints & {identity.get("train_fingerprint"), identity.get("val_fingerprint")}:
-        return True
-    if told.get("root") is None:
-        return bool(told.get("name") == DIGITS == data)
-    mine, its = Path(data).resolve(), Path(told["root"]).resolve()
-    return mine == its or its in mine.parents or mine in its.parents
-
-
-def _test_was_apart(record: Mapping[str, Any], parts: Partition) -> bool:
-    """Training never reads a test part; earlier it did where there was no validation part."""
-    validated_on = (record.get("identity") or {}).get("val_fingerprint")
-    return parts.split == "test" and parts.test.index.fingerprint() != validated_on

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +11,11 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
-from vit_cls.data.partition import Partition
 from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError
-from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import FrozenTokens
-from vit_cls.lab.probes.common import (
-    MARGIN,
-    check_margin,
-    checked_parts,
-    described,
-    failures_note,
-    freeze_parts,
-)
+from vit_cls.lab.probes.base import FrozenParts, Probe, Subject
+from vit_cls.lab.probes.common import described
 from vit_cls.lab.probes.patch_tasks import (
     Mosaics,
     Part,
@@ -44,7 +34,6 @@ from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, one_against_all, r2_
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import GREATER, POINTS, Claim, judge_all
 
-QUESTION = "Do patch tokens know more about their own place than one vector for the whole image does?"
 MAX_IMAGES = 1000
 """Of each part; there are as many samples as patches."""
 ROUNDS = 4
@@ -58,148 +47,119 @@ TASKS = {
 }
 
 
-def dense(
-    classifier: ImageClassifier,
-    parts: Partition,
-    *,
-    layers: Sequence[int] | None = None,
-    k: int = 2,
-    max_images: int = MAX_IMAGES,
-    margin: float = MARGIN,
-    seed: int = 0,
-    config: InferenceConfig | None = None,
-    cache: Path | None = None,
-) -> LabResult:
+@dataclass(frozen=True, kw_only=True)
+class DenseProbe(Probe):
     """Predict a patch's place, its mean colour and, in a mosaic, the class of the tile that it lies in.
 
     From each patch token, and from one vector for the whole image, the same at every place: the class token,
     or the mean of the patches where the model has none. Ridge regression, the same weights at every place.
 
     Args:
-        classifier: Whose tokens are read, after its final norm.
-        parts: Images to fit on, to choose by and to report on.
         layers: Where; 0 is before the first block. None means the last alone. The last one is judged.
         k: Tiles a side of a mosaic, at least 2.
         max_images: Of each part, at most; drawn at random.
         margin: The largest difference that does not matter, in (0, 1).
         seed: Of the draws and of the mosaics.
-        config: How the model is run; None takes the defaults.
-        cache: A folder that keeps tokens; None keeps none.
 
     Raises:
-        ConfigError: If a number or a layer is impossible, or no patch lies in one tile alone.
-        DataError: If no image of a part can be read, or there are too few for mosaics.
+        ConfigError: If a number is impossible.
 
     Source:
         Linear probes of patch tokens: DINOv2, https://arxiv.org/abs/2304.07193, section 7.4.
     """
-    start = time.perf_counter()
-    check_margin(margin)
-    check_range("--k", k, at_least=2)
-    check_range(
-        "--max_images", max_images, at_least=2 * k * k, hint=f"Two mosaics of {k}x{k} tiles need that."
-    )
-    depth = len(classifier.model.blocks)
-    probe = _Dense(classifier, parts, [depth] if layers is None else sorted(set(layers)), k, max_images, seed)
-    probe.run(config, cache)
-    settings = {
-        "architecture": described(classifier.model),
-        "layers": probe.layers,
-        "tiles": f"{k}x{k}",
-        "max_images": max_images,
-        "penalties": list(PENALTIES),
-        "margin": margin,
-        "seed": seed,
-    }
-    findings = judge_all(probe.claims(margin), seed=seed)
-    last = probe.layers[-1]
-    tile, position = (
-        [1 - float(probe.errors[last, read][task].mean()) for read in (PATCHES, probe.whole)]
-        for task in ("tile", "position")
-    )
-    headline = (
-        f"{findings[0].claim[:-1]}: {findings[0].verdict}. After layer {last}, patch tokens name the class "
-        f"of their tile in {fmt.percent(tile[0])} of places, the {probe.whole} in {fmt.percent(tile[1])} "
-        f"({len(probe.constant)} mosaics), and their own place in {fmt.percent(position[0])} of places "
-        f"(chance {fmt.percent(1 / probe.num_patches)})."
-    )
-    return LabResult(
-        "probe dense",
-        QUESTION,
-        headline,
-        findings,
-        [probe.table()],
-        probe.figures(),
-        settings,
-        {"origin": parts.origin, **probe.counts},
-        probe.values(),
-        {"paths": probe.paths, **{f"layer {n}, {read}": e for (n, read), e in probe.errors.items()}},
-        probe.notes(),
-        time.perf_counter() - start,
-    )
+
+    layers: Sequence[int] | None = None
+    k: int = 2
+    max_images: int = MAX_IMAGES
+
+    name = "dense"
+    question = "Do patch tokens know more about their own place than one vector for the whole image does?"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--k", self.k, at_least=2)
+        hint = f"Two mosaics of {self.k}x{self.k} tiles need that."
+        check_range("--max_images", self.max_images, at_least=2 * self.k * self.k, hint=hint)
+
+    def measure(self, subject: Subject) -> LabResult:
+        """See `Probe.measure`."""
+        found = PatchErrors(self, subject)
+        findings = judge_all(found.claims(), seed=self.seed)
+        last = found.layers[-1]
+        tile, position = (
+            [1 - float(found.errors[last, read][task].mean()) for read in (PATCHES, found.whole)]
+            for task in ("tile", "position")
+        )
+        headline = (
+            f"{findings[0].claim[:-1]}: {findings[0].verdict}. After layer {last}, patch tokens name the "
+            f"class of their tile in {fmt.percent(tile[0])} of places, the {found.whole} in "
+            f"{fmt.percent(tile[1])} ({len(found.constant)} mosaics), and their own place in "
+            f"{fmt.percent(position[0])} of places (chance {fmt.percent(1 / found.num_patches)})."
+        )
+        errors = {f"layer {n}, {read}": errors for (n, read), errors in found.errors.items()}
+        return self.result(
+            headline,
+            findings,
+            tables=[found.table()],
+            figures=found.figures(),
+            settings={
+                "architecture": described(subject.classifier.model),
+                "layers": found.layers,
+                "tiles": f"{self.k}x{self.k}",
+                "max_images": self.max_images,
+                "penalties": list(PENALTIES),
+                "margin": self.margin,
+                "seed": self.seed,
+            },
+            parts=found.frozen.rows,
+            data={"origin": subject.parts.origin, **found.counts},
+            values=found.values(),
+            predictions={"paths": list(found.frozen.test.paths), **errors},
+            notes=found.notes(),
+        )
 
 
-class _Dense:
+class PatchErrors:
     """Errors of every layer, read and task on the test images and mosaics."""
 
-    def __init__(
-        self,
-        classifier: ImageClassifier,
-        parts: Partition,
-        layers: list[int],
-        k: int,
-        max_images: int,
-        seed: int,
-    ) -> None:
-        model = classifier.model
-        self.classifier = classifier
-        self.layers = layers
-        self.k = k
-        self.max_images = max_images
-        self.seed = seed
-        self.pool = "cls" if model.layout.class_token else "gap"
+    def __init__(self, probe: DenseProbe, subject: Subject) -> None:
+        self.probe, self.subject, self.k = probe, subject, probe.k
+        self.model, self.preprocess = subject.classifier.model, subject.classifier.preprocess
+        self.layers = [len(self.model.blocks)] if probe.layers is None else sorted(set(probe.layers))
+        layout = self.model.layout
+        self.pool = "cls" if layout.class_token else "gap"
         self.whole = "class token" if self.pool == "cls" else "mean of the patches"
-        self.grid_size = model.layout.grid_size
-        self.num_patches = model.layout.num_patches
-        self.class_names = parts.class_names
-        rng = np.random.default_rng(seed)
-        self.sources = [subset(source, max_images, rng) for source in parts.sources]
-        self.sizes = [len(source.index) for source in parts.sources]
+        self.grid_size, self.num_patches = layout.grid_size, layout.num_patches
+        rng = np.random.default_rng(probe.seed)
+        self.sources = [subset(source, probe.max_images, rng) for source in subject.parts.sources]
+        train, val, test = (subject.tokens_of(source, self.layers) for source in self.sources)
+        self.frozen = FrozenParts(train, val, test)
         self.errors: dict[tuple[int, str], dict[str, np.ndarray]] = {}
-        self.totals: dict[str, np.ndarray] = {}
-        self.missed: np.ndarray = np.zeros(0)
-        self.constant: np.ndarray = np.zeros(0)
-        self.counts: dict[str, Any] = {}
-        self.paths: list[str] = []
-        self.failed: list[str] = []
+        self._measure()
 
-    def run(self, config: InferenceConfig | None, cache: Path | None) -> None:
-        """Freeze, fit, and keep the errors."""
-        frozen = freeze_parts(self.classifier, self.sources, config, cache, self.layers)
-        checked_parts(*(one.rows for one in frozen))
-        self.failed = failures_note(dict(zip(PARTS, frozen, strict=True)))
-        self.paths = list(frozen[2].paths)
-        colours = [self._colours(one, source) for one, source in zip(frozen, self.sources, strict=True)]
+    def _measure(self) -> None:
+        frozen = list(self.frozen.by_name.values())
+        colours = [self._colours(part, source) for part, source in zip(frozen, self.sources, strict=True)]
         places = place_targets(self.grid_size)
-        self._set_totals(places[:, -2:], colours)
+        self.totals = _totals(places[:, -2:], colours)
         mosaics = self._mosaics(frozen)
-        whole = ImageClassifier(
-            self.classifier.model,
-            dataclasses.replace(self.classifier.preprocess, crop_pct=1.0, crop_mode="squash"),
-            self.classifier.class_names,
+        whole = replace(self.preprocess, crop_pct=1.0, crop_mode="squash")
+        on_mosaics = replace(
+            self.subject,
+            classifier=ImageClassifier(self.model, whole, self.subject.classifier.class_names),
         )
-        of_mosaics = freeze_parts(whole, [one.source for one in mosaics], config, cache, self.layers)
-        tiles = [self._tile_targets(one) for one in mosaics]
+        of_mosaics = [on_mosaics.tokens_of(some.source, self.layers) for some in mosaics]
+        tiles = [self._tile_targets(some) for some in mosaics]
         self.constant = _constant_answer(tiles[2])
         for layer in self.layers:
             for read in (PATCHES, self.whole):
                 plain = [
-                    self._part(one, layer, read, _with_places(places, c))
-                    for one, c in zip(frozen, colours, strict=True)
+                    self._part(part, layer, read, _with_places(places, c))
+                    for part, c in zip(frozen, colours, strict=True)
                 ]
                 tiled = [
-                    self._part(one, layer, read, t.__getitem__)
-                    for one, t in zip(of_mosaics, tiles, strict=True)
+                    self._part(part, layer, read, t.__getitem__)
+                    for part, t in zip(of_mosaics, tiles, strict=True)
                 ]
                 found = fit_by_patch(plain[0], plain[1], plain[2], place_losses)
                 missed = [found.pop(f"missed {i}").mean() for i in range(self.num_patches)]
@@ -207,13 +167,16 @@ class _Dense:
                     self.missed = np.array(missed)
                 found |= fit_by_patch(tiled[0], tiled[1], tiled[2], tile_losses)
                 self.errors[layer, read] = found
-        for name, one, size, some in zip(PARTS, frozen, self.sizes, mosaics, strict=True):
+        self.counts: dict[str, Any] = {}
+        self.sizes = [len(source.index) for source in self.subject.parts.sources]
+        for name, part, size, some in zip(PARTS, frozen, self.sizes, mosaics, strict=True):
             self.counts |= {
-                name: len(one),
+                name: len(part),
                 f"{name} images there were": size,
-                f"{name} failures": one.failures,
+                f"{name} failures": part.failures,
+                f"{name} mosaics": len(some.tiles),
+                f"{name} images in no mosaic": some.unused,
             }
-            self.counts |= {f"{name} mosaics": len(some.tiles), f"{name} images in no mosaic": some.unused}
 
     def _part(
         self, frozen: FrozenTokens, layer: int, read: str, targets: Callable[[slice], np.ndarray]
@@ -226,26 +189,19 @@ class _Dense:
 
     def _colours(self, frozen: FrozenTokens, source: ImageSource) -> np.ndarray:
         """Mean colour of each patch, shape ``(images, patches, 3)``."""
-        means = pixels_of(source, frozen.positions, self.classifier.preprocess, self.grid_size)
+        means = pixels_of(source, frozen.positions, self.preprocess, self.grid_size)
         return means.reshape(*means.shape[:2], -1).transpose(0, 2, 1)
-
-    def _set_totals(self, places: np.ndarray, colours: list[np.ndarray]) -> None:
-        """What a constant answer, the mean over training images and places, leaves of each test image."""
-        place = np.square(places - places.mean(axis=0)).sum()
-        self.totals["place"] = np.full(len(colours[2]), float(place))
-        mean = colours[0].mean(axis=(0, 1))
-        self.totals["colour"] = np.square(colours[2] - mean).sum(axis=(1, 2))
 
     def _mosaics(self, frozen: Sequence[FrozenTokens]) -> list[Mosaics]:
         return [
             make_mosaics(
                 source,
                 one.positions,
-                self.classifier.preprocess,
+                self.preprocess,
                 k=self.k,
                 rounds=rounds,
-                seed=self.seed,
-                most=self.max_images,
+                seed=self.probe.seed,
+                most=self.probe.max_images,
                 part=part,
             )
             for part, source, one, rounds in zip(PARTS, self.sources, frozen, (ROUNDS, 1, 1), strict=True)
@@ -253,7 +209,7 @@ class _Dense:
 
     def _tile_targets(self, mosaics: Mosaics) -> np.ndarray:
         """One against all of each patch's tile; NaN where a patch lies in several tiles."""
-        config = self.classifier.model.config
+        config = self.model.config
         tile = tile_of_patches(config.image_hw, self.grid_size, config.patch_size, self.k)
         if (tile < 0).all():
             raise ConfigError(
@@ -261,7 +217,7 @@ class _Dense:
                 "more than one tile. Use fewer tiles."
             )
         labels = mosaics.tiles.reshape(len(mosaics.tiles), -1)[:, tile]
-        targets = one_against_all(labels, len(self.class_names))
+        targets = one_against_all(labels, len(self.subject.parts.class_names))
         targets[:, tile < 0] = np.nan
         return targets
 
@@ -274,7 +230,7 @@ class _Dense:
         """Those that there is something to explain in: not the colour of images of one colour."""
         return [task for task in TASKS if task not in self.totals or float(self.totals[task].sum()) > 0]
 
-    def claims(self, margin: float) -> list[Claim]:
+    def claims(self) -> list[Claim]:
         """What is judged, on the last of the layers."""
         texts = {
             "tile": f"Patch tokens tell the class of the tile they lie in better than the {self.whole} does.",
@@ -288,7 +244,7 @@ class _Dense:
                 self.scores(last, self.whole, task),
                 self.scores(last, PATCHES, task),
                 GREATER,
-                margin,
+                self.probe.margin,
                 (f"reading the {self.whole}", f"reading {PATCHES}"),
                 R2_UNIT if task in self.totals else POINTS,
             )
@@ -303,8 +259,8 @@ class _Dense:
             cells = [_cell(self.scores(layer, read, task), task in self.totals) for task in self.tasks()]
             rows.append([layer, read, *cells])
         note = (
-            f"{len(self.paths)} test images and {len(self.constant)} mosaics of {self.k}x{self.k} of them; "
-            f"95 % intervals over images and mosaics. One in {self.num_patches} patches is found by chance. "
+            f"{len(self.frozen.test)} test images and {len(self.constant)} mosaics of {self.k}x{self.k} of "
+            f"them; 95 % intervals over images and mosaics. One in {self.num_patches} patches is found by chance. "
             f"The best answer that is the same in all places of a mosaic is right in "
             f"{fmt.percent(float(self.constant.mean()))} of them."
         )
@@ -341,7 +297,7 @@ class _Dense:
             figures.append(LineChart(title, x_label, TASKS[task], lines, marks=marks.get(task, {})))
         found = (1 - self.missed).reshape(self.grid_size).tolist()
         title = f"Patches that are found by their token after layer {self.layers[-1]}"
-        note = f"Share of {len(self.paths)} test images. One cell a patch, as the image lies."
+        note = f"Share of {len(self.frozen.test)} test images. One cell a patch, as the image lies."
         return [*figures, HeatMap(title, found, limits=(0.0, 1.0), note=note)]
 
     def notes(self) -> list[str]:
@@ -352,15 +308,23 @@ class _Dense:
             f"Tiles are images shrunk to 1/{self.k} of their height and width; the model was not trained on "
             "such.",
         ]
-        if any(size > self.max_images for size in self.sizes):
-            notes.append(f"Of each part {self.max_images} images at most were used, drawn at random.")
-        config = self.classifier.model.config
+        if any(size > self.probe.max_images for size in self.sizes):
+            notes.append(f"Of each part {self.probe.max_images} images at most were used, drawn at random.")
+        config = self.model.config
         tile = tile_of_patches(config.image_hw, self.grid_size, config.patch_size, self.k)
         if (tile < 0).any():
             notes.append(
                 f"{int((tile < 0).sum())} of {len(tile)} patches lie in several tiles and do not count."
             )
-        return notes + self.failed
+        return notes
+
+
+def _totals(places: np.ndarray, colours: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """What one answer for all, the mean of training images and places, leaves of each test image, by task."""
+    place = np.square(places - places.mean(axis=0)).sum()
+    mean = colours[0].mean(axis=(0, 1))
+    colour = np.square(colours[2] - mean).sum(axis=(1, 2))
+    return {"place": np.full(len(colours[2]), float(place)), "colour": colour}
 
 
 def _with_places(places: np.ndarray, colours: np.ndarray) -> Callable[[slice], np.ndarray]:

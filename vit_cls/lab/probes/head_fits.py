@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
+from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.seeding import seeded
+from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.pooling import make_pooling, num_class_tokens
 from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.tokens import TokenLayout
@@ -25,6 +28,10 @@ WEIGHT_DECAY = 0.01
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises; then half a cosine down to zero."""
 _EVAL_BATCH = 1024
+QUERIES = (1, 2, 4, 8, 16, 32)
+HEADS = ("cls", "gap", *(f"ep:{count}" for count in QUERIES))
+IN_MEMORY = 1 << 28
+"""Up to so many numbers (1 GB), normed tokens are kept; else they are normed batch by batch."""
 
 
 class Tokens(Protocol):
@@ -35,6 +42,23 @@ class Tokens(Protocol):
 
     def rows(self, rows: np.ndarray | slice) -> Tensor:
         """Tokens of those images, float32, shape ``(rows, tokens, dim)``."""
+
+
+class NormedTokens:
+    """Frozen tokens of one layer after the final norm, by rows."""
+
+    def __init__(self, frozen: FrozenTokens, layer: int) -> None:
+        self.labels = frozen.labels
+        self._frozen = frozen
+        self._layer = layer
+        size = len(frozen) * frozen.layout.num_tokens * frozen.embed_dim
+        self._kept = torch.from_numpy(frozen.normed(layer)) if size <= IN_MEMORY else None
+
+    def rows(self, rows: np.ndarray | slice) -> Tensor:
+        """Tokens of those images, float32, shape ``(rows, tokens, dim)``."""
+        if self._kept is not None:
+            return self._kept[rows]
+        return torch.from_numpy(self._frozen.normed(self._layer, rows))
 
 
 @dataclass(frozen=True)
@@ -203,6 +227,45 @@ def fit_head(
     model.load_state_dict(state)
     preds = _logits(model, test, recipe.where).argmax(dim=1).numpy()
     return HeadFit(head, rate, epoch, score[0], preds, model.params, model.macs, tried)
+
+
+def heads_that_fit(heads: Sequence[str] | None, classifier: ImageClassifier) -> tuple[list[str], list[str]]:
+    """The heads to train, the baseline first, and sentences about those that were left out.
+
+    Args:
+        heads: As the user wrote them; None means `HEADS`.
+
+    Returns:
+        Heads, without repetitions: first ``cls``, or ``gap`` where the model has no class token; and notes.
+
+    Raises:
+        ConfigError: If there are no heads, or one of them does not fit the model.
+    """
+    model, notes = classifier.model, []
+    baseline = "cls" if model.layout.class_token else "gap"
+    if heads is None:
+        dim = model.config.embed_dim
+        odd = [count for count in QUERIES if dim % count]
+        heads = [head for head in HEADS if head not in {f"ep:{count}" for count in odd}]
+        if odd:
+            left_out = ", ".join(f"ep:{count}" for count in odd)
+            notes.append(f"Left out: {left_out}, for the number of queries must divide the width, {dim}.")
+        if baseline == "gap":
+            heads = [head for head in heads if head != "cls"]
+            notes.append("Left out: cls, for the model has no class token; gap is compared with instead.")
+    if not heads:
+        raise ConfigError(f"--heads must name at least one head, such as {', '.join(HEADS[:3])}; got none.")
+    wanted = list(dict.fromkeys([baseline, *heads]))
+    with seeded(0):  # building draws weights
+        for head in wanted:
+            check_pooling(head, make_pooling(head, probe_context(classifier)))
+    return wanted, notes
+
+
+def probe_context(classifier: ImageClassifier) -> PoolingContext:
+    """What a head over the model's frozen tokens needs to know."""
+    context = classifier.model.pooling_context
+    return dataclasses.replace(context, include_prefix=False, setting="--heads")
 
 
 def check_pooling(head: str, pooling: Pooling) -> None:

@@ -2,143 +2,119 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
-from vit_cls.data.partition import Partition
-from vit_cls.data.parts import PARTS
-from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import checked_layers
-from vit_cls.lab.probes.common import check_margin, checked_parts, described, failures_note
+from vit_cls.lab.probes.base import Probe, Subject
+from vit_cls.lab.probes.common import described
 from vit_cls.lab.probes.pixel_decoders import MAX_FLAT, Decoded
 from vit_cls.lab.probes.reconstructions import READS, Reconstructions, Scores
 from vit_cls.lab.results import Figure, LabResult, Line, LineChart, Pictures, Table
-from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.image_metrics import frequency_bands
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.stats.least_squares import PENALTIES, R2_UNIT, r2, r2_scores
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.verdicts import GREATER, Claim, judge_all
 
-QUESTION = "How much of the image do its tokens keep, and how much of it is more than the class?"
 DECODERS = ("ridge", "conv")
-MARGIN = 0.02
-"""The largest difference of R2 that does not matter."""
 PICTURES = 8
 ENLARGED = 96
 """Pixels a side of the pictures, at least."""
 
 
-def invert(
-    classifier: ImageClassifier,
-    parts: Partition,
-    *,
-    layers: Sequence[int] | None = None,
-    decoder: str = "ridge",
-    margin: float = MARGIN,
-    seed: int = 0,
-    config: InferenceConfig | None = None,
-    cache: Path | None = None,
-) -> LabResult:
+@dataclass(frozen=True, kw_only=True)
+class InvertProbe(Probe):
     """Predict an image's pixels from its frozen tokens.
 
     Decoders are fitted on training images, their penalty is chosen on validation images, and test images are
     decoded once. R2 is the share of the pixels' variance around the training mean, over all test images.
 
     Args:
-        classifier: Whose tokens are read, after its final norm, as a head would read them.
-        parts: Images to fit on, to choose by and to report on.
         layers: Where the class token and the mean of the patches are read for the curve; 0 is before the
             first block. None means everywhere.
         decoder: ``ridge``, linear and in closed form; or ``conv``, a small convolutional network, for the
             last layer (the curve stays linear).
         margin: The largest difference of R2 that does not matter, in (0, 1).
         seed: Of the random encoder, the network's training, the bootstrap and the choice of pictures.
-        config: How the model is run; None takes the defaults.
-        cache: A folder that keeps tokens; None keeps none.
 
     Raises:
-        ConfigError: If the decoder, the margin or a layer is impossible.
-        DataError: If no image of a part can be read.
+        ConfigError: If the decoder or the margin is impossible.
 
     Source:
         Linear inversion of features: Dosovitskiy and Brox 2016, https://arxiv.org/abs/1506.02753; the ceiling
         of a linear read-out: Eckart and Young 1936, https://doi.org/10.1007/BF02288367.
     """
-    start = time.perf_counter()
-    check_choice("--decoder", decoder, DECODERS)
-    check_margin(margin)
-    depth = len(classifier.model.blocks)
-    wanted = checked_layers(classifier.model, range(depth + 1) if layers is None else layers)
-    probe = Reconstructions(classifier, parts, decoder, seed, config or InferenceConfig(), cache)
-    checked_parts(*(one.rows for one in probe.frozen))
-    decoded = probe.decode()
-    scores = {name: probe.score(one.images) for name, one in decoded.items()}
-    curves = probe.curves(wanted)
-    return _result(probe, decoded, scores, curves, margin, time.perf_counter() - start)
 
+    margin: float = 0.02
+    layers: Sequence[int] | None = None
+    decoder: str = "ridge"
 
-def _result(
-    probe: Reconstructions,
-    decoded: dict[str, Decoded],
-    scores: dict[str, Scores],
-    curves: dict[str, dict[int, np.ndarray]],
-    margin: float,
-    seconds: float,
-) -> LabResult:
-    seed, totals, test = probe.seed, probe.totals, probe.frozen[2]
-    claims = _claims(scores, totals, margin)
-    findings = judge_all(claims, seed=seed)
-    shares = {name: r2(one.errors, totals) for name, one in scores.items()}
-    own = "cls" if "cls" in shares else "gap"
-    interval = fmt.interval(_interval(scores[own].errors, totals), fmt.bare_percent)
-    headline = (
-        f"{findings[0].claim[:-1]}: {findings[0].verdict}. Of the pixels' variance in {len(test)} test "
-        f"images, the {READS[own]} explains {fmt.percent(shares[own])} ({interval}), the "
-        f"label alone {fmt.percent(shares['label'])}, all tokens "
-        f"{fmt.percent(shares['tokens'])} ({probe.decoder} decoder)."
-    )
-    size = probe.size
-    settings: dict[str, Any] = {
-        "architecture": described(probe.classifier.model),
-        "decoder": probe.decoder,
-        "margin": margin,
-        "seed": seed,
-        "pixels": f"{size[0]}x{size[1]}, areas of the model's {'x'.join(map(str, _hw(probe)))} averaged",
-        "penalties": [0.0, *PENALTIES],
-        "chosen": {name: one.settings for name, one in decoded.items()},
-    }
-    failures = {p: f.failures for p, f in zip(PARTS, probe.frozen, strict=True)}
-    data: dict[str, Any] = {"origin": probe.parts.origin, "failures": failures}
-    data |= {p: len(f) for p, f in zip(PARTS, probe.frozen, strict=True)}
-    predictions = {"paths": test.paths, "targets": test.labels, "totals": totals} | {
-        name: {"errors": one.errors, "identified": one.identified, "agrees": one.agrees}
-        for name, one in scores.items()
-    }
-    return LabResult(
-        "probe invert",
-        QUESTION,
-        headline,
-        findings,
-        [_table(probe, decoded, scores)],
-        _figures(probe, decoded, scores, curves),
-        settings,
-        data,
-        _values(decoded, scores, totals, curves),
-        predictions,
-        _notes(probe),
-        seconds,
-    )
+    name = "invert"
+    question = "How much of the image do its tokens keep, and how much of it is more than the class?"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("--decoder", self.decoder, DECODERS)
 
-def _hw(probe: Reconstructions) -> tuple[int, int]:
-    return probe.classifier.preprocess.img_size
+    def measure(self, subject: Subject) -> LabResult:
+        """See `Probe.measure`."""
+        depth = subject.reader.depth
+        layers = range(depth + 1) if self.layers is None else self.layers
+        layers = checked_layers(subject.classifier.model, layers)
+        probe = Reconstructions(subject, self.decoder, self.seed)
+        decoded = probe.decode()
+        scores = {name: probe.score(found.images) for name, found in decoded.items()}
+        curves = probe.curves(layers)
+        totals, frozen = probe.totals, probe.frozen
+        findings = judge_all(_claims(scores, totals, self.margin), seed=self.seed)
+        shares = {name: r2(found.errors, totals) for name, found in scores.items()}
+        own = "cls" if "cls" in shares else "gap"
+        interval = fmt.interval(_interval(scores[own].errors, totals), fmt.bare_percent)
+        headline = (
+            f"{findings[0].claim[:-1]}: {findings[0].verdict}. Of the pixels' variance in "
+            f"{len(frozen.test)} test images, the {READS[own]} explains {fmt.percent(shares[own])} "
+            f"({interval}), the label alone {fmt.percent(shares['label'])}, all tokens "
+            f"{fmt.percent(shares['tokens'])} ({self.decoder} decoder)."
+        )
+        size, hw = probe.size, "x".join(map(str, subject.classifier.preprocess.img_size))
+        return self.result(
+            headline,
+            findings,
+            tables=[_table(probe, decoded, scores)],
+            figures=_figures(probe, decoded, scores, curves),
+            settings={
+                "architecture": described(subject.classifier.model),
+                "decoder": self.decoder,
+                "margin": self.margin,
+                "seed": self.seed,
+                "pixels": f"{size[0]}x{size[1]}, areas of the model's {hw} averaged",
+                "penalties": [0.0, *PENALTIES],
+                "chosen": {name: found.settings for name, found in decoded.items()},
+            },
+            parts=frozen.rows,
+            data={
+                "origin": frozen.origin,
+                "failures": {name: part.failures for name, part in frozen.by_name.items()},
+                **{name: len(part) for name, part in frozen.by_name.items()},
+            },
+            values=_values(decoded, scores, totals, curves),
+            predictions={
+                "paths": frozen.test.paths,
+                "targets": frozen.test.labels,
+                "totals": totals,
+                **{
+                    name: {"errors": found.errors, "identified": found.identified, "agrees": found.agrees}
+                    for name, found in scores.items()
+                },
+            },
+            notes=_notes(probe),
+        )
 
 
 def _claims(scores: dict[str, Scores], totals: np.ndarray, margin: float) -> list[Claim]:
@@ -249,7 +225,7 @@ def _figures(
 
 
 def _pictures(probe: Reconstructions, decoded: dict[str, Decoded]) -> Pictures:
-    test, names = probe.frozen[2], [n for n in ("cls", "gap", "tokens", "label") if n in decoded]
+    test, names = probe.frozen.test, [n for n in ("cls", "gap", "tokens", "label") if n in decoded]
     order = np.random.default_rng(probe.seed).permutation(len(test)).tolist()
     first = [i for n, i in enumerate(order) if test.labels[i] not in test.labels[order[:n]]]
     chosen = [*first, *(i for i in order if i not in first)][:PICTURES]
@@ -310,7 +286,7 @@ def _notes(probe: Reconstructions) -> list[str]:
             "The classes of the model are not those of the data, so it is not said whether it gives a "
             "reconstruction the class that it gives the image."
         )
-    flat = probe.layout.num_tokens * probe.frozen[0].embed_dim <= MAX_FLAT
+    flat = probe.layout.num_tokens * probe.frozen.train.embed_dim <= MAX_FLAT
     if probe.decoder == "ridge" and not flat:
         notes.append(
             "All tokens are too many numbers for one regression: each patch was predicted from its own token "
@@ -320,4 +296,4 @@ def _notes(probe: Reconstructions) -> list[str]:
         notes.append("The model has no class token, so nothing was read from one.")
     if probe.decoder == "conv":
         notes.append("The network is not linear: the principal components are no ceiling for it.")
-    return notes + failures_note(dict(zip(PARTS, probe.frozen, strict=True)))
+    return notes

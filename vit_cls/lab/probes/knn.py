@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,60 +13,14 @@ from torch import Tensor
 
 from vit_cls.errors import ConfigError
 from vit_cls.inference import choose_device
-from vit_cls.lab.features import FrozenTokens
-from vit_cls.lab.probes.common import (
-    ACCURACY_COLUMNS,
-    MARGIN,
-    accuracy_cells,
-    accuracy_text,
-    check_margin,
-    checked_parts,
-    chosen_pools,
-    compare_with,
-    data_of,
-    failures_note,
-    predictions_of,
-    reference_pool,
-    sentence_on,
-    settings_record,
-)
-from vit_cls.lab.results import LabResult, Table, forest
+from vit_cls.lab.probes.base import FrozenParts
+from vit_cls.lab.probes.classifiers import ClassifierProbe
 
 NEIGHBOURS = (20, 10, 100, 200)
 """The usual first: of equal validation accuracies the first is taken."""
 TEMPERATURES = (0.07, 0.02, 0.2, 1.0)
 AT_ONCE = 1 << 25
 """Similarities that are held at a time: 128 MB."""
-
-
-@dataclass(frozen=True)
-class KnnSettings:
-    """Choices of the probe.
-
-    Args:
-        pools: What is read; none means the usual pools that the model has.
-        neighbours: Numbers of neighbours to choose from; those above the number of training images are that.
-        temperatures: Temperatures to choose from.
-        margin: The largest difference of accuracies that does not matter.
-        seed: Of the resampling; nothing else is random.
-        device: Where similarities are computed: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-
-    Raises:
-        ConfigError: If a number is out of range.
-    """
-
-    pools: Sequence[str] = ()
-    neighbours: Sequence[int] = NEIGHBOURS
-    temperatures: Sequence[float] = TEMPERATURES
-    margin: float = MARGIN
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_margin(self.margin)
-        for name, values in (("--neighbours", self.neighbours), ("--temperatures", self.temperatures)):
-            if not values or min(values) <= 0:
-                raise ConfigError(f"{name} must be numbers above 0; got {list(values)}.")
 
 
 def clipped(neighbours: Sequence[int], images: int) -> list[int]:
@@ -146,93 +100,101 @@ def knn_predict(
     return {choice: np.concatenate([empty, *values]) for choice, values in found.items()}
 
 
-def knn(
-    train: FrozenTokens,
-    val: FrozenTokens,
-    test: FrozenTokens,
-    *,
-    settings: KnnSettings | None = None,
-    origin: str = "",
-) -> LabResult:
+@dataclass(frozen=True)
+class Neighbours:
+    """The vote of the nearest training images by one read.
+
+    Args:
+        frozen: Whose training images vote.
+        choice: How many of them, and the temperature.
+        val_right: Validation images that they classify right.
+    """
+
+    pool: str
+    frozen: FrozenParts
+    choice: tuple[int, float]
+    val_right: int
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """The class of each row, int64, shape ``(rows,)``."""
+        return neighbours_say(self.pool, self.frozen, features, [self.choice])[self.choice]
+
+
+def neighbours_say(
+    pool: str, frozen: FrozenParts, queries: np.ndarray, choices: Sequence[tuple[int, float]]
+) -> dict[tuple[int, float], np.ndarray]:
+    """`knn_predict` with the training images as a pool reads them."""
+    train = frozen.train
+    bank, classes = (train.read(pool), train.labels), len(train.class_names)
+    return knn_predict(bank, queries, choices, num_classes=classes, device=frozen.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnProbe(ClassifierProbe):
     """Let the nearest training images vote; neighbours and temperature are chosen on validation.
 
     Args:
-        settings: Choices; None means the defaults.
+        pools: What is read; none means the usual pools that the model has.
+        neighbours: Numbers of neighbours to choose from; those above the number of training images are that.
+        temperatures: Temperatures to choose from.
+        margin: The largest difference of accuracies that does not matter.
+        seed: Of the resampling; nothing else is random.
 
     Raises:
-        ConfigError: If the model cannot be read by a pool.
-        DataError: If the parts do not belong together or are too small.
+        ConfigError: If a number is out of range.
 
     Source:
         DINO, https://arxiv.org/abs/2104.14294, and its ``eval_knn.py``.
     """
-    started = time.perf_counter()
-    settings = settings or KnnSettings()
-    parts = checked_parts(train.rows, val.rows, test.rows)
-    pools, notes = chosen_pools(settings.pools, train.reader)
-    counts = clipped(settings.neighbours, len(train))
-    choices = [(count, temperature) for count in counts for temperature in settings.temperatures]
-    chosen: dict[str, tuple[int, float]] = {}
-    val_right: dict[str, int] = {}
-    preds: dict[str, np.ndarray] = {}
-    classes = len(train.class_names)
-    for pool in pools:
-        bank = train.read(pool), train.labels
-        said = knn_predict(bank, val.read(pool), choices, num_classes=classes, device=settings.device)
-        scores = {choice: int((values == val.labels).sum()) for choice, values in said.items()}
-        chosen[pool] = best = max(choices, key=lambda choice: scores[choice])
-        val_right[pool] = scores[best]
-        said = knn_predict(bank, test.read(pool), [best], num_classes=classes, device=settings.device)
-        preds[pool] = said[best]
-    right = {pool: values == test.labels for pool, values in preds.items()}
-    reference, winner = reference_pool(pools), max(pools, key=lambda pool: val_right[pool])
+
+    neighbours: Sequence[int] = NEIGHBOURS
+    temperatures: Sequence[float] = TEMPERATURES
+
+    name = "knn"
+    question = "By which read of the frozen tokens are the nearest training images of the same class?"
     claim = "Reading {} and reading {} give different k-NN top-1."
-    findings = compare_with(reference, right, claim, margin=settings.margin, seed=settings.seed)
-    headline = (
-        f"Neighbours by {winner}, the best on {len(val)} validation images: {accuracy_text(right[winner])}."
-    )
-    return LabResult(
-        "probe knn",
-        "By which read of the frozen tokens are the nearest training images of the same class?",
-        headline + sentence_on(winner, findings),
-        list(findings.values()),
-        [_table(pools, right, chosen, val_right, len(val))],
-        forest(f"k-NN top-1 less that of {reference}", findings, settings.margin),
-        settings_record(settings, pools, reference=reference) | {"neighbours": counts},
-        data_of(origin, parts),
-        {
-            "top1": {pool: float(values.mean()) for pool, values in right.items()},
-            "neighbours": {pool: choice[0] for pool, choice in chosen.items()},
-            "temperature": {pool: choice[1] for pool, choice in chosen.items()},
-            "val_right": val_right,
-            "best_on_val": winner,
-        },
-        predictions_of(test.rows, preds),
-        [*notes, *_notes(settings, counts), *failures_note(parts)],
-        time.perf_counter() - started,
-    )
+    title = "Nearest neighbours on frozen reads, test part"
+    metric = "k-NN top-1"
+    winner = "Neighbours by {}"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, values in (("--neighbours", self.neighbours), ("--temperatures", self.temperatures)):
+            if not values or min(values) <= 0:
+                raise ConfigError(f"{name} must be numbers above 0; got {list(values)}.")
 
-def _table(
-    pools: Sequence[str],
-    right: dict[str, np.ndarray],
-    chosen: dict[str, tuple[int, float]],
-    val_right: dict[str, int],
-    val_images: int,
-) -> Table:
-    columns = ["read", *ACCURACY_COLUMNS, "val top-1 (%)", "val right", "neighbours", "temperature"]
-    rows: list[list[str | int | float | None]] = [
-        [pool, *accuracy_cells(right[pool]), val_right[pool] / val_images, val_right[pool], *chosen[pool]]
-        for pool in pools
-    ]
-    note = f"Intervals: Wilson's, 95 %. Neighbours and temperature: chosen on {val_images} validation images."
-    return Table("Nearest neighbours on frozen reads, test part", columns, rows, note)
+    def fit(self, pool: str, frozen: FrozenParts) -> Neighbours:
+        """See `ClassifierProbe.fit`."""
+        counts = clipped(self.neighbours, len(frozen.train))
+        choices = [(count, temperature) for count in counts for temperature in self.temperatures]
+        said = neighbours_say(pool, frozen, frozen.val.read(pool), choices)
+        right = {choice: int((said[choice] == frozen.val.labels).sum()) for choice in choices}
+        best = max(choices, key=lambda choice: right[choice])  # of equal ones the first
+        return Neighbours(pool, frozen, best, right[best])
 
+    def columns(self, fits: Mapping[str, Neighbours]) -> dict[str, list[Any]]:
+        """See `ClassifierProbe.columns`."""
+        counts, temperatures = zip(*(fit.choice for fit in fits.values()), strict=True)
+        return {"neighbours": list(counts), "temperature": list(temperatures)}
 
-def _notes(settings: KnnSettings, counts: Sequence[int]) -> list[str]:
-    return [
-        "Features are scaled to length 1; a neighbour's vote weighs exp(cosine / temperature). Chosen on "
-        f"validation from {', '.join(map(str, counts))} neighbours and temperatures "
-        f"{', '.join(f'{one:g}' for one in settings.temperatures)}; of equal accuracies the first. The train "
-        "part alone votes."
-    ]
+    def table_note(self, frozen: FrozenParts) -> str:
+        """See `ClassifierProbe.table_note`."""
+        return f"Neighbours and temperature: chosen on {len(frozen.val)} validation images."
+
+    def details(
+        self, fits: Mapping[str, Neighbours], frozen: FrozenParts
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `ClassifierProbe.details`."""
+        return {"neighbours": clipped(self.neighbours, len(frozen.train)), "device": frozen.device}, {
+            "neighbours": {pool: fit.choice[0] for pool, fit in fits.items()},
+            "temperature": {pool: fit.choice[1] for pool, fit in fits.items()},
+        }
+
+    def notes(self, fits: Mapping[str, Neighbours], frozen: FrozenParts) -> list[str]:
+        """See `ClassifierProbe.notes`."""
+        return [
+            "Features are scaled to length 1; a neighbour's vote weighs exp(cosine / temperature). Chosen on "
+            f"validation from {', '.join(map(str, clipped(self.neighbours, len(frozen.train))))} neighbours "
+            f"and temperatures {', '.join(f'{value:g}' for value in self.temperatures)}; of equal accuracies "
+            "the first. The train part alone votes."
+        ]

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from vit_cls.data.partition import Partition
 from vit_cls.data.parts import PARTS
-from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import freeze_reads
+from vit_cls.lab.probes.base import Probe, Subject
 from vit_cls.lab.probes.common import (
     ACCURACY_COLUMNS,
-    MARGIN,
     accuracy_cells,
     accuracy_text,
-    check_margin,
-    checked_parts,
     chosen_pools,
-    compare_with,
-    data_of,
-    failures_note,
     predictions_of,
-    settings_record,
 )
-from vit_cls.lab.probes.linear import Fit, LinearSettings, fit_linear
+from vit_cls.lab.probes.linear_fits import Fit, fit_linear
 from vit_cls.lab.results import MOST_LINES, LabResult, Line, LineChart, Table
-from vit_cls.model.classifier import ImageClassifier
-from vit_cls.model.token_reader import TokenReader
 
 LAYER_POOLS = ("cls", "gap", "max")
 Pair = tuple[str, int]
 """A pool, and the layer."""
 
 
-@dataclass(frozen=True)
-class LayerSettings:
-    """Choices of the probe.
+@dataclass(frozen=True, kw_only=True)
+class LayersProbe(Probe):
+    """Fit a ridge probe on each read before the first and after each block.
+
+    Every layer is read in one pass over the images; the reads are kept in memory, and in the cache if there
+    is one, but not the tokens.
 
     Args:
         pools: What is read at each layer; none means cls, gap and max, as far as the model has them.
@@ -48,93 +38,59 @@ class LayerSettings:
 
     Raises:
         ConfigError: If the margin is no share.
-    """
-
-    pools: Sequence[str] = ()
-    margin: float = MARGIN
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_margin(self.margin)
-
-
-def layers(
-    classifier: ImageClassifier,
-    partition: Partition,
-    *,
-    settings: LayerSettings | None = None,
-    config: InferenceConfig | None = None,
-    cache: Path | None = None,
-) -> LabResult:
-    """Fit a ridge probe on each read before the first and after each block.
-
-    Every layer is read in one pass over the images; the reads are kept in memory, and in the cache if there
-    is one, but not the tokens.
-
-    Args:
-        settings: Choices; None means the defaults.
-
-    Raises:
-        ConfigError: If the model cannot be read by a pool at every layer.
-        DataError: If a part is too small.
 
     Source:
         Linear probes of layers: Alain and Bengio 2016, https://arxiv.org/abs/1610.01644.
     """
-    started = time.perf_counter()
-    settings = settings or LayerSettings()
-    reader = TokenReader(classifier.model)
-    depth = reader.depth
-    pools, notes = chosen_pools(settings.pools, reader, default=LAYER_POOLS)
-    for pool in pools:
-        reader.layers(pool, 0)
-    reads, rows = {}, {}
-    for part in PARTS:
-        source = getattr(partition, part)
-        reads[part], rows[part] = freeze_reads(
-            classifier, source, range(depth + 1), pools, config=config, cache=cache
-        )
-    checked_parts(*rows.values())
-    labels = {part: one.labels for part, one in rows.items()}
-    fits: dict[Pair, Fit] = {}
-    preds: dict[Pair, np.ndarray] = {}
-    for pair in list(reads["train"]):
-        train, val, test = (reads[part].pop(pair) for part in PARTS)  # let go, one by one
-        fits[pair] = fit_linear(
-            (train, labels["train"]),
-            (val, labels["val"]),
-            num_classes=len(rows["train"].class_names),
-            settings=LinearSettings(),
-        )
-        preds[pair] = fits[pair].predict(test)
-    right = {pair: values == labels["test"] for pair, values in preds.items()}
-    # Each layer against the last, the nearest to it first.
-    scores = {_place(pools[0], layer, depth): right[pools[0], layer] for layer in reversed(range(depth + 1))}
+
+    pools: Sequence[str] = ()
+
+    name = "layers"
+    question = "After which block can a linear classifier read the class off the tokens?"
     claim = "Reading {} and {} give different test top-1."
-    last = _place(pools[0], depth, depth)
-    findings = list(compare_with(last, scores, claim, margin=settings.margin, seed=settings.seed).values())
-    headline = (
-        f"Reading {pools[0]} after the last of {depth} blocks: {accuracy_text(right[pools[0], depth])}."
-    )
-    return LabResult(
-        "probe layers",
-        "After which block can a linear classifier read the class off the tokens?",
-        f"{headline} {findings[0].sentence}",
-        findings,
-        [_table(right, fits, len(labels["val"]))],
-        [_chart(right, pools, depth)],
-        settings_record(settings, pools, layers=list(range(depth + 1))),
-        data_of(partition.origin, rows),
-        {
-            "top1": {
-                pool: [float(right[pool, layer].mean()) for layer in range(depth + 1)] for pool in pools
+
+    def measure(self, subject: Subject) -> LabResult:
+        """See `Probe.measure`."""
+        reader = subject.reader
+        depth = reader.depth
+        pools, notes = chosen_pools(self.pools, reader, default=LAYER_POOLS)
+        for pool in pools:
+            reader.layers(pool, 0)  # refuses what some layer cannot be read by
+        reads, rows = subject.read_layers(range(depth + 1), pools)
+        fits: dict[Pair, Fit] = {}
+        preds: dict[Pair, np.ndarray] = {}
+        for pair in list(reads["train"]):
+            train, val, test = (reads[part].pop(pair) for part in PARTS)  # let go, one by one
+            fits[pair] = fit_linear(
+                (train, rows["train"].labels),
+                (val, rows["val"].labels),
+                num_classes=len(rows["train"].class_names),
+            )
+            preds[pair] = fits[pair].predict(test)
+        right = {pair: values == rows["test"].labels for pair, values in preds.items()}
+        # Each layer against the last, the nearest to it first.
+        scores = {_place(pools[0], n, depth): right[pools[0], n] for n in reversed(range(depth + 1))}
+        findings = list(self.compare(_place(pools[0], depth, depth), scores).values())
+        last = accuracy_text(right[pools[0], depth])
+        layers = list(range(depth + 1))
+        settings = {"ways": pools, "margin": self.margin, "seed": self.seed, "layers": layers}
+        return self.result(
+            f"Reading {pools[0]} after the last of {depth} blocks: {last}. {findings[0].sentence}",
+            findings,
+            tables=[_table(right, fits, len(rows["val"].labels))],
+            figures=[_chart(right, pools, depth)],
+            settings=settings,
+            parts=rows,
+            origin=subject.parts.origin,
+            values={
+                "top1": {pool: [float(right[pool, n].mean()) for n in layers] for pool in pools},
+                "strength": {pool: [fits[pool, n].strength for n in layers] for pool in pools},
             },
-            "strength": {pool: [fits[pool, layer].strength for layer in range(depth + 1)] for pool in pools},
-        },
-        predictions_of(rows["test"], {f"{pool} {layer}": values for (pool, layer), values in preds.items()}),
-        [*notes, NOTE, *failures_note(rows)],
-        time.perf_counter() - started,
-    )
+            predictions=predictions_of(
+                rows["test"], {f"{pool} {n}": values for (pool, n), values in preds.items()}
+            ),
+            notes=[*notes, NOTE],
+        )
 
 
 NOTE = (

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
-from vit_cls.data.dataset import ImageSource
-from vit_cls.data.partition import Partition
-from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import FrozenTokens, freeze_reads
-from vit_cls.lab.probes.common import freeze_parts
+from vit_cls.lab.features import FrozenTokens
+from vit_cls.lab.probes.base import Subject
 from vit_cls.lab.probes.pixel_decoders import (
     MAX_FLAT,
     Decoded,
@@ -25,10 +21,7 @@ from vit_cls.lab.probes.pixel_decoders import (
     ridge_decoded_by_patch,
     working_size,
 )
-from vit_cls.lab.seeding import seeded
-from vit_cls.model.classifier import ImageClassifier
 from vit_cls.stats.image_metrics import band_energy, identified, psnr, ssim
-from vit_cls.weights.architecture import build_model
 
 READS = {
     "cls": "class token",
@@ -70,28 +63,17 @@ class Reconstructions:
         decoder: ``ridge`` or ``conv``.
     """
 
-    def __init__(
-        self,
-        classifier: ImageClassifier,
-        parts: Partition,
-        decoder: str,
-        seed: int,
-        config: InferenceConfig,
-        cache: Path | None,
-    ) -> None:
-        self.classifier = classifier
-        self.parts = parts
+    def __init__(self, subject: Subject, decoder: str, seed: int) -> None:
+        self.subject, self.classifier = subject, subject.classifier
         self.decoder = decoder
         self.seed = seed
-        self.config, self.cache = config, cache
-        self.sources = parts.sources
-        self.frozen = freeze_parts(classifier, self.sources, config, cache)
-        self.layout = classifier.model.layout
-        hw = classifier.preprocess.img_size
-        self.size = working_size(hw, self.layout.grid_size)
+        self.frozen = subject.freeze()
+        self.layout = self.classifier.model.layout
+        preprocess = self.classifier.preprocess
+        self.size = working_size(preprocess.img_size, self.layout.grid_size)
         train, val, test = (
-            pixels_of(source, frozen.positions, classifier.preprocess, self.size)
-            for source, frozen in zip(self.sources, self.frozen, strict=True)
+            pixels_of(source, part.positions, preprocess, self.size)
+            for source, part in zip(subject.parts.sources, self.frozen.by_name.values(), strict=True)
         )
         self.pixels: Triple = (train, val, test)
         self.mean = train.mean(axis=0)
@@ -99,8 +81,9 @@ class Reconstructions:
         self.num_bands = max(1, min(8, min(self.size) // 2))
         self.total_bands = band_energy(test - self.mean, self.num_bands)
         # A class that the data does not have is none to agree on.
-        self.names_data = list(classifier.class_names) == list(parts.class_names)
-        self.own_preds = self._preds(test) if self.size == hw and self.names_data else None
+        self.names_data = list(self.classifier.class_names) == list(subject.parts.class_names)
+        same_size = self.size == preprocess.img_size
+        self.own_preds = self._preds(test) if same_size and self.names_data else None
 
     def decode(self) -> dict[str, Decoded]:
         """Test images from every read of the last layer, and the baselines."""
@@ -114,7 +97,7 @@ class Reconstructions:
         return found | self._baselines()
 
     def _read(self, pool: str) -> Triple:
-        train, val, test = (one.read(pool) for one in self.frozen)
+        train, val, test = (part.read(pool) for part in self.frozen.by_name.values())
         return train, val, test
 
     def _from(self, x: Triple) -> Decoded:
@@ -123,7 +106,8 @@ class Reconstructions:
         return ridge_decoded(x, self.pixels)
 
     def _from_all_tokens(self) -> Decoded:
-        frozen, depth = self.frozen, self.frozen[0].depth
+        frozen = list(self.frozen.by_name.values())
+        depth = frozen[0].depth
         if self.decoder == "conv":
             train, val, test = (self._patches_and_class_token(one) for one in frozen)
             return conv_decoded((train, val, test), self.pixels, self.layout.grid_size, seed=self.seed)
@@ -145,32 +129,22 @@ class Reconstructions:
         return np.concatenate([patches, np.broadcast_to(tokens[:, :1], patches.shape)], axis=2)
 
     def _random_class_tokens(self) -> Triple:
-        old, depth = self.classifier, self.frozen[0].depth
-        with seeded(self.seed):
-            model = build_model(old.model.config)
-        fresh = ImageClassifier(model, old.preprocess, old.class_names)
-        train, val, test = (
-            self._reads(fresh, source, [depth], ["cls"])["cls", depth] for source in self.sources
-        )
-        return train, val, test
-
-    def _reads(
-        self, classifier: ImageClassifier, source: ImageSource, layers: Sequence[int], pools: Sequence[str]
-    ) -> dict[tuple[str, int], np.ndarray]:
-        return freeze_reads(classifier, source, layers, pools, config=self.config, cache=self.cache)[0]
+        depth = self.frozen.train.depth
+        reads, _ = self.subject.control("untrained", self.seed).read_layers([depth], ["cls"])
+        return reads["train"]["cls", depth], reads["val"]["cls", depth], reads["test"]["cls", depth]
 
     def _baselines(self) -> dict[str, Decoded]:
         train, _, test = self.pixels
-        labels, targets = self.frozen[0].labels, self.frozen[2].labels
+        labels, targets = self.frozen.train.labels, self.frozen.test.labels
         of_class = np.stack(
             [
                 train[labels == k].mean(axis=0) if (labels == k).any() else self.mean
-                for k in range(len(self.frozen[0].class_names))
+                for k in range(len(self.frozen.train.class_names))
             ]
         )
         total = float(np.square(train - self.mean).sum())
         flat = train.reshape(len(train), -1)
-        components = min(self.frozen[0].embed_dim, *flat.shape)
+        components = min(self.frozen.train.embed_dim, *flat.shape)
         solver = "covariance_eigh" if len(flat) >= flat.shape[1] else "full"
         pca = PCA(components, svd_solver=solver).fit(flat)
         back = pca.inverse_transform(pca.transform(test.reshape(len(test), -1))).reshape(test.shape)
@@ -204,7 +178,7 @@ class Reconstructions:
         """The class that the model gives to each image; working size and input size agree."""
         pixels = torch.from_numpy(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))
         device = self.classifier.mean.device
-        chunks = pixels.split(self.config.batch_size)
+        chunks = pixels.split(self.subject.config.batch_size)
         return torch.cat([self.classifier(c.to(device)).argmax(1).cpu() for c in chunks]).numpy()
 
     def curves(self, layers: Sequence[int]) -> dict[str, dict[int, np.ndarray]]:
@@ -214,11 +188,10 @@ class Reconstructions:
             layers: Where; 0 is before the first block.
         """
         pools = ["cls", "gap"] if self.layout.class_token else ["gap"]
-        train, val, test = (self._reads(self.classifier, source, layers, pools) for source in self.sources)
+        reads, _ = self.subject.read_layers(layers, pools)
         found: dict[str, dict[int, np.ndarray]] = {pool: {} for pool in pools}
-        for pool, layer in train:
-            x = (train[pool, layer], val[pool, layer], test[pool, layer])
+        for pool, layer in reads["train"]:
+            x = (reads["train"][pool, layer], reads["val"][pool, layer], reads["test"][pool, layer])
             images = ridge_decoded(x, self.pixels).images
-            errors = np.square(images - self.pixels[2]).reshape(len(images), -1).sum(axis=1)
-            found[pool][layer] = errors
+            found[pool][layer] = np.square(images - self.pixels[2]).reshape(len(images), -1).sum(axis=1)
         return found

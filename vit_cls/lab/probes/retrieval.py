@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +12,8 @@ from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.errors import DataError
 from vit_cls.lab.features import FrozenTokens
-from vit_cls.lab.probes.common import (
-    MARGIN,
-    check_margin,
-    checked_parts,
-    chosen_pools,
-    compare_with,
-    data_of,
-    failures_note,
-    reference_pool,
-    settings_record,
-)
+from vit_cls.lab.probes.base import FrozenParts, PoolProbe, data_of
+from vit_cls.lab.probes.common import reference_pool
 from vit_cls.lab.results import LabResult, Table, forest
 from vit_cls.stats.random_effects import mean_interval
 from vit_cls.stats.ranking import RECALL_AT, Rankings, Whitening, fit_whitening, rank
@@ -31,30 +21,6 @@ from vit_cls.stats.verdicts import Finding
 
 GALLERIES = ("test", "train")
 CHANGES = ("raw", "centred", "whitened")
-
-
-@dataclass(frozen=True)
-class RetrievalSettings:
-    """Choices of the probe.
-
-    Args:
-        pools: What is read; none means the usual pools that the model has.
-        gallery: What is searched: ``test``, the other test images, or ``train``.
-        margin: The largest difference of mean average precisions that does not matter.
-        seed: Kept with the result; nothing here is random.
-
-    Raises:
-        ConfigError: If a choice is unknown or the margin is no share.
-    """
-
-    pools: Sequence[str] = ()
-    gallery: str = "test"
-    margin: float = MARGIN
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("--gallery", self.gallery, GALLERIES)
-        check_margin(self.margin)
 
 
 def rank_changed(
@@ -85,84 +51,90 @@ def rank_changed(
     }
 
 
-def retrieval(
-    train: FrozenTokens,
-    test: FrozenTokens,
-    *,
-    settings: RetrievalSettings | None = None,
-    origin: str = "",
-) -> LabResult:
+@dataclass(frozen=True, kw_only=True)
+class RetrievalProbe(PoolProbe):
     """Search for images of each test image's class, by cosine similarity.
 
     Args:
-        settings: Choices; None means the defaults.
+        pools: What is read; none means the usual pools that the model has.
+        gallery: What is searched: ``test``, the other test images, or ``train``.
+        margin: The largest difference of mean average precisions that does not matter.
+        seed: Kept with the result; nothing here is random.
 
     Raises:
-        ConfigError: If the model cannot be read by a pool.
-        DataError: If the parts do not belong together, or fewer than two queries have a positive.
+        ConfigError: If a choice is unknown or the margin is no share.
     """
-    started = time.perf_counter()
-    settings = settings or RetrievalSettings()
-    checked_parts(train.rows, test.rows, test.rows)
-    pools, notes = chosen_pools(settings.pools, train.reader)
-    labels = train.labels, test.labels
-    found = {
-        (pool, change): rankings
-        for pool in pools
-        for change, rankings in rank_changed(
-            train.read(pool), test.read(pool), labels, gallery=settings.gallery
-        ).items()
-    }
-    first = found[pools[0], "raw"]
-    if len(first.queries) < 2:
-        raise DataError(
-            f"only {len(first.queries)} of {len(test)} test images have another image of their class in the "
-            "gallery; a comparison needs at least two. Give more test images, or --gallery train."
-        )
-    reference = reference_pool(pools)
-    findings = _findings(found, pools, reference, settings)
-    means = {key: float(one.average_precision.mean()) for key, one in found.items()}
-    mean = f"{fmt.percent(means[reference, 'raw'])} over {len(first.queries)} queries"
-    headline = f"Mean average precision by {reference}: {mean}. {next(iter(findings.values())).sentence}"
-    parts = {"train": train.rows, "test": test.rows}
-    return LabResult(
-        "probe retrieval",
-        "By which read of the frozen tokens are images of the same class found?",
-        headline,
-        list(findings.values()),
-        [_table(found)],
-        forest(f"Mean average precision less that of {reference}", findings, settings.margin),
-        settings_record(settings, pools, reference=reference, changes=CHANGES),
-        {**data_of(origin, parts), "queries_without_positive": first.without_positive},
-        {
-            "map": {f"{pool} {change}": value for (pool, change), value in means.items()},
-            "map_by_chance": float(first.chance.mean()),
-        },
-        _predictions(test, found),
-        [*notes, *_notes(settings, first, len(test)), *failures_note(parts)],
-        time.perf_counter() - started,
-    )
 
+    gallery: str = "test"
 
-def _findings(
-    found: Mapping[tuple[str, str], Rankings],
-    pools: Sequence[str],
-    reference: str,
-    settings: RetrievalSettings,
-) -> dict[str, Finding]:
-    """Each pool as it is, then the reference changed, against the reference as it is; by label."""
-    compared = [(pool, "raw") for pool in pools if pool != reference]
-    compared.sort(key=lambda pair: pair[0] != "gap")  # what is claimed most often comes first
-    compared += [(reference, change) for change in CHANGES[1:]]
-    scores = {reference: found[reference, "raw"].average_precision}
-    scores |= {
-        pool if change == "raw" else f"{change} {pool}": found[pool, change].average_precision
-        for pool, change in compared
-    }
+    name = "retrieval"
+    question = "By which read of the frozen tokens are images of the same class found?"
     claim = "Searching by {} and by {} gives different mean average precision."
-    findings = compare_with(reference, scores, claim, margin=settings.margin, seed=settings.seed)
-    labels = [pool if change == "raw" else f"{pool}, {change}" for pool, change in compared]
-    return dict(zip(labels, findings.values(), strict=True))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("--gallery", self.gallery, GALLERIES)
+
+    def analyse(self, frozen: FrozenParts) -> LabResult:
+        """See `PoolProbe.analyse`.
+
+        Raises:
+            DataError: If fewer than two queries have a positive.
+        """
+        train, test = frozen.train, frozen.test
+        pools, notes = self.chosen(train.reader)
+        labels = train.labels, test.labels
+        found = {
+            (pool, change): rankings
+            for pool in pools
+            for change, rankings in rank_changed(
+                train.read(pool), test.read(pool), labels, gallery=self.gallery
+            ).items()
+        }
+        first = found[pools[0], "raw"]
+        if len(first.queries) < 2:
+            raise DataError(
+                f"only {len(first.queries)} of {len(test)} test images have another image of their class in "
+                "the gallery; a comparison needs at least two. Give more test images, or --gallery train."
+            )
+        reference = reference_pool(pools)
+        findings = self._findings(found, pools, reference)
+        means = {key: float(rankings.average_precision.mean()) for key, rankings in found.items()}
+        mean = f"{fmt.percent(means[reference, 'raw'])} over {len(first.queries)} queries"
+        parts = {"train": train.rows, "test": test.rows}
+        return self.result(
+            f"Mean average precision by {reference}: {mean}. {next(iter(findings.values())).sentence}",
+            list(findings.values()),
+            tables=[_table(found)],
+            figures=forest(f"Mean average precision less that of {reference}", findings, self.margin),
+            settings=self.settings(pools, reference=reference, changes=CHANGES),
+            parts=parts,
+            data={
+                **data_of(frozen.origin, parts),
+                "queries_without_positive": first.without_positive,
+            },
+            values={
+                "map": {f"{pool} {change}": value for (pool, change), value in means.items()},
+                "map_by_chance": float(first.chance.mean()),
+            },
+            predictions=_predictions(test, found),
+            notes=[*notes, *_notes(self.gallery, first, len(test))],
+        )
+
+    def _findings(
+        self, found: Mapping[tuple[str, str], Rankings], pools: Sequence[str], reference: str
+    ) -> dict[str, Finding]:
+        """Each pool as it is, then the reference changed, against the reference as it is; by label."""
+        compared = [(pool, "raw") for pool in pools if pool != reference]
+        compared.sort(key=lambda pair: pair[0] != "gap")  # what is claimed most often comes first
+        compared += [(reference, change) for change in CHANGES[1:]]
+        scores = {reference: found[reference, "raw"].average_precision}
+        scores |= {
+            pool if change == "raw" else f"{change} {pool}": found[pool, change].average_precision
+            for pool, change in compared
+        }
+        labels = [pool if change == "raw" else f"{pool}, {change}" for pool, change in compared]
+        return dict(zip(labels, self.compare(reference, scores).values(), strict=True))
 
 
 def _table(found: Mapping[tuple[str, str], Rankings]) -> Table:
@@ -206,15 +178,15 @@ def _predictions(test: FrozenTokens, found: Mapping[tuple[str, str], Rankings]) 
     }
 
 
-def _notes(settings: RetrievalSettings, first: Rankings, images: int) -> list[str]:
-    gallery = "the other test images" if settings.gallery == "test" else "the train part"
+def _notes(searched: str, first: Rankings, images: int) -> list[str]:
+    gallery = "the other test images" if searched == "test" else "the train part"
     notes = [
         f"Searched: {gallery}, by cosine similarity. Average precision is the mean of the precision at the "
         "rank of each positive, without the trapezoid rule that some retrieval benchmarks use. Centred: the "
         "mean of the train part is taken away; whitened: PCA of the train part, each axis divided by its "
         "standard deviation."
     ]
-    if settings.gallery == "test":
+    if searched == "test":
         notes.append(
             "Queries stand in each other's galleries, so their average precisions are not independent; the "
             "intervals and tests take them as if they were, so they are approximate. --gallery train has no "

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vit_cls import formatting as fmt
-from vit_cls.lab.features import FrozenTokens
-from vit_cls.lab.probes.common import (
-    ACCURACY_COLUMNS,
-    MARGIN,
-    READINGS_DIFFER,
-    accuracy_cells,
-    check_margin,
-    checked_parts,
-    compare_with,
-    data_of,
-    failures_note,
-    possible_pools,
-    predictions_of,
-    settings_record,
-)
-from vit_cls.lab.probes.linear import LinearSettings, fit_pool
+from vit_cls.lab.probes.base import FrozenParts, Probe, Subject
+from vit_cls.lab.probes.common import ACCURACY_COLUMNS, accuracy_cells, possible_pools, predictions_of
+from vit_cls.lab.probes.linear_fits import fit_pool
 from vit_cls.lab.results import HeatMap, LabResult, Table, forest
 from vit_cls.stats.random_effects import mean_interval
 
@@ -36,9 +22,9 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class TokenSettings:
-    """Choices of the probe.
+@dataclass(frozen=True, kw_only=True)
+class TokensProbe(Probe):
+    """Fit a ridge probe on every patch token of its own, and on cls and gap.
 
     Args:
         margin: The largest difference of accuracies that does not matter.
@@ -46,76 +32,58 @@ class TokenSettings:
 
     Raises:
         ConfigError: If the margin is no share.
-    """
-
-    margin: float = MARGIN
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_margin(self.margin)
-
-
-def tokens(
-    train: FrozenTokens,
-    val: FrozenTokens,
-    test: FrozenTokens,
-    *,
-    settings: TokenSettings | None = None,
-    origin: str = "",
-) -> LabResult:
-    """Fit a ridge probe on every patch token of its own, and on cls and gap.
-
-    Args:
-        settings: Choices; None means the defaults.
-
-    Raises:
-        DataError: If the parts do not belong together or are too small.
 
     Source:
         Raghu et al. 2021, https://arxiv.org/abs/2108.08810, figure 11.
     """
-    started = time.perf_counter()
-    settings = settings or TokenSettings()
-    parts = checked_parts(train.rows, val.rows, test.rows)
-    pooled, notes = possible_pools(["cls", "gap"], train.layout)
-    patches = [f"token:{patch}" for patch in range(train.layout.num_patches)]
-    preds, strengths = {}, {}
-    for pool in [*pooled, *patches]:
-        fit = fit_pool(pool, train, val, LinearSettings())
-        preds[pool], strengths[pool] = fit.predict(test.read(pool)), fit.strength
-    right = {pool: values == test.labels for pool, values in preds.items()}
-    single = np.mean([right[patch] for patch in patches], axis=0)
-    scores = {SINGLE: single, **{pool: right[pool].astype(np.float64) for pool in pooled}}
-    findings = compare_with(SINGLE, scores, READINGS_DIFFER, margin=settings.margin, seed=settings.seed)
-    means = np.array([right[patch].mean() for patch in patches])
-    low, high = mean_interval(single).ci95
-    headline = (
-        f"A single patch token of {len(patches)} gives {fmt.percent(single.mean())} on average "
-        f"({fmt.interval((max(low, 0.0), min(high, 1.0)), fmt.bare_percent)}, {len(test)} images; from "
-        f"{fmt.bare_percent(means.min())} to {fmt.percent(means.max())} by patch). "
-        f"{findings[pooled[0]].sentence}"
-    )
-    return LabResult(
-        "probe tokens",
-        "Does a single patch token know what the class token, or the mean of all patches, knows?",
-        headline,
-        list(findings.values()),
-        [_table(right, single, pooled, patches)],
-        [
-            _heat_map(means, train.grid_size, {pool: float(right[pool].mean()) for pool in pooled}),
-            *forest("Test top-1 less that of the average single patch", findings, settings.margin),
-        ],
-        settings_record(settings, [*pooled, *patches]),
-        data_of(origin, parts),
-        {
-            "top1": {pool: float(values.mean()) for pool, values in right.items()},
-            "mean_single_patch": float(single.mean()),
-            "strength": strengths,
-        },
-        predictions_of(test.rows, preds),
-        [*notes, NOTE, *failures_note(parts)],
-        time.perf_counter() - started,
-    )
+
+    name = "tokens"
+    question = "Does a single patch token know what the class token, or the mean of all patches, knows?"
+
+    def measure(self, subject: Subject) -> LabResult:
+        """See `Probe.measure`."""
+        return self.analyse(subject.freeze())
+
+    def analyse(self, frozen: FrozenParts) -> LabResult:
+        """The answer, of tokens that are frozen already."""
+        layout, test = frozen.train.layout, frozen.test
+        pooled, notes = possible_pools(["cls", "gap"], layout)
+        patches = [f"token:{patch}" for patch in range(layout.num_patches)]
+        preds, strengths = {}, {}
+        for pool in [*pooled, *patches]:
+            fit = fit_pool(pool, frozen.train, frozen.val)
+            preds[pool], strengths[pool] = fit.predict(test.read(pool)), fit.strength
+        right = {pool: values == test.labels for pool, values in preds.items()}
+        single = np.mean([right[patch] for patch in patches], axis=0)
+        scores = {SINGLE: single, **{pool: right[pool].astype(np.float64) for pool in pooled}}
+        findings = self.compare(SINGLE, scores)
+        means = np.array([right[patch].mean() for patch in patches])
+        low, high = mean_interval(single).ci95
+        headline = (
+            f"A single patch token of {len(patches)} gives {fmt.percent(single.mean())} on average "
+            f"({fmt.interval((max(low, 0.0), min(high, 1.0)), fmt.bare_percent)}, {len(test)} images; from "
+            f"{fmt.bare_percent(means.min())} to {fmt.percent(means.max())} by patch). "
+            f"{findings[pooled[0]].sentence}"
+        )
+        return self.result(
+            headline,
+            list(findings.values()),
+            tables=[_table(right, single, pooled, patches)],
+            figures=[
+                _heat_map(means, frozen.train.grid_size, {p: float(right[p].mean()) for p in pooled}),
+                *forest("Test top-1 less that of the average single patch", findings, self.margin),
+            ],
+            settings={"ways": [*pooled, *patches], "margin": self.margin, "seed": self.seed},
+            parts=frozen.rows,
+            origin=frozen.origin,
+            values={
+                "top1": {pool: float(values.mean()) for pool, values in right.items()},
+                "mean_single_patch": float(single.mean()),
+                "strength": strengths,
+            },
+            predictions=predictions_of(test.rows, preds),
+            notes=[*notes, NOTE],
+        )
 
 
 def _table(

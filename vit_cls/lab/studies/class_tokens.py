@@ -18,7 +18,7 @@ from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.attention import attention_module, capture_attention
 from vit_cls.lab.features import Rows
-from vit_cls.lab.probes.linear import LinearSettings, fit_linear
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.studies.study import Answers
 from vit_cls.lab.studies.trials import Trial
 from vit_cls.model.classifier import ImageClassifier, Preprocess

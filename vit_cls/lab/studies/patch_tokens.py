@@ -11,9 +11,8 @@ import numpy as np
 from vit_cls import formatting as fmt
 from vit_cls.checks import check_choice
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.probes.common import freeze_parts
-from vit_cls.lab.probes.tokens import SINGLE
-from vit_cls.lab.probes.tokens import tokens as probe_tokens
+from vit_cls.lab.probes.base import Subject
+from vit_cls.lab.probes.tokens import SINGLE, TokensProbe
 from vit_cls.lab.results import HeatMap, Table
 from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.recipe import MODEL_KEYS, Recipe
@@ -136,10 +135,9 @@ def read_frozen(answers: Answers, trials: Sequence[Trial], name: str) -> FrozenR
     for trial in trials:
         classifier = answers.model(trial)
         grid_size = classifier.model.layout.grid_size
-        parts = trial.data.parts(trial.seed)
-        train, val, test = freeze_parts(classifier, parts.sources, config, None)
-        said = probe_tokens(train, val, test).predictions["preds"]
-        right = {pool: rows == test.labels for pool, rows in said.items()}
+        frozen = Subject(classifier, trial.data.parts(trial.seed), config or InferenceConfig()).freeze()
+        said = TokensProbe().analyse(frozen).predictions["preds"]
+        right = {pool: rows == frozen.test.labels for pool, rows in said.items()}
         of_patches = [pool for pool in right if pool.startswith("token:")]
         patches.append(np.stack([right[pool] for pool in of_patches]))
         pooled.append({pool: rows for pool, rows in right.items() if pool not in of_patches})

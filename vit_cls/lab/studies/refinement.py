@@ -19,8 +19,8 @@ from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig, batches, layer_tokens
 from vit_cls.lab.features import Rows
 from vit_cls.lab.interventions import changed_tokens, insert_tokens, replace_token
-from vit_cls.lab.probes.common import checked_parts
-from vit_cls.lab.probes.linear import LinearSettings, fit_linear
+from vit_cls.lab.probes.base import check_rows
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.lab.studies.class_tokens import CONFIG, class_tokens_by_layer
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
@@ -96,7 +96,8 @@ def refinement(
     names, sources = classifier.class_names, dict(zip(PARTS, partition.sources, strict=True))
     labelled = {part: source.index.with_class_names(names).labels for part, source in sources.items()}
     held = {part: class_tokens_by_layer(classifier, source, config) for part, source in sources.items()}
-    rows = checked_parts(*(rows for _, rows in held.values()))
+    rows = {part: of_part for part, (_, of_part) in held.items()}
+    check_rows(rows)
     labels = {part: labelled[part][rows[part].positions] for part in PARTS}
     reader = TokenReader(classifier.model).on_cpu()
     tokens = {part: found[:, :, 0] for part, (found, _) in held.items()}
