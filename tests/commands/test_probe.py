@@ -15,8 +15,8 @@ import vit_cls.lab.features as features
 from vit_cls.cli import main
 from vit_cls.commands.words import comma_lists
 from vit_cls.data.partition import partition_data
-from vit_cls.lab.probes.common import UNKNOWN, find_record, overlap_note
 from vit_cls.lab.probes.head_fits import LEARNING_RATES, HeadRecipe
+from vit_cls.lab.probes.overlap import UNKNOWN, find_record, overlap_note
 from vit_cls.lab.probes.table import PROBES
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
@@ -209,7 +209,7 @@ CASES = {
         r"--pools must be one of .*got 'gab'.*Did you mean `gap`",
     ),
     "class token": (_words("knn", "--pools", "cls", model="gap.safetensors"), r"--pools cls .*has none"),
-    "blocks": ([*BASE, "--pools", "last:3"], r"--pools last:3: the number must be from 1 to 2"),
+    "blocks": ([*BASE, "--pools", "last:3"], r"--pools last:K needs a whole number K of at least 1, at most 2"),
     "blocks by layer": (_words("layers", "--pools", "last:2"), r"--pools last:2 needs 2 blocks"),
     "seed": ([*BASE, "--seed", "-1"], r"--seed must be at least 0; got -1"),
     "seed in words": ([*BASE, "--seed", "one"], r"seed must be a whole number; got 'one'"),

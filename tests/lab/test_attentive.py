@@ -15,8 +15,16 @@ from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
 from vit_cls.lab.probes import attentive as attentive_module
-from vit_cls.lab.probes.attentive import NormedTokens, attentive, heads_that_fit
-from vit_cls.lab.probes.head_fits import HeadRecipe, ProbeHead, fit_head, token_statistics
+from vit_cls.lab.probes.attentive import AttentiveProbe, ridge_preds
+from vit_cls.lab.probes.base import Subject
+from vit_cls.lab.probes.head_fits import (
+    HeadRecipe,
+    NormedTokens,
+    ProbeHead,
+    fit_head,
+    heads_that_fit,
+    token_statistics,
+)
 from vit_cls.lab.probes.patch_tasks import subset
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier, Preprocess
@@ -39,6 +47,10 @@ class _Memory:
 
     def rows(self, rows):
         return self.tokens[rows]
+
+
+def _attentive(classifier, parts, **options):
+    return AttentiveProbe(**options).run(Subject(classifier, parts, CONFIG))
 
 
 def _needle(count: int, seed: int) -> _Memory:
@@ -181,7 +193,7 @@ def _classifier(class_token: bool = True, embed_dim: int = 12) -> ImageClassifie
 def test_the_result_pairs_every_head_with_the_class_token_and_repeats_itself():
     def run(**options):
         heads = ["gap", "ep:2", "ep:4"]
-        return attentive(_classifier(), _digits(), heads=heads, recipe=SHORT, config=CONFIG, **options)
+        return _attentive(_classifier(), _digits(), heads=heads, recipe=SHORT, **options)
 
     found = run(num_seeds=2)
     assert list(found.predictions) == ["paths", "targets", "ridge cls", "cls", "gap", "ep:2", "ep:4"]
@@ -212,8 +224,8 @@ def test_heads_are_compared_with_the_linear_probe_that_validation_prefers(by_rid
     rng = np.random.default_rng(0)
     preds = np.where(rng.random(50) < 0.5, parts.test.index.labels, 0)
     # Worse on test than AdamW or not: only validation has a say.
-    monkeypatch.setattr(attentive_module, "_ridge", lambda *_: (preds, 1.0 if by_ridge else 0.0))
-    found = attentive(_classifier(), parts, heads=["gap"], recipe=SHORT, num_seeds=2, config=CONFIG)
+    monkeypatch.setattr(attentive_module, "ridge_preds", lambda *_: (preds, 1.0 if by_ridge else 0.0))
+    found = _attentive(_classifier(), parts, heads=["gap"], recipe=SHORT, num_seeds=2)
     targets = found.predictions["targets"]
     compared = {True: ("ridge cls", "ridge regression"), False: ("cls", "AdamW")}[by_ridge]
     assert found.values["compared_with"] == compared[0]
@@ -227,19 +239,23 @@ def test_heads_are_compared_with_the_linear_probe_that_validation_prefers(by_rid
 
 def test_ridge_regression_is_scored_on_validation_images():
     parts = _digits()
-    frozen = [freeze(_classifier(), one, config=CONFIG) for one in (parts.train, parts.val, parts.test)]
-    preds, share = attentive_module._ridge(frozen, 1, "cls", 10)
+    frozen = Subject(_classifier(), parts, CONFIG).freeze()
+    preds, share = ridge_preds(frozen, 1, "cls")
     fit = chosen_classifier(
-        *(part for one in frozen[:2] for part in (one.read("cls"), one.labels)), num_classes=10
+        frozen.train.read("cls"),
+        frozen.train.labels,
+        frozen.val.read("cls"),
+        frozen.val.labels,
+        num_classes=10,
     )
-    assert share == np.mean(fit(frozen[1].read("cls")).argmax(axis=1) == frozen[1].labels)
-    np.testing.assert_array_equal(preds, fit(frozen[2].read("cls")).argmax(axis=1))
+    assert share == np.mean(fit(frozen.val.read("cls")).argmax(axis=1) == frozen.val.labels)
+    np.testing.assert_array_equal(preds, fit(frozen.test.read("cls")).argmax(axis=1))
 
 
 def test_tokens_read_from_the_memory_map_are_those_in_memory(monkeypatch):
     frozen = freeze(_classifier(), _digits().test, config=CONFIG)
     kept = NormedTokens(frozen, 1)
-    monkeypatch.setattr("vit_cls.lab.probes.attentive.IN_MEMORY", 0)
+    monkeypatch.setattr("vit_cls.lab.probes.head_fits.IN_MEMORY", 0)
     mapped = NormedTokens(frozen, 1)
     rows = np.array([4, 0, 7])
     assert torch.equal(kept.rows(rows), mapped.rows(rows))
@@ -269,7 +285,7 @@ def test_heads_that_do_not_fit_the_width_are_left_out_and_it_is_said():
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        attentive(_classifier(), _digits(), recipe=SHORT, config=CONFIG, **options)
+        _attentive(_classifier(), _digits(), recipe=SHORT, **options)
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 1}, {"learning_rates": ()}])

@@ -12,7 +12,8 @@ from vit_cls.data.dataset import ArraySource
 from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.probes.dense import PATCHES, dense
+from vit_cls.lab.probes.base import Subject
+from vit_cls.lab.probes.dense import PATCHES, DenseProbe
 from vit_cls.lab.probes.patch_tasks import (
     Part,
     fit_by_patch,
@@ -31,6 +32,10 @@ from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.least_squares import PENALTIES, fits_of_moments, moments_of
 
 CONFIG = InferenceConfig(device="cpu", precision="32")
+
+
+def _dense(classifier, parts, **options):
+    return DenseProbe(**options).run(Subject(classifier, parts, CONFIG))
 
 
 def _digits() -> Partition:
@@ -63,7 +68,7 @@ def _classifier(*, positions: bool = True, class_token: bool = True) -> ImageCla
 
 @pytest.fixture(scope="module")
 def found():
-    return dense(_classifier(), _digits(), layers=[0, 2], seed=1, config=CONFIG)
+    return _dense(_classifier(), _digits(), layers=[0, 2], seed=1)
 
 
 def test_before_the_first_block_every_patch_with_its_own_position_is_found(found):
@@ -72,7 +77,7 @@ def test_before_the_first_block_every_patch_with_its_own_position_is_found(found
 
 
 def test_without_positions_equal_patches_are_not_told_apart():
-    layer = dense(_classifier(positions=False), _digits(), layers=[0], config=CONFIG).values["layer 0"]
+    layer = _dense(_classifier(positions=False), _digits(), layers=[0]).values["layer 0"]
     assert layer[PATCHES]["position"]["estimate"] < 0.5  # the digit's shape still tells some
 
 
@@ -100,7 +105,7 @@ def test_the_class_token_never_beats_the_best_answer_that_is_the_same_everywhere
 
 
 def test_findings_are_paired_and_repeat_themselves(found):
-    again = dense(_classifier(), _digits(), layers=[0, 2], seed=1, config=CONFIG)
+    again = _dense(_classifier(), _digits(), layers=[0, 2], seed=1)
     assert dataclasses.replace(again, seconds=0).to_dict() == dataclasses.replace(found, seconds=0).to_dict()
     assert [one.counts["images"] for one in found.findings] == [15, 60, 60]
     position = found.findings[1]
@@ -109,7 +114,7 @@ def test_findings_are_paired_and_repeat_themselves(found):
     assert position.estimate == pytest.approx(difference)
     assert position.verdict == "supported"
     assert found.headline.startswith(found.findings[0].claim[:-1])
-    other = dense(_classifier(), _digits(), layers=[0, 2], seed=2, config=CONFIG)
+    other = _dense(_classifier(), _digits(), layers=[0, 2], seed=2)
     assert other.values["constant_tile"] != found.values["constant_tile"]
 
 
@@ -119,7 +124,7 @@ def test_the_variance_of_colours_is_that_around_the_mean_of_training_images():
     bright = ArraySource(parts.test.index, parts.test.images // 2 + 120)
     whole = dataclasses.replace(classifier.preprocess, crop_pct=1.0)
     classifier = ImageClassifier(classifier.model, whole, classifier.class_names).eval()
-    found = dense(classifier, dataclasses.replace(parts, test=bright), layers=[2], config=CONFIG)
+    found = _dense(classifier, dataclasses.replace(parts, test=bright), layers=[2])
 
     def patches(source):
         pixels = source.images.double().numpy() / 255
@@ -168,7 +173,7 @@ def test_a_map_shows_where_patches_are_found(found):
 
 
 def test_without_a_class_token_the_mean_of_the_patches_is_compared_with():
-    values = dense(_classifier(class_token=False), _digits(), config=CONFIG).values["layer 2"]
+    values = _dense(_classifier(class_token=False), _digits()).values["layer 2"]
     assert values["mean of the patches"]["position"]["estimate"] == 1 / 16
 
 
@@ -244,10 +249,10 @@ def test_patches_that_lie_in_two_tiles_are_found():
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        dense(_classifier(), _digits(), config=CONFIG, **options)
+        _dense(_classifier(), _digits(), **options)
 
 
 def test_fewer_images_are_drawn_and_it_is_said():
-    found = dense(_classifier(), _digits(), max_images=40, config=CONFIG)
+    found = _dense(_classifier(), _digits(), max_images=40)
     assert (found.data["train"], found.data["train images there were"]) == (40, 120)
     assert "40 images at most" in " ".join(found.notes)

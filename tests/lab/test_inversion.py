@@ -14,7 +14,8 @@ from vit_cls.data.partition import Partition, partition_data
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
-from vit_cls.lab.probes.inversion import invert
+from vit_cls.lab.probes.base import Subject
+from vit_cls.lab.probes.inversion import InvertProbe
 from vit_cls.lab.probes.pixel_decoders import (
     conv_decoded,
     pixels_of,
@@ -30,6 +31,10 @@ from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.least_squares import PENALTIES, r2, ridge_fits
 
 CONFIG = InferenceConfig(device="cpu", precision="32")
+
+
+def _invert(classifier, parts, **options):
+    return InvertProbe(**options).run(Subject(classifier, parts, CONFIG))
 
 
 def _part(source: ArraySource, count: int) -> ArraySource:
@@ -77,7 +82,7 @@ def _noise(parts: Partition) -> list[ArraySource]:
 def _frozen_and_pixels(layer: int, noise: bool = False):
     classifier, parts = _classifier(), _digits()
     sources = _noise(parts) if noise else (parts.train, parts.val, parts.test)
-    frozen = [freeze(classifier, s, layers=[layer], config=CONFIG) for s in sources]
+    frozen = [freeze(classifier, s, layers=[layer]) for s in sources]
     pixels = [
         pixels_of(s, f.positions, classifier.preprocess, (8, 8)) for s, f in zip(sources, frozen, strict=True)
     ]
@@ -204,7 +209,7 @@ def test_a_network_learns_a_linear_map_and_repeats_itself_under_a_seed(monkeypat
 
 def test_the_result_says_what_the_reads_explain_and_repeats_itself():
     classifier, parts = _classifier(), _digits()
-    found = invert(classifier, parts, seed=1, config=CONFIG)
+    found = _invert(classifier, parts, seed=1)
     assert found.headline.startswith("The class token keeps more of the pixels than the label alone tells: ")
     assert len(found.findings) == 4
     assert found.findings[1].estimate == pytest.approx(
@@ -218,14 +223,14 @@ def test_the_result_says_what_the_reads_explain_and_repeats_itself():
     assert found.values["by_layer"]["cls"][2] == pytest.approx(found.values["cls"]["r2"])
     # The random encoder has the seed of the probe; that of the model has another.
     assert found.values["random"]["r2"] != found.values["cls"]["r2"]
-    assert invert(_classifier(seed=1), parts, seed=1, config=CONFIG).values["cls"] == found.values["random"]
+    assert _invert(_classifier(seed=1), parts, seed=1).values["cls"] == found.values["random"]
     assert (found.data["train"], found.data["val"], found.data["test"]) == (90, 30, 40)
-    again = invert(classifier, parts, seed=1, config=CONFIG)
+    again = _invert(classifier, parts, seed=1)
     assert dataclasses.replace(again, seconds=0).to_dict() == dataclasses.replace(found, seconds=0).to_dict()
 
 
 def test_pictures_show_the_original_beside_its_reconstructions():
-    found = invert(_classifier(), _digits(), layers=[2], config=CONFIG)
+    found = _invert(_classifier(), _digits(), layers=[2])
     pictures = found.figures[-1]
     assert pictures.columns[0] == "original"
     assert len(pictures.rows) == 8
@@ -238,7 +243,7 @@ def test_pictures_show_the_original_beside_its_reconstructions():
 
 
 def test_a_model_without_a_class_token_is_read_by_the_mean_of_its_patches():
-    found = invert(_classifier(class_token=False), _digits(), layers=[2], config=CONFIG)
+    found = _invert(_classifier(class_token=False), _digits(), layers=[2])
     assert "cls" not in found.values
     assert len(found.findings) == 2
     assert found.findings[0].claim.startswith("The mean of the patches keeps more")
@@ -255,4 +260,4 @@ def test_a_model_without_a_class_token_is_read_by_the_mean_of_its_patches():
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        invert(_classifier(), _digits(), config=CONFIG, **options)
+        _invert(_classifier(), _digits(), **options)

@@ -11,7 +11,12 @@ import torch
 
 from vit_cls.errors import ConfigError
 from vit_cls.lab.probes import knn as knn_module
-from vit_cls.lab.probes.knn import KnnSettings, clipped, knn, knn_predict, votes
+from vit_cls.lab.probes.base import FrozenParts
+from vit_cls.lab.probes.knn import KnnProbe, clipped, knn_predict, votes
+
+
+def _knn(*parts, **options):
+    return KnnProbe(**options).analyse(FrozenParts(*parts))
 
 
 def _data(rows, dim=5, classes=4, seed=0):
@@ -89,24 +94,23 @@ def test_one_training_image_decides_for_every_query():
 
 
 def test_few_training_and_test_images_are_no_problem(noisy_parts):
-    result = knn(*noisy_parts(counts=(4, 3, 3)))
+    result = _knn(*noisy_parts(counts=(4, 3, 3)))
     assert result.settings["neighbours"] == [4]
     assert {row[5] for row in result.tables[0].rows} == {3}
 
 
 def test_choices_ignore_the_test_part_and_follow_validation(noisy_parts, relabelled):
     train, val, test = noisy_parts()
-    one, other = knn(train, val, test), knn(train, val, relabelled(test))
+    one, other = _knn(train, val, test), _knn(train, val, relabelled(test))
     for name in ("neighbours", "temperature", "val_right", "best_on_val"):
         assert one.values[name] == other.values[name]
     assert one.values["top1"] != other.values["top1"]
-    assert knn(train, relabelled(val), test).values["val_right"] != one.values["val_right"]
+    assert _knn(train, relabelled(val), test).values["val_right"] != one.values["val_right"]
 
 
 def test_the_chosen_numbers_have_the_highest_validation_accuracy_and_of_equal_ones_the_first(noisy_parts):
     train, val, test = noisy_parts()
-    settings = KnnSettings(pools=("gap",), neighbours=(20, 1, 50), temperatures=(0.07, 1.0))
-    result = knn(train, val, test, settings=settings)
+    result = _knn(train, val, test, pools=("gap",), neighbours=(20, 1, 50), temperatures=(0.07, 1.0))
     choices = [(k, t) for k in (20, 1, 50) for t in (0.07, 1.0)]
     said = knn_predict((train.read("gap"), train.labels), val.read("gap"), choices, num_classes=3)
     counts = [int((said[choice] == val.labels).sum()) for choice in choices]
@@ -118,7 +122,7 @@ def test_the_chosen_numbers_have_the_highest_validation_accuracy_and_of_equal_on
 
 
 def test_the_result_says_that_the_mean_is_worse_where_one_patch_carries_the_class(noisy_parts):
-    result = knn(*noisy_parts(), settings=KnnSettings(pools=("cls", "gap")))
+    result = _knn(*noisy_parts(), pools=("cls", "gap"))
     (finding,) = result.findings
     assert finding.verdict == "supported"
     assert finding.estimate == pytest.approx(result.values["top1"]["gap"] - result.values["top1"]["cls"])
@@ -134,6 +138,6 @@ def test_the_result_says_that_the_mean_is_worse_where_one_patch_carries_the_clas
 
 def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match=r"--neighbours must be numbers above 0; got \[0\]"):
-        KnnSettings(neighbours=(0,))
+        KnnProbe(neighbours=(0,))
     with pytest.raises(ConfigError, match=r"--temperatures must be numbers above 0; got \[\]"):
-        KnnSettings(temperatures=())
+        KnnProbe(temperatures=())

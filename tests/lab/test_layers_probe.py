@@ -13,16 +13,23 @@ from vit_cls import create_model
 from vit_cls.data.dataset import ArraySource
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import Partition
-from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError
 from vit_cls.inference import InferenceConfig
-from vit_cls.lab.features import freeze
-from vit_cls.lab.probes.layers import LayerSettings, layers
-from vit_cls.lab.probes.linear import LinearSettings, linear
-from vit_cls.lab.probes.tokens import TokenSettings, tokens
+from vit_cls.lab.probes.base import FrozenParts, Subject
+from vit_cls.lab.probes.layers import LayersProbe
+from vit_cls.lab.probes.linear import LinearProbe
+from vit_cls.lab.probes.tokens import TokensProbe
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 
 CONFIG = InferenceConfig("cpu", "32", num_workers=0)
+
+
+def _layers(classifier, partition, **options):
+    return LayersProbe(**options).run(Subject(classifier, partition, CONFIG))
+
+
+def _tokens(*parts, **options):
+    return TokensProbe(**options).analyse(FrozenParts(*parts))
 
 
 @pytest.fixture
@@ -47,9 +54,8 @@ def partition():
 
 
 def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, partition):
-    result = layers(classifier, partition, config=CONFIG)
-    parts = [freeze(classifier, getattr(partition, part), config=CONFIG) for part in PARTS]
-    last = linear(*parts, settings=LinearSettings(pools=("cls", "gap", "max")))
+    result = _layers(classifier, partition)
+    last = LinearProbe(pools=("cls", "gap", "max")).run(Subject(classifier, partition, CONFIG))
     for pool in ("cls", "gap", "max"):
         assert len(result.values["top1"][pool]) == 3  # before the first of two blocks, and after each
         assert result.values["top1"][pool][2] == last.values["top1"][pool]
@@ -57,7 +63,7 @@ def test_every_layer_gets_the_probe_that_linear_fits_on_its_read(classifier, par
 
 
 def test_before_the_first_block_the_class_token_is_the_same_for_every_image(classifier, partition):
-    result = layers(classifier, partition, config=CONFIG)
+    result = _layers(classifier, partition)
     assert len(set(result.predictions["preds"]["cls 0"].tolist())) == 1
     assert result.values["top1"]["cls"][0] == 0.5
     assert result.values["top1"]["gap"][0] > 0.9  # brightness is in the embedded patches already
@@ -68,7 +74,7 @@ def test_before_the_first_block_the_class_token_is_the_same_for_every_image(clas
 
 
 def test_the_chart_has_a_line_a_read_with_the_accuracies_and_intervals_of_the_table(classifier, partition):
-    result = layers(classifier, partition, settings=LayerSettings(pools=("gap", "cls")), config=CONFIG)
+    result = _layers(classifier, partition, pools=("gap", "cls"))
     (chart,) = result.figures
     assert [line.label for line in chart.lines] == ["gap", "cls"]
     rows = {(row[0], row[1]): row for row in result.tables[0].rows}
@@ -86,19 +92,19 @@ def test_choices_of_layers_ignore_the_labels_of_the_test_part(classifier, partit
     shuffled = np.random.default_rng(0).permutation(index.labels)
     other = ImageIndex(index.root, index.paths, shuffled, index.class_names)
     changed = Partition(partition.train, partition.val, ArraySource(other, partition.test.images), "")
-    one = layers(classifier, partition, config=CONFIG)
-    two = layers(classifier, changed, config=CONFIG)
+    one = _layers(classifier, partition)
+    two = _layers(classifier, changed)
     assert one.values["strength"] == two.values["strength"]
     assert one.values["top1"] != two.values["top1"]
 
 
 def test_the_class_tokens_of_several_blocks_cannot_be_read_before_the_first(classifier, partition):
     with pytest.raises(ConfigError, match="last:2 needs 2 blocks, but layer 0 comes after 0"):
-        layers(classifier, partition, settings=LayerSettings(pools=("last:2",)), config=CONFIG)
+        _layers(classifier, partition, pools=("last:2",))
 
 
 def test_the_patch_that_carries_the_class_stands_out_at_its_place_on_the_grid(noisy_parts):
-    result = tokens(*noisy_parts())  # patch 1 of the 2x2 grid
+    result = _tokens(*noisy_parts())  # patch 1 of the 2x2 grid
     heat = np.array(result.figures[0].values)
     assert heat.shape == (2, 2)
     assert np.unravel_index(heat.argmax(), heat.shape) == (0, 1)
@@ -109,7 +115,7 @@ def test_the_patch_that_carries_the_class_stands_out_at_its_place_on_the_grid(no
 
 
 def test_the_average_patch_is_compared_over_images_with_cls_and_with_gap(noisy_parts):
-    result = tokens(*noisy_parts())
+    result = _tokens(*noisy_parts())
     preds, labels = result.predictions["preds"], result.predictions["labels"]
     single = np.mean([preds[f"token:{patch}"] == labels for patch in range(4)])
     assert result.values["mean_single_patch"] == pytest.approx(single)
@@ -126,11 +132,11 @@ def test_the_average_patch_is_compared_over_images_with_cls_and_with_gap(noisy_p
 def test_every_patch_gets_the_probe_that_linear_fits_on_it(noisy_parts, relabelled):
     train, val, test = noisy_parts()
     pools = ("token:0", "token:1", "token:2", "token:3")
-    expected = linear(train, val, test, settings=LinearSettings(pools=pools))
-    result = tokens(train, val, test)
+    expected = LinearProbe(pools=pools).analyse(FrozenParts(train, val, test))
+    result = _tokens(train, val, test)
     for pool in pools:
         assert result.predictions["preds"][pool].tolist() == expected.predictions["preds"][pool].tolist()
-    assert tokens(train, val, relabelled(test)).values["strength"] == result.values["strength"]
+    assert _tokens(train, val, relabelled(test)).values["strength"] == result.values["strength"]
 
 
 def test_without_a_class_token_patches_are_compared_with_the_mean_alone(frozen_part):
@@ -139,7 +145,7 @@ def test_without_a_class_token_patches_are_compared_with_the_mean_alone(frozen_p
         frozen_part({4: rng.standard_normal((12, 4, 3))}, np.arange(12) % 2, classes=2, class_token=False)
         for _ in range(3)
     ]
-    result = tokens(*parts, settings=TokenSettings(margin=0.05, seed=3))
+    result = _tokens(*parts, margin=0.05, seed=3)
     assert len(result.findings) == 1
     assert result.findings[0].margin == 0.05
     assert "gap" in result.findings[0].claim

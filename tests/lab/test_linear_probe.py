@@ -10,13 +10,19 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.lab.probes import linear as linear_fits
+from vit_cls.lab.probes import linear_fits
+from vit_cls.lab.probes.base import FrozenParts
 from vit_cls.lab.probes.common import POOLS, layers_needed
-from vit_cls.lab.probes.linear import LinearSettings, fit_linear, linear, linear_pools
+from vit_cls.lab.probes.linear import LinearProbe
+from vit_cls.lab.probes.linear_fits import LinearSettings, fit_linear
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.intervals import wilson_interval
+
+
+def _linear(*parts, origin="", **options):
+    return LinearProbe(**options).analyse(FrozenParts(*parts, origin=origin))
 
 
 def _reader(depth, **settings):
@@ -119,18 +125,17 @@ def test_a_refit_uses_train_and_validation_with_the_strength_chosen_before():
 @pytest.mark.parametrize("protocol", ["ours", "dinov2"])
 def test_choices_ignore_the_test_part(noisy_parts, relabelled, protocol):
     train, val, test = noisy_parts()
-    settings = LinearSettings(protocol=protocol)
-    one = linear(train, val, test, settings=settings)
-    other = linear(train, val, relabelled(test), settings=settings)
+    one = _linear(train, val, test, protocol=protocol)
+    other = _linear(train, val, relabelled(test), protocol=protocol)
     for name in ("strength", "val_right", "best_on_val"):
         assert one.values[name] == other.values[name]
     assert one.values["top1"] != other.values["top1"]
-    changed = linear(train, relabelled(val), test, settings=settings)
+    changed = _linear(train, relabelled(val), test, protocol=protocol)
     assert changed.values["val_right"] != one.values["val_right"]
 
 
 def test_the_result_has_counts_intervals_and_predictions_that_give_the_numbers_again(noisy_parts):
-    result = linear(*noisy_parts(), origin="made here")
+    result = _linear(*noisy_parts(), origin="made here")
     table = result.tables[0]
     preds, labels = result.predictions["preds"], result.predictions["labels"]
     assert list(preds) == ["cls", "gap", "max", "gem:3", "gem:4", "cls+gap", "cls+gem:4", "last:4"]
@@ -152,7 +157,7 @@ def test_the_result_has_counts_intervals_and_predictions_that_give_the_numbers_a
 
 
 def test_the_dinov2_protocol_tests_the_class_token_and_the_read_that_validation_chose(noisy_parts):
-    result = linear(*noisy_parts(), settings=LinearSettings(protocol="dinov2"))
+    result = _linear(*noisy_parts(), protocol="dinov2")
     assert result.settings["ways"] == ["cls", "cls+gap", "last:4", "last:4+gap"]
     best = result.values["best_on_val"]
     assert result.values["val_right"][best] == max(result.values["val_right"].values())
@@ -163,26 +168,26 @@ def test_the_dinov2_protocol_tests_the_class_token_and_the_read_that_validation_
 
 
 def test_the_dinov2_protocol_takes_the_blocks_that_there_are():
-    pools, _ = linear_pools(LinearSettings(protocol="dinov2"), _reader(2))
+    pools, _ = LinearProbe(protocol="dinov2").chosen(_reader(2))
     assert pools == ["cls", "cls+gap", "last:2", "last:2+gap"]
-    assert linear_pools(LinearSettings(protocol="dinov2"), _reader(1))[0] == [
+    assert LinearProbe(protocol="dinov2").chosen(_reader(1))[0] == [
         "cls",
         "cls+gap",
     ]
     with pytest.raises(ConfigError, match="reads the class token, but the model has none"):
-        linear_pools(LinearSettings(protocol="dinov2"), _reader(4, class_token=False, pool="gap"))
+        LinearProbe(protocol="dinov2").chosen(_reader(4, class_token=False, pool="gap"))
 
 
 @pytest.mark.parametrize(("depth", "last"), [(12, "last:4"), (4, "last:4"), (3, "last:3"), (2, "last:2")])
 def test_the_class_tokens_of_the_last_blocks_are_read_by_default_as_far_as_there_are_blocks(depth, last):
     reader = _reader(depth)
-    pools, notes = linear_pools(LinearSettings(), reader)
+    pools, notes = LinearProbe().chosen(reader)
     assert (pools[:-1], pools[-1], notes) == (list(POOLS), last, [])
     assert layers_needed(pools, reader) == list(range(depth + 1))[-min(4, depth) :]
 
 
 def test_one_block_has_no_earlier_class_token_to_read():
-    assert linear_pools(LinearSettings(), _reader(1))[0] == list(POOLS)
+    assert LinearProbe().chosen(_reader(1))[0] == list(POOLS)
 
 
 def test_the_mae_protocol_is_a_batch_norm_without_parameters_then_cross_entropy():
@@ -201,19 +206,18 @@ def test_the_mae_protocol_is_a_batch_norm_without_parameters_then_cross_entropy(
 
 
 def test_a_solver_that_stops_too_early_is_named_in_the_notes(noisy_parts):
-    settings = LinearSettings(solver="logistic", pools=("cls",), max_steps=1)
-    result = linear(*noisy_parts(), settings=settings)
+    result = _linear(*noisy_parts(), solver="logistic", pools=("cls",), max_steps=1)
     assert any("L-BFGS had not converged after 1 steps for cls" in note for note in result.notes)
-    calm = linear(*noisy_parts(), settings=LinearSettings(solver="logistic", pools=("cls",)))
+    calm = _linear(*noisy_parts(), solver="logistic", pools=("cls",))
     assert not any("converged" in note for note in calm.notes)
 
 
 def test_ways_are_those_named_and_the_reference_is_the_mean_where_the_class_token_is_not_read(noisy_parts):
-    result = linear(*noisy_parts(), settings=LinearSettings(pools=("max", "gap", "token:1")))
+    result = _linear(*noisy_parts(), pools=("max", "gap", "token:1"))
     assert result.settings["reference"] == "gap"
     assert list(result.predictions["preds"]) == ["max", "gap", "token:1"]
     assert len(result.findings) == 2
-    alone = linear(*noisy_parts(), settings=LinearSettings(pools=("token:1",)))
+    alone = _linear(*noisy_parts(), pools=("token:1",))
     assert (alone.findings, alone.figures) == ([], [])
     assert "of 80 right" in alone.headline
 
@@ -224,22 +228,22 @@ def test_without_a_class_token_the_ways_that_read_it_are_left_out_with_a_note(fr
         frozen_part({4: rng.standard_normal((12, 4, 3))}, np.arange(12) % 2, classes=2, class_token=False)
         for _ in range(3)
     ]
-    result = linear(*parts)
+    result = _linear(*parts)
     assert result.settings["ways"] == ["gap", "max", "gem:3", "gem:4"]
     assert "Not read: cls, cls+gap, cls+gem:4, last:4, for the model has no class token." in result.notes
 
 
 def test_impossible_settings_and_parts_are_refused(noisy_parts, frozen_part):
     with pytest.raises(ConfigError, match="--protocol must be one of ours, dinov2, mae; got 'moco'"):
-        LinearSettings(protocol="moco")
+        LinearProbe(protocol="moco")
     with pytest.raises(ConfigError, match="--solver must be one of ridge, logistic; got 'svm'"):
-        LinearSettings(solver="svm")
+        LinearProbe(solver="svm")
     with pytest.raises(ConfigError, match=r"--margin must be above 0 and below 1; got 1\.0"):
-        LinearSettings(margin=1.0)
+        LinearProbe(margin=1.0)
     train, val, test = noisy_parts()
     other = frozen_part({4: np.zeros((2, 5, 6))}, np.array([0, 1]), classes=2)
     with pytest.raises(DataError, match="the val part has classes class 0, class 1, but the train part has"):
-        linear(train, other, test)
+        _linear(train, other, test)
     one_class = frozen_part({4: np.zeros((4, 5, 6))}, np.zeros(4), classes=3)
     with pytest.raises(DataError, match=r"the train part has 4 image\(s\), all of one class"):
-        linear(one_class, val, test)
+        _linear(one_class, val, test)

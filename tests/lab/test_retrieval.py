@@ -9,8 +9,13 @@ import pytest
 from sklearn.decomposition import PCA
 
 from vit_cls.errors import ConfigError, DataError
-from vit_cls.lab.probes.retrieval import RetrievalSettings, rank_changed, retrieval
+from vit_cls.lab.probes.base import FrozenParts
+from vit_cls.lab.probes.retrieval import RetrievalProbe, rank_changed
 from vit_cls.stats.ranking import fit_whitening, rank
+
+
+def _retrieval(train, test, **options):
+    return RetrievalProbe(**options).analyse(FrozenParts(train, test, test))
 
 
 def _data(rows=60, dim=7, classes=4, seed=0, signal=1.0):
@@ -60,23 +65,20 @@ def test_queries_without_a_positive_are_left_out_and_counted(noisy_parts, frozen
     train = noisy_parts()[0]
     rng = np.random.default_rng(0)
     test = frozen_part(_noise(rng, 5), np.array([0, 0, 0, 1, 2]), classes=3)
-    result = retrieval(train, test)
+    result = _retrieval(train, test)
     assert result.data["queries_without_positive"] == 2
     assert any("2 of 5 test images have no other image of their class" in note for note in result.notes)
     assert {row[-1] for row in result.tables[0].rows} == {3}
     assert result.predictions["paths"] == ["0.png", "1.png", "2.png"]
-    assert (
-        retrieval(train, test, settings=RetrievalSettings(gallery="train")).data["queries_without_positive"]
-        == 0
-    )
+    assert _retrieval(train, test, gallery="train").data["queries_without_positive"] == 0
     lonely = frozen_part(_noise(rng, 3), np.arange(3), classes=3)
     with pytest.raises(DataError, match="only 0 of 3 test images have another image of their class"):
-        retrieval(train, lonely)
+        _retrieval(train, lonely)
 
 
 def test_the_result_compares_every_read_with_the_class_token_over_the_same_queries(noisy_parts):
     train, _, test = noisy_parts()
-    result = retrieval(train, test)
+    result = _retrieval(train, test)
     scores = result.predictions["average_precision"]
     assert len(result.findings) == 7 + 2  # the other reads, then the class token centred and whitened
     labels = [row[0] for row in result.figures[0].rows]
@@ -98,7 +100,7 @@ def test_it_is_said_that_queries_in_each_others_galleries_are_not_independent(no
     train, _, test = noisy_parts(counts=(20, 3, 12))
     said = {
         gallery: "not independent"
-        in " ".join(retrieval(train, test, settings=RetrievalSettings(("cls", "gap"), gallery)).notes)
+        in " ".join(_retrieval(train, test, pools=("cls", "gap"), gallery=gallery).notes)
         for gallery in ("test", "train")
     }
     assert said == {"test": True, "train": False}
@@ -106,4 +108,4 @@ def test_it_is_said_that_queries_in_each_others_galleries_are_not_independent(no
 
 def test_an_unknown_gallery_is_refused():
     with pytest.raises(ConfigError, match="--gallery must be one of test, train; got 'val'"):
-        RetrievalSettings(gallery="val")
+        RetrievalProbe(gallery="val")

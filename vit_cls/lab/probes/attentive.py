@@ -38,11 +38,11 @@ class AttentiveProbe(Probe):
     compared with the one that is better on validation.
 
     Args:
+        margin: The largest difference of accuracy that does not matter, in (0, 1).
+        seed: Of the first one of the trainings and of the intervals.
         heads: As in ``model.pool``. None means `HEADS`, less what does not fit the model.
         layer: Whose tokens are read, after the final norm; None means those of the last block.
         recipe: How every head is trained.
-        margin: The largest difference of accuracy that does not matter, in (0, 1).
-        seed: Of the first one of the trainings and of the intervals.
         num_seeds: Trainings of every head, at least 1; they differ in first weights and order of images.
 
     Raises:

@@ -237,9 +237,9 @@ class PoolProbe(Probe):
     """A probe that compares poolings of the last layer.
 
     Args:
-        pools: What is read; none means the usual pools that the model has.
         margin: The largest difference that does not matter, in (0, 1).
         seed: Of everything that is random.
+        pools: What is read; none means the usual pools that the model has.
     """
 
     pools: Sequence[str] = ()

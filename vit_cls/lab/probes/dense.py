@@ -55,11 +55,11 @@ class DenseProbe(Probe):
     or the mean of the patches where the model has none. Ridge regression, the same weights at every place.
 
     Args:
+        margin: The largest difference that does not matter, in (0, 1).
+        seed: Of the draws and of the mosaics.
         layers: Where; 0 is before the first block. None means the last alone. The last one is judged.
         k: Tiles a side of a mosaic, at least 2.
         max_images: Of each part, at most; drawn at random.
-        margin: The largest difference that does not matter, in (0, 1).
-        seed: Of the draws and of the mosaics.
 
     Raises:
         ConfigError: If a number is impossible.
@@ -260,7 +260,8 @@ class PatchErrors:
             rows.append([layer, read, *cells])
         note = (
             f"{len(self.frozen.test)} test images and {len(self.constant)} mosaics of {self.k}x{self.k} of "
-            f"them; 95 % intervals over images and mosaics. One in {self.num_patches} patches is found by chance. "
+            "them; 95 % intervals over images and mosaics. "
+            f"One in {self.num_patches} patches is found by chance. "
             f"The best answer that is the same in all places of a mosaic is right in "
             f"{fmt.percent(float(self.constant.mean()))} of them."
         )

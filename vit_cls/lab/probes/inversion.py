@@ -36,12 +36,12 @@ class InvertProbe(Probe):
     decoded once. R2 is the share of the pixels' variance around the training mean, over all test images.
 
     Args:
+        margin: The largest difference of R2 that does not matter, in (0, 1).
+        seed: Of the random encoder, the network's training, the bootstrap and the choice of pictures.
         layers: Where the class token and the mean of the patches are read for the curve; 0 is before the
             first block. None means everywhere.
         decoder: ``ridge``, linear and in closed form; or ``conv``, a small convolutional network, for the
             last layer (the curve stays linear).
-        margin: The largest difference of R2 that does not matter, in (0, 1).
-        seed: Of the random encoder, the network's training, the bootstrap and the choice of pictures.
 
     Raises:
         ConfigError: If the decoder or the margin is impossible.

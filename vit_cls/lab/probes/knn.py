@@ -134,11 +134,11 @@ class KnnProbe(ClassifierProbe):
     """Let the nearest training images vote; neighbours and temperature are chosen on validation.
 
     Args:
+        margin: The largest difference of accuracies that does not matter.
+        seed: Of the resampling; nothing else is random.
         pools: What is read; none means the usual pools that the model has.
         neighbours: Numbers of neighbours to choose from; those above the number of training images are that.
         temperatures: Temperatures to choose from.
-        margin: The largest difference of accuracies that does not matter.
-        seed: Of the resampling; nothing else is random.
 
     Raises:
         ConfigError: If a number is out of range.

@@ -32,9 +32,9 @@ class LayersProbe(Probe):
     is one, but not the tokens.
 
     Args:
-        pools: What is read at each layer; none means cls, gap and max, as far as the model has them.
         margin: The largest difference of accuracies that does not matter.
         seed: Of the resampling; nothing else is random.
+        pools: What is read at each layer; none means cls, gap and max, as far as the model has them.
 
     Raises:
         ConfigError: If the margin is no share.

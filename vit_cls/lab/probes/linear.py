@@ -20,14 +20,14 @@ class LinearProbe(ClassifierProbe):
     """Fit a linear classifier on each read, choose on validation, test once.
 
     Args:
+        margin: The largest difference of accuracies that does not matter.
+        seed: Of the resampling; nothing else is random.
         pools: What is read; none means the usual pools that the model has, or those of the protocol.
         protocol: ``ours``; ``dinov2``: class tokens of the last 1 or 4 blocks, with and without the mean of
             the patches, the best of the four on validation; ``mae``: BatchNorm without parameters, then
             logistic regression.
         solver: ``ridge`` (closed form) or ``logistic`` (L-BFGS).
         refit: Whether the classifier is fitted again, on train and validation, with the strength chosen.
-        margin: The largest difference of accuracies that does not matter.
-        seed: Of the resampling; nothing else is random.
         max_steps: Steps that L-BFGS may take.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Linear classifiers of frozen features, ridge in closed form or logistic regression, chosen on validation."""
+"""Linear classifiers of frozen features: ridge in closed form or logistic regression, by validation."""
 
 from __future__ import annotations
 

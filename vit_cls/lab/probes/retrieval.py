@@ -56,10 +56,10 @@ class RetrievalProbe(PoolProbe):
     """Search for images of each test image's class, by cosine similarity.
 
     Args:
-        pools: What is read; none means the usual pools that the model has.
-        gallery: What is searched: ``test``, the other test images, or ``train``.
         margin: The largest difference of mean average precisions that does not matter.
         seed: Kept with the result; nothing here is random.
+        pools: What is read; none means the usual pools that the model has.
+        gallery: What is searched: ``test``, the other test images, or ``train``.
 
     Raises:
         ConfigError: If a choice is unknown or the margin is no share.
