@@ -209,7 +209,10 @@ CASES = {
         r"--pools must be one of .*got 'gab'.*Did you mean `gap`",
     ),
     "class token": (_words("knn", "--pools", "cls", model="gap.safetensors"), r"--pools cls .*has none"),
-    "blocks": ([*BASE, "--pools", "last:3"], r"--pools last:K needs a whole number K of at least 1, at most 2"),
+    "blocks": (
+        [*BASE, "--pools", "last:3"],
+        r"--pools last:K needs a whole number K of at least 1, at most 2",
+    ),
     "blocks by layer": (_words("layers", "--pools", "last:2"), r"--pools last:2 needs 2 blocks"),
     "seed": ([*BASE, "--seed", "-1"], r"--seed must be at least 0; got -1"),
     "seed in words": ([*BASE, "--seed", "one"], r"seed must be a whole number; got 'one'"),
