@@ -6,6 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 
+from tests.models import make_vit, perturbed
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import make_pooling
@@ -15,13 +16,7 @@ from vit_cls.model.vit import VisionTransformer
 
 def _model(tiny, generator, **settings):
     """In float64, every parameter off its first value."""
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5, **settings})).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.1 * noise)
-    return model
+    return perturbed(make_vit(tiny, **settings).double(), generator)
 
 
 def _images(generator, batch=3):
@@ -39,11 +34,7 @@ def _gradient_of_patches(model, images):
 @pytest.mark.parametrize(
     ("layout", "position", "expected"),
     [
-        (
-            TokenLayout(True, 0, (2, 2)),
-            "first",
-            ["10000", "11000", "11100", "11110", "11111"],
-        ),
+        (TokenLayout(True, 0, (2, 2)), "first", ["10000", "11000", "11100", "11110", "11111"]),
         (TokenLayout(True, 0, (2, 2)), "middle", ["11100", "01000", "01100", "11110", "11111"]),
         (TokenLayout(True, 0, (2, 2)), "last", ["11111", "01000", "01100", "01110", "01111"]),
         # two class tokens, a register, three patches: r p | c c | p p with one patch before the middle
@@ -66,12 +57,13 @@ def test_the_mask_lets_each_token_see_itself_and_what_comes_before(layout, posit
     assert ["".join(map(str, row)) for row in mask.int().tolist()] == expected
 
 
-def test_a_class_token_in_front_never_learns_of_the_image(tiny, generator):
-    model = _model(tiny, generator, causal=True, reg_tokens=1)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_class_token_in_front_never_learns_of_the_image(dropout, tiny, generator):
+    model = _model(tiny, generator, causal=True, reg_tokens=1, attn_drop_rate=dropout)
     logits = model(_images(generator))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
-    assert not _gradient_of_patches(model, _images(generator)).any()
+    assert not _gradient_of_patches(model.train(), _images(generator)).any()
 
 
 def test_a_class_token_at_the_end_sees_every_patch(tiny, generator):
@@ -142,11 +134,6 @@ def test_really_moving_the_class_token_makes_no_difference_without_the_mask(tiny
     tokens = model.embed_tokens(_images(generator))
     moved = torch.cat([tokens[:, 1:8], tokens[:, :1], tokens[:, 8:]], dim=1)
     torch.testing.assert_close(model.blocks(moved)[:, 7], model.blocks(tokens)[:, 0], rtol=0, atol=1e-12)
-
-
-def test_training_with_dropout_of_attention_keeps_to_the_mask(tiny, generator):
-    model = _model(tiny, generator, causal=True, attn_drop_rate=0.3).train()
-    assert not _gradient_of_patches(model, _images(generator)).any()
 
 
 def test_an_unknown_place_is_refused(tiny):

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.models import POOLS, make_vit
 from vit_cls.model.block import LayerScale
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.init import SkipInit
-from vit_cls.model.pooling import pool_names
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.architecture import build_model
-
-SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
-
-
-def _model(tiny, seed=0, **settings):
-    torch.manual_seed(seed)
-    return VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5, **settings}))
 
 
 def _encoder(model):
@@ -29,7 +22,7 @@ def _encoder(model):
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"pool": spec} for spec in SPECS),
+        *({"pool": spec} for spec in POOLS),
         {"pool": "gap", "class_token": False},
         {"reg_tokens": 4},
         {"num_classes": 100},
@@ -41,36 +34,37 @@ def _encoder(model):
     ids=str,
 )
 def test_the_encoder_starts_from_the_same_bits_whatever_reads_it(settings, tiny):
-    expected = _encoder(_model(tiny))
-    for name, tensor in _encoder(_model(tiny, **settings)).items():
+    expected = _encoder(make_vit(tiny))
+    for name, tensor in _encoder(make_vit(tiny, **settings)).items():
         assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_deeper_encoder_begins_with_the_blocks_of_the_shallower(tiny):
-    shallow, deep = _model(tiny).state_dict(), _model(tiny, depth=4).state_dict()
+    shallow, deep = make_vit(tiny).state_dict(), make_vit(tiny, depth=4).state_dict()
     for name, tensor in shallow.items():
         assert torch.equal(tensor, deep[name]), name
 
 
 def test_another_seed_draws_other_weights(tiny):
-    first, second = _model(tiny, reg_tokens=1).state_dict(), _model(tiny, seed=1, reg_tokens=1).state_dict()
+    first, again, second = (make_vit(tiny, seed=seed, reg_tokens=1).state_dict() for seed in (0, 0, 1))
     for name, tensor in first.items():
         fixed = tensor.std() == 0  # norms and biases
+        assert torch.equal(tensor, again[name]), name
         assert torch.equal(tensor, second[name]) == bool(fixed), name
 
 
 def test_layers_of_one_shape_do_not_start_equal(tiny):
-    state = _model(tiny).state_dict()
+    state = make_vit(tiny).state_dict()
     assert not torch.equal(state["blocks.0.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
     assert not torch.equal(state["blocks.0.attn.proj.weight"], state["blocks.1.attn.proj.weight"])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_building_moves_the_global_generator_by_one_draw(spec, tiny):
     torch.manual_seed(7)
     torch.randint(2**62, ())
     expected = torch.get_rng_state()
-    _model(tiny, seed=7, pool=spec, reg_tokens=2)
+    make_vit(tiny, seed=7, pool=spec, reg_tokens=2)
     assert torch.equal(torch.get_rng_state(), expected)
 
 
@@ -83,13 +77,13 @@ def test_on_the_meta_device_nothing_is_drawn(tiny):
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_no_weight_is_left_as_memory_had_it(spec, tiny):
     settings = {"pool": spec, "init_values": 0.1, "qk_norm": True, "reg_tokens": 1, "pre_norm": True}
     torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
     try:
         assert torch.empty(1).isnan()
-        first = _model(tiny, **settings)
+        first = make_vit(tiny, **settings)
         second = build_model(first.config, init=False)
         assert second.head.weight.isnan().all()
         torch.manual_seed(0)
@@ -102,7 +96,7 @@ def test_no_weight_is_left_as_memory_had_it(spec, tiny):
 
 
 def test_only_the_named_weights_are_drawn_anew(tiny):
-    model = _model(tiny, pool="cait:1")
+    model = make_vit(tiny, pool="cait:1")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -116,14 +110,14 @@ def test_only_the_named_weights_are_drawn_anew(tiny):
 
 @pytest.mark.parametrize(("spec", "spread"), [("cls", 1e-6), ("multicls:64", 0.02), ("classtok", 0.02)])
 def test_several_class_tokens_start_far_enough_apart_to_part(spec, spread, tiny):
-    model = _model(tiny, pool=spec, embed_dim=96, num_classes=64)
+    model = make_vit(tiny, pool=spec, embed_dim=96, num_classes=64)
     assert model.cls_token.std().item() == pytest.approx(spread, rel=0.25)
     assert len(torch.unique(model.cls_token[0], dim=0)) == model.layout.num_class_tokens
 
 
 @pytest.mark.parametrize("spec", ["abmil", "simpool", "map", "cait:2"])
 def test_the_linear_layers_of_a_pooling_start_like_those_of_the_encoder(spec, tiny):
-    model = _model(tiny, pool=spec, embed_dim=96)
+    model = make_vit(tiny, pool=spec, embed_dim=96)
     layers = [m for m in model.attn_pool.modules() if isinstance(m, torch.nn.Linear)]
     assert layers
     for layer in layers:
@@ -146,7 +140,7 @@ def test_skip_init_draws_nothing_for_any_layer():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_weights_depend_on_the_seed_alone_and_its_generator_stays(tiny):
     with torch.device("cuda"):
-        first = _model(tiny, reg_tokens=1).state_dict()
+        first = make_vit(tiny, reg_tokens=1).state_dict()
         torch.randn(5)
         torch.manual_seed(0)
         before = torch.cuda.get_rng_state()

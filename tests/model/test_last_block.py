@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vit_cls.model.config import ViTConfig
+from tests.models import make_vit, perturbed
 from vit_cls.model.vit import VisionTransformer
 
 
@@ -38,12 +38,7 @@ def _logits_and_gradients(model, forward, images, weights):
     ids=str,
 )
 def test_narrowed_last_block_equals_the_full_one_in_logits_and_every_gradient(pool, setting, tiny, generator):
-    torch.manual_seed(0)
-    config = ViTConfig.from_dict({**tiny, "num_classes": 5, "depth": 3, "pool": pool, **setting})
-    model = VisionTransformer(config).double().train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.05)
+    model = perturbed(make_vit(tiny, depth=3, pool=pool, **setting).double(), generator, 0.05).train()
     images = torch.randn(6, 3, 16, 16, generator=generator, dtype=torch.float64)
     weights = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     full, full_gradients = _logits_and_gradients(model, lambda x: _full_last_block(model, x), images, weights)
@@ -58,7 +53,7 @@ def test_narrowed_last_block_equals_the_full_one_in_logits_and_every_gradient(po
 
 
 def test_the_last_block_computes_one_query_and_one_mlp_row_for_a_class_token(tiny):
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5}))
+    model = make_vit(tiny)
     rows = {}
     for i, block in enumerate(model.blocks):
         block.mlp.fc1.register_forward_hook(

@@ -9,35 +9,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.models import POOLS, make_vit, perturbed
 from vit_cls.errors import ConfigError
-from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import (
     PoolingContext,
     make_pooling,
     needs_class_token,
     num_class_tokens,
-    pool_names,
     pool_parts,
 )
 from vit_cls.model.tokens import TokenLayout
-from vit_cls.model.vit import VisionTransformer
 
-SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
-OVER_PATCHES = [
-    "gap",
-    "max",
-    "avgmax",
-    "gem",
-    "gem:2",
-    "lse",
-    "seqpool",
-    "abmil",
-    "simpool",
-    "ep:2",
-    "map",
-    "cait:2",
-]
 BY_ATTENTION = ["seqpool", "abmil", "simpool", "ep:2", "map"]
+OVER_PATCHES = ["gap", "max", "avgmax", "gem", "gem:2", "lse", *BY_ATTENTION, "cait:2"]
 PREFIX = 1 + 3
 
 
@@ -49,11 +33,7 @@ def _context(spec, **settings):
 def _pooling(spec, generator, *, moved=True, **settings):
     """In float64, every parameter off its first value."""
     pooling = make_pooling(spec, _context(spec, **settings)).double().eval()
-    with torch.no_grad():
-        for parameter in pooling.parameters() if moved else ():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise)
-    return pooling
+    return perturbed(pooling, generator, 0.3) if moved else pooling
 
 
 def _read_tokens(pooling, generator, batch=3):
@@ -72,17 +52,14 @@ def _last_three_invalid(tokens):
 
 
 def test_the_poolings_over_the_patches_are_those_that_read_all_of_them(generator):
-    found = [s for s in SPECS if _pooling(s, generator).read == slice(PREFIX, PREFIX + 9)]
+    found = [s for s in POOLS if _pooling(s, generator).read == slice(PREFIX, PREFIX + 9)]
     assert found == OVER_PATCHES
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_a_gradient_that_is_not_zero_reaches_every_parameter_even_from_one_image(spec, tiny, generator):
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5, "pool": spec, "reg_tokens": 1}))
-    with torch.no_grad():
-        for parameter in model.parameters():  # what starts at zero may block the way to others
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    # off their first values: what starts at zero may block the way to others
+    model = perturbed(make_vit(tiny, pool=spec, reg_tokens=1), generator).train()
     logits = model(torch.randn(1, 3, 16, 16, generator=generator))
     assert logits.shape == (1, 5)
     logits.square().sum().backward()
@@ -100,11 +77,13 @@ def test_class_token_and_registers_have_no_influence_but_where_that_is_asked_for
     assert not torch.allclose(pooling(huge[:, pooling.read]), pooling(tokens[:, pooling.read]))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if needs_class_token(spec)])
+@pytest.mark.parametrize("spec", [spec for spec in POOLS if needs_class_token(spec)])
 def test_without_a_class_token_a_pooling_that_reads_it_is_refused_by_its_own_name(spec):
     context = PoolingContext(TokenLayout(False, 0, (3, 3)), embed_dim=24, depth=2, num_classes=4)
     with pytest.raises(
-        ConfigError, match=rf"^model\.pool {re.escape(spec)} reads the class token.*Use model\.pool gap"
+        ConfigError,
+        match=rf"^model\.pool {re.escape(spec)} reads the class token, but model.class_token is false"
+        r".*Use model\.pool gap",
     ):
         make_pooling(spec, context)
 
@@ -117,7 +96,7 @@ def test_the_mean_beside_the_class_token_is_of_the_patches_alone(generator):
     _same(pooling(tokens, mask), torch.cat([tokens[:, 0], tokens[:, PREFIX:-3].mean(1)], dim=1))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_a_mask_of_valid_tokens_alone_changes_nothing(spec, generator):
     pooling = _pooling(spec, generator)
     tokens = _read_tokens(pooling, generator)
@@ -135,7 +114,7 @@ def test_invalid_tokens_count_as_if_they_were_not_there(spec, generator):
     assert not torch.allclose(pooling(padded, mask), pooling(tokens))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_a_result_does_not_depend_on_batch_mates_with_a_mask_or_without(spec, generator):
     pooling = _pooling(spec, generator)
     tokens = _read_tokens(pooling, generator, batch=4)
@@ -185,7 +164,7 @@ def test_attention_sums_to_one_over_the_valid_tokens_and_is_what_weighs_them(spe
         _same(pooling(tokens, mask), (weights @ tokens)[:, 0])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_macs_are_half_of_the_flops_that_torch_counts(spec):
     """The counter sees matrix products alone, which is what ``macs`` promises; means have none."""
     context = dataclasses.replace(
@@ -214,7 +193,7 @@ def test_without_keys_and_values_attention_over_patches_costs_a_fraction(spec, t
     assert published / macs == pytest.approx(times, rel=0.02)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_the_width_is_what_is_promised_and_that_of_its_parts(spec, generator):
     pooling = _pooling(spec, generator)
     pooled = pooling(_read_tokens(pooling, generator))
@@ -250,10 +229,3 @@ def test_a_pooling_that_cannot_be_says_what_is_required(spec, settings, message)
     context = dataclasses.replace(_context("cls"), **settings)
     with pytest.raises(ConfigError, match=message):
         make_pooling(spec, context)
-
-
-@pytest.mark.parametrize("spec", ["cls", "cls+gap", "last:2", "multicls:2", "classtok"])
-def test_without_a_class_token_what_reads_it_is_refused(spec, tiny):
-    config = ViTConfig.from_dict({**tiny, "num_classes": 5, "pool": spec, "class_token": False})
-    with pytest.raises(ConfigError, match=r"reads the class token, but model.class_token is false"):
-        VisionTransformer(config)

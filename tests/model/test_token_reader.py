@@ -5,30 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.models import POOLS, make_vit, perturbed
 from vit_cls.errors import ConfigError
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import (
-    POOLINGS,
-    Pooling,
-    make_pooling,
-    pool_names,
-    register_pooling,
-)
+from vit_cls.model.pooling import POOLINGS, Pooling, make_pooling, pool_names, register_pooling
 from vit_cls.model.token_reader import TokenReader
-from vit_cls.model.vit import VisionTransformer
 
-SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gap+last:2", "avgmax+token:1"]
+SPECS = [*POOLS, "gap+last:2", "avgmax+token:1"]
 TRAINED = {"gem", "lse", "seqpool", "abmil", "simpool", "ep:2", "map", "cait:2", "multicls-diverse:2"}
+TRAINED |= {"gem+last:2+token:1"}
 
 
 def _model(tiny, **settings):
-    torch.manual_seed(0)
-    config = ViTConfig.from_dict({**tiny, "num_classes": 5, "reg_tokens": 1, **settings})
-    model = VisionTransformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model
+    return perturbed(make_vit({**tiny, "reg_tokens": 1}, **settings), scale=0.2)
 
 
 @torch.inference_mode()
