@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,15 @@ TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size
 def tiny() -> dict[str, int]:
     """Settings that make any preset tiny: 16 patches, 2 blocks, width 24."""
     return dict(TINY)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tensors so small that a second thread would only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

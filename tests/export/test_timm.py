@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 
@@ -10,19 +9,18 @@ import pytest
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
+from tests.export.exporting import classifier_of, native_classifier, opened_by_timm, random_images
+from tests.models import POOLS, relative_difference
 from vit_cls import create_model, load
-from vit_cls.cli import main
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.export.timm import export_timm
-from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
-from vit_cls.weights.bundle import load_classifier, save_classifier
+from vit_cls.model.classifier import ImageClassifier
+from vit_cls.model.pooling import POOLINGS
+from vit_cls.weights.timm_models import NORM_AFTER, native_config, skeleton
+from vit_cls.weights.timm_models import POOLS as TIMM_POOLS
 
-NAMES = ["wasp", "bee", "ant", "fly", "moth"]  # out of alphabetical order on purpose
+pytestmark = pytest.mark.usefixtures("one_thread")
 NARROW = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 CLIP = "vit_base_patch16_clip_224"
 GIANT = "vit_giant_patch14_dinov2"
@@ -36,6 +34,10 @@ NATIVE = {
     "gap, norm after": ({"pool": "gap", "fc_norm": True}, None),
     "gap with prefix": ({"pool": "gap", "pool_include_prefix": True}, None),
     "max": ({"pool": "max"}, None),
+    "avgmax": ({"pool": "avgmax"}, None),
+    "avgmax, norm before": ({"pool": "avgmax", "fc_norm": False}, None),
+    "avgmax, no class token": ({"pool": "avgmax", "reg_tokens": 2, "class_token": False}, None),
+    "class token last, which nobody sees": ({"class_position": "last"}, None),
     "map": ({"pool": "map"}, None),
     "map, norm after": ({"pool": "map", "fc_norm": True}, None),
     "no class token": ({"pool": "gap", "class_token": False}, None),
@@ -75,60 +77,16 @@ ADAPTED = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Matrices as small as these are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def _classifier(model: nn.Module) -> ImageClassifier:
-    """Every parameter off its initial value, every setting of the preprocessing off its usual one."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    config = model.config
-    mean, std = (0.1, 0.2, 0.3, 0.4)[: config.in_chans], (0.5, 0.6, 0.7, 0.8)[: config.in_chans]
-    preprocess = Preprocess(config.image_hw, mean, std, 0.8, "squash", "bilinear")
-    classifier = ImageClassifier(model.eval(), preprocess, NAMES[: config.num_classes])
-    classifier.weights_licence = "cc-by-4.0"
-    return classifier
-
-
-def _native(tiny, **settings) -> ImageClassifier:
-    return _classifier(VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 5, **settings})))
-
-
-def _images(classifier: ImageClassifier) -> Tensor:
-    config = classifier.model.config
-    return torch.randn(2, config.in_chans, *config.image_hw, generator=torch.Generator().manual_seed(1))
-
-
-def _reference_timm_model(folder) -> nn.Module:
-    """timm opens it; that it does so strictly is seen from the keys."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert model.state_dict().keys() == load_file(folder / "model.safetensors").keys()
-    return model
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
 @torch.inference_mode()
 def _check(classifier: ImageClassifier, folder, architecture: str) -> None:
     """The whole contract of an export."""
     export = export_timm(classifier, folder)
     assert (export.folder, export.architecture) == (folder, architecture)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-    images = _images(classifier)
+    images = random_images(classifier)
     logits = classifier.model(images)
-    theirs = _reference_timm_model(folder)
-    assert _relative(theirs(images), logits) <= 1e-5
+    theirs = opened_by_timm(folder)
+    assert relative_difference(theirs(images), logits) <= 1e-5
     pre = classifier.preprocess
     expected = {"mean": pre.mean, "std": pre.std, "crop_pct": 0.8, "crop_mode": "squash"}
     expected |= {"interpolation": "bilinear", "input_size": (len(pre.mean), *pre.img_size)}
@@ -137,7 +95,7 @@ def _check(classifier: ImageClassifier, folder, architecture: str) -> None:
     assert listed == expected
     assert (theirs.pretrained_cfg.get("label_names") or []) == classifier.class_names
     again = load(folder)
-    assert _relative(again.model(images), logits) <= 1e-6
+    assert relative_difference(again.model(images), logits) <= 1e-6
     assert again.class_names == classifier.class_names
     assert again.preprocess == pre
     assert again.weights_licence == "cc-by-4.0"
@@ -149,7 +107,7 @@ def _check(classifier: ImageClassifier, folder, architecture: str) -> None:
 @pytest.mark.parametrize("case", NATIVE)
 def test_a_native_model_opens_in_timm_and_comes_back(case, tiny, tmp_path):
     settings, architecture = NATIVE[case]
-    _check(_native(tiny, **settings), tmp_path / "out", architecture or "vit_base_patch16_224")
+    _check(native_classifier(tiny, **settings), tmp_path / "out", architecture or "vit_base_patch16_224")
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -157,7 +115,7 @@ def test_a_native_model_opens_in_timm_and_comes_back(case, tiny, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"in_chans": 1}, {"num_classes": 0}], ids=str)
 def test_an_adapted_model_opens_in_timm_and_comes_back(name, settings, tmp_path):
     model = create_model(name, **{**NARROW, **ADAPTED[name], **settings})
-    _check(_classifier(model), tmp_path / "out", name)
+    _check(classifier_of(model), tmp_path / "out", name)
 
 
 @pytest.mark.parametrize(
@@ -167,21 +125,22 @@ def test_an_adapted_model_opens_in_timm_and_comes_back(name, settings, tmp_path)
         ("eva02_tiny_patch14_224", "max"),
         ("beit_base_patch16_224", "cls"),
         ("vit_small_patch16_dinov3", "gap"),
+        ("vit_small_patch16_dinov3", "avgmax"),
         ("aimv2_large_patch14_224", "max"),
     ],
 )
 def test_an_adapted_model_keeps_another_pool(name, pool, tmp_path):
     model = create_model(name, pool=pool, **NARROW, **ADAPTED[name])
-    _check(_classifier(model), tmp_path / "out", name)
+    _check(classifier_of(model), tmp_path / "out", name)
 
 
 @torch.inference_mode()
 def test_the_epsilon_of_transformers_is_the_same_model_in_float32(tiny, tmp_path):
-    classifier = _native(tiny, norm_eps=1e-12)
+    classifier = native_classifier(tiny, norm_eps=1e-12)
     export = export_timm(classifier, tmp_path / "out")
     assert 0 < export.difference <= 1e-4
-    images = _images(classifier)
-    assert _relative(_reference_timm_model(tmp_path / "out")(images), classifier.model(images)) <= 1e-4
+    images = random_images(classifier)
+    assert relative_difference(opened_by_timm(tmp_path / "out")(images), classifier.model(images)) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -197,7 +156,7 @@ def test_the_epsilon_of_transformers_is_the_same_model_in_float32(tiny, tmp_path
 def test_a_fine_tuned_model_keeps_its_architectures_name_where_that_is_the_same(
     source, architecture, tiny, tmp_path
 ):
-    classifier = _native(tiny, act="quick_gelu")
+    classifier = native_classifier(tiny, act="quick_gelu")
     classifier.weights_source = source
     assert export_timm(classifier, tmp_path / "out").architecture == architecture
 
@@ -214,14 +173,30 @@ def test_weights_load_strictly_into_timms_model_of_the_same_name_and_back():
         assert all(torch.equal(tensor, state[key]) for key, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("pool", ["token:3", "cls+gap"])
-def test_a_pool_that_timm_lacks_is_refused_with_those_that_it_has(pool, tiny, tmp_path):
+def test_the_norm_stands_after_those_poolings_where_it_does_in_timm():
+    assert set(TIMM_POOLS.values()) <= set(POOLINGS)
+    for theirs, ours in TIMM_POOLS.items():
+        config = native_config(skeleton("vit_tiny_patch16_224", global_pool=theirs))
+        assert config.pool == ours
+        assert config.fc_norm is None  # what the name implies
+        assert POOLINGS[ours].norm_after == (ours in NORM_AFTER)
+
+
+LACKING = [("native", spec) for spec in POOLS if spec not in TIMM_POOLS.values()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [*(("native", spec) for spec in LACKING), ("adapted", "token:3"), ("adapted", "cls+gap")],
+)
+def test_a_pool_that_timm_lacks_is_refused_with_those_that_it_has(kind, pool, tiny, tmp_path):
     message = rf"no counterpart of model.pool {re.escape(pool)}; it knows cls, gap, max, avgmax, map\."
+    if kind == "native":
+        classifier = native_classifier(tiny, pool=pool)
+    else:
+        classifier = classifier_of(create_model("vit_small_patch16_dinov3", pool=pool, img_size=32, **NARROW))
     with pytest.raises(ConfigError, match=message):
-        export_timm(_native(tiny, pool=pool), tmp_path / "out")
-    model = create_model("vit_small_patch16_dinov3", pool=pool, img_size=32, **NARROW)
-    with pytest.raises(ConfigError, match=message):
-        export_timm(_classifier(model), tmp_path / "out")
+        export_timm(classifier, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -233,12 +208,14 @@ def test_a_pool_that_timm_lacks_is_refused_with_those_that_it_has(pool, tiny, tm
             {"mlp": "swiglu_packed", "act": "silu", "norm_eps": 1e-5},
             r"model.mlp swiglu_packed, model.act silu",
         ),
+        ({"causal": True}, r"no counterpart of model.causal true.*--format safetensors"),
+        ({"causal": True, "class_position": "last"}, r"no counterpart of model.causal true"),
     ],
     ids=str,
 )
 def test_a_native_model_that_timm_cannot_be_is_refused(settings, message, tiny, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        export_timm(_native(tiny, **settings), tmp_path / "out")
+        export_timm(native_classifier(tiny, **settings), tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -266,7 +243,7 @@ def test_a_native_model_that_timm_cannot_be_is_refused(settings, message, tiny, 
 def test_an_adapted_model_that_timm_cannot_be_is_refused(name, pool, message, tmp_path):
     model = create_model(name, pool=pool, **NARROW, **ADAPTED[name])
     with pytest.raises(ConfigError, match=message):
-        export_timm(_classifier(model), tmp_path / "out")
+        export_timm(classifier_of(model), tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -277,7 +254,7 @@ def test_other_logits_than_ours_are_refused_and_nothing_is_left(tmp_path):
         r"differ .* more than 0.0001: timm's vit_small_patch16_dinov3 with model.pool map is not the same"
     )
     with pytest.raises(ModelFileError, match=message):
-        export_timm(_classifier(model), tmp_path / "made" / "for" / "out")
+        export_timm(classifier_of(model), tmp_path / "made" / "for" / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -290,7 +267,7 @@ def test_after_a_full_disk_nothing_is_left(error, tiny, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "new", "made/for/out"):
         with pytest.raises(OSError, match="no space left"):
-            export_timm(_native(tiny), tmp_path / folder)
+            export_timm(native_classifier(tiny), tmp_path / folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
@@ -301,142 +278,13 @@ def test_an_output_that_is_taken_is_refused_and_stays_as_it_was(kind, tiny, tmp_
         taken.mkdir()
     (taken / "notes.txt" if kind == "folder" else taken).write_text("mine")
     with pytest.raises(ConfigError, match=r"taken is not an empty folder. Give a new one"):
-        export_timm(_native(tiny), taken)
+        export_timm(native_classifier(tiny), taken)
     assert (taken / "notes.txt" if kind == "folder" else taken).read_text() == "mine"
     assert os.listdir(tmp_path) == ["taken"]
 
 
 def test_an_empty_folder_is_taken(tiny, tmp_path):
     (tmp_path / "out").mkdir()
-    export_timm(_native(tiny), tmp_path / "out")
+    export_timm(native_classifier(tiny), tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-
-
-@pytest.fixture
-def place(tiny, tmp_path, monkeypatch):
-    """A working folder with a model of ours and weights of timm's."""
-    monkeypatch.chdir(tmp_path)
-    save_classifier(_native(tiny), "model.safetensors")
-    save_classifier(_native(tiny).half(), "half.safetensors")
-    save_classifier(_native(tiny, pool="token:3"), "token.safetensors")
-    theirs = timm.create_model("test_vit", num_classes=5)
-    save_file(theirs.state_dict(), "test_vit.safetensors")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").write_text("mine")
-    return tmp_path
-
-
-def _export(*words: str) -> int:
-    return main(["export", *words])
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("file", ["model.safetensors", "half.safetensors"])
-def test_the_command_writes_a_folder_for_timm_and_says_so_in_one_object(file, place, capsys):
-    assert _export("--model", file, "--format", "timm", "--output", "out", "--json") == 0
-    out, _ = capsys.readouterr()
-    data = json.loads(out)
-    assert out.count("\n") == 1
-    assert data.pop("max_relative_difference") <= 1e-6
-    assert data == {"output": "out", "format": "timm", "architecture": "vit_base_patch16_224"}
-    classifier = load_classifier(file).float()
-    images = _images(classifier)
-    assert _relative(_reference_timm_model(place / "out")(images), classifier.model(images)) <= 1e-5
-
-
-def test_the_command_tells_people_how_to_open_the_folder(place, capsys):
-    assert _export("--model", "model.safetensors", "--format", "timm", "--output", "a/b") == 0
-    out, _ = capsys.readouterr()
-    assert 'timm.create_model("local-dir:a/b", pretrained=True)' in out
-    timm.create_model("local-dir:a/b", pretrained=True)
-
-
-@torch.inference_mode()
-def test_the_command_makes_one_model_file_of_weights_of_timm(place, capsys):
-    words = [
-        "--model",
-        "test_vit=test_vit.safetensors",
-        "--format",
-        "safetensors",
-        "--output",
-        "out",
-        "--json",
-    ]
-    assert _export(*words) == 0
-    out, _ = capsys.readouterr()
-    assert json.loads(out) == {
-        "output": "out/model.safetensors",
-        "format": "safetensors",
-        "max_relative_difference": 0.0,
-    }
-    theirs = timm.create_model("test_vit", num_classes=5, checkpoint_path="test_vit.safetensors").eval()
-    ours = load("out/model.safetensors")
-    images = _images(ours)
-    assert _relative(ours.model(images), theirs(images)) <= 1e-5
-    assert torch.equal(load("test_vit=test_vit.safetensors").model(images), ours.model(images))
-    assert ours.class_names == [f"output_{i}" for i in range(5)]
-    assert torch.equal(load("out").model(images), ours.model(images))
-
-
-REFUSED = {
-    "format": (["--model", "model.safetensors", "--format", "onnx", "--output", "out"], r"timm.*got 'onnx'"),
-    "format typo": (
-        ["--model", "model.safetensors", "--format", "safetensor", "--output", "out"],
-        r"--format must be one of timm, safetensors; got 'safetensor'. Did you mean `safetensors`",
-    ),
-    "no output": (["--model", "model.safetensors", "--format", "timm"], r"required.*output"),
-    "no model": (["--format", "timm", "--output", "out"], r"required.*model"),
-    "missing model": (
-        ["--model", "nowhere", "--format", "timm", "--output", "out"],
-        r"no file or folder 'nowhere'",
-    ),
-    "taken": (
-        ["--model", "model.safetensors", "--format", "timm", "--output", "taken"],
-        r"--output taken is not an empty folder",
-    ),
-    "taken by safetensors": (
-        ["--model", "model.safetensors", "--format", "safetensors", "--output", "taken"],
-        r"--output taken is not an empty folder",
-    ),
-    "a file": (
-        ["--model", "model.safetensors", "--format", "timm", "--output", "half.safetensors"],
-        r"--output half.safetensors is a file",
-    ),
-    "under a file": (
-        ["--model", "model.safetensors", "--format", "timm", "--output", "half.safetensors/out"],
-        r"--output half.safetensors/out cannot be written",
-    ),
-    "pool": (
-        ["--model", "token.safetensors", "--format", "timm", "--output", "a/out"],
-        r"it knows cls, gap, max",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_the_command_refuses_in_one_paragraph_and_leaves_nothing(case, place, capsys):
-    words, message = REFUSED[case]
-    before = sorted(place.rglob("*"))
-    assert _export(*words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    paragraphs = [line for line in err.splitlines() if line.startswith("vit-cls: ")]
-    assert len(paragraphs) == 1
-    assert re.search(message, paragraphs[0]), err
-    assert "Traceback" not in err
-    assert sorted(place.rglob("*")) == before
-
-
-@pytest.mark.parametrize("format", ["timm", "safetensors"])
-def test_the_command_says_that_a_disk_is_full_and_leaves_nothing(format, place, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr("vit_cls.export.timm.save_for_hf", full)
-    monkeypatch.setattr("vit_cls.weights.bundle.save_file", full)
-    before = sorted(place.rglob("*"))
-    assert _export("--model", "model.safetensors", "--format", format, "--output", "a/out") == 2
-    _, err = capsys.readouterr()
-    assert "vit-cls: --output a/out cannot be written: No space left on device." in err
-    assert sorted(place.rglob("*")) == before
