@@ -10,10 +10,11 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
+from tests.models import POOLS
 from vit_cls import create_model
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.pooling import num_class_tokens, pool_names
+from vit_cls.model.pooling import num_class_tokens
 from vit_cls.training.optim import Freezer, parameter_groups
 from vit_cls.weights.adapter import TimmAdapter
 from vit_cls.weights.bundle import load_classifier, save_classifier
@@ -26,7 +27,6 @@ NAMES = [
     "beit3_base_patch16_224",
 ]
 DISTILLED = "deit_tiny_distilled_patch16_224"
-SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
 
 
 def _model(name: str, **settings) -> TimmAdapter:
@@ -51,7 +51,7 @@ def _class_tokens_after_each_block(model, images):
 
 
 @pytest.mark.parametrize("name", [*NAMES, DISTILLED])
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if num_class_tokens(spec, 5) == 1])
+@pytest.mark.parametrize("spec", [spec for spec in POOLS if num_class_tokens(spec, 5) == 1])
 def test_every_pooling_reads_the_tokens_that_it_names(name, spec, images):
     model = _model(name, pool=spec)
     tokens = model.encode(images)

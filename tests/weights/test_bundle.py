@@ -11,11 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vit_cls
+from tests.models import POOLS, make_vit
 from vit_cls.errors import ModelFileError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import pool_names
-from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import (
     CHECKPOINT_KEY,
     FORMAT_VERSION,
@@ -25,12 +23,9 @@ from vit_cls.weights.bundle import (
     save_classifier,
 )
 
-SPECS = [*(name.replace(":K", ":2") for name in pool_names()), "cls+gap", "gem+last:2+token:1"]
-
 
 def _classifier(tiny, **settings) -> ImageClassifier:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": 3, **settings}))
+    model = make_vit(tiny, num_classes=3, **settings)
     return ImageClassifier(model, Preprocess((16, 16), crop_pct=0.8), ["ä", "b c", "<d>"]).eval()
 
 
@@ -38,7 +33,7 @@ def _images(generator):
     return torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", POOLS)
 def test_a_classifier_is_rebuilt_bit_for_bit_from_the_file_alone(spec, tiny, generator, tmp_path):
     classifier = _classifier(tiny, pool=spec, reg_tokens=1, init_values=0.1)
     path = save_classifier(classifier, tmp_path / "model.safetensors", extra={"metrics": {"val/acc1": 0.5}})

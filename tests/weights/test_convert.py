@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from tests.models import assert_every_key_has_one_fate, make_vit, perturbed
 from vit_cls import create_model
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import save_classifier
 from vit_cls.weights.convert import match_class_names
 from vit_cls.weights.factory import create_classifier
@@ -26,13 +25,8 @@ class Checkpoint:
     """A perturbed tiny model, and the file that holds its weights alone."""
 
     def __init__(self, folder, **settings):
-        generator = torch.Generator().manual_seed(3)
         self.settings = {**TINY, "num_classes": 5, **settings}
-        self.model = VisionTransformer(ViTConfig.from_dict(self.settings)).eval()
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.3 * noise)
+        self.model = perturbed(make_vit(self.settings), torch.Generator().manual_seed(3), 0.3)
         self.path = folder / "weights.safetensors"
         save_file(self.model.state_dict(), self.path)
 
@@ -255,23 +249,32 @@ def test_fewer_blocks_are_the_first_ones(make, images):
     source = checkpoint.model
     tokens = source.norm(source.blocks[0](source.embed_tokens(images)))
     _same(model(images), source.head(tokens[:, 0]))
-    assert all(key.startswith("blocks.1.") for key in model.load_report.of("dropped"))
+    dropped = model.load_report.of("dropped")
+    assert len(dropped) == 12
+    assert all(key.startswith("blocks.1.") for key in dropped)
     assert "of the weights' 2 blocks the model has the first 1" in model.load_report.notes
 
 
 def test_more_blocks_are_refused_unless_allowed_by_name(make):
     checkpoint = make()
-    with pytest.raises(
-        ModelFileError, match=r"3\d % of the encoder would be fresh.*blocks\.2.*raise model.max_fresh"
-    ):
+    message = r"3\d % of the encoder would be fresh.*wants blocks\.2\.norm1\.weight.*raise model\.max_fresh"
+    with pytest.raises(ModelFileError, match=message):
         checkpoint.load(depth=3)
     model = checkpoint.load(depth=3, max_fresh=0.5)
     assert 0.3 < model.load_report.fresh_share < 0.4
+    assert {key[:9] for key in model.load_report.of("fresh")} == {"blocks.2."}
+    assert torch.equal(model.blocks[1].attn.qkv.weight, checkpoint.model.blocks[1].attn.qkv.weight)
     assert "encoder's parameters are fresh" in model.load_report.table()
+    with pytest.raises(ConfigError, match=r"model\.max_fresh must be at least 0 and at most 1; got 1\.5"):
+        checkpoint.load(depth=3, max_fresh=1.5)
 
 
 def test_another_width_is_refused_and_names_both_shapes(make):
-    with pytest.raises(ModelFileError, match=r"is \(1, 1, 24\), not \(1, 1, 48\).*Check model.name"):
+    message = (
+        r"weights\.safetensors does not fit the model: cls_token is \(1, 1, 24\), not \(1, 1, 48\);.* "
+        r"and \d+ more\. Is it another architecture\? Check model.name"
+    )
+    with pytest.raises(ModelFileError, match=message):
         make().load(embed_dim=48)
 
 
@@ -299,7 +302,10 @@ def test_another_number_of_classes_gets_a_new_head(make, images):
 
 def test_a_headless_model_gives_the_features(make, images):
     checkpoint = make()
-    _same(checkpoint.load(num_classes=0)(images), checkpoint.model.forward_features(images))
+    model = checkpoint.load(num_classes=0)
+    _same(model(images), checkpoint.model.forward_features(images))
+    gone = dict.fromkeys(("head.weight", "head.bias"), "the model has no head")
+    assert model.load_report.of("dropped") == gone
 
 
 def test_a_head_can_be_left_behind(make):
@@ -363,11 +369,9 @@ def test_every_key_has_one_fate(make):
         reg_tokens=1, init_values=None, pool="gap", img_size=24, num_classes=2, class_token=False
     )
     report = model.load_report
-    keys = [row.key for row in report.keys]
-    assert len(keys) == len(set(keys))
-    assert {row.key for row in report.keys if row.fate != "dropped"} == set(model.state_dict())
-    assert set(checkpoint.model.state_dict()) <= set(keys) | {"norm.weight", "norm.bias"}
-    assert sum(report.counts().values()) == len(keys)
+    assert_every_key_has_one_fate(model, checkpoint.model.state_dict())
+    keys = {row.key for row in report.keys}
+    assert set(checkpoint.model.state_dict()) <= keys | {"norm.weight", "norm.bias"}
     text = report.table()
     for fate in ("resized", "moved", "dropped", "fresh"):
         assert report.of(fate)

@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from safetensors.torch import save, save_file
 from timm.models import PretrainedCfg
 
+from tests.models import perturbed
 from vit_cls import create_model
 from vit_cls.errors import ModelFileError
 from vit_cls.weights.hub import weights_file
@@ -108,16 +109,6 @@ class _Bomb:
         return os.system, ("touch canary",)
 
 
-def _reference_timm(name: str) -> torch.nn.Module:
-    """timm's model of its real architecture, with every parameter off its initial value."""
-    model = timm.create_model(name)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def _images() -> torch.Tensor:
     return torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(1))
 
@@ -182,7 +173,7 @@ def _run(folder: Path, hub: str, names: list[str], commands: list[list[str]], *,
 def session(tmp_path_factory, image_root) -> dict[str, Any]:
     """A process online; then the hub is gone: one process knows it (offline), one does not (unplugged)."""
     folder = tmp_path_factory.mktemp("hub")
-    theirs = {name: _reference_timm(name.partition(".")[0]) for name in (TAG, BIN_ONLY)}
+    theirs = {name: perturbed(timm.create_model(name.partition(".")[0])) for name in (TAG, BIN_ONLY)}
     torch.save(_images(), folder / "images.pt")
     torch.save(theirs[BIN_ONLY].state_dict(), folder / "weights.bin")
     torch.save({"state_dict": {"x": _Bomb()}}, folder / "bomb.bin")

@@ -22,13 +22,6 @@ STATE = {"norm.weight": torch.arange(3.0), "norm.bias": torch.full((3,), -1.0)}
 OTHER = {"norm.weight": torch.zeros(3), "norm.bias": torch.zeros(3)}
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, where a canary would show."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def _assert_read(path, expected=STATE) -> tuple[str, ...]:
     tensors, remarks = read_tensors(path)
     assert set(tensors) == set(expected)
