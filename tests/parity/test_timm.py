@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
+from tests.models import perturbed
 from vit_cls import create_model
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -16,45 +18,15 @@ from vit_cls.model.vit import VisionTransformer
 GLOBAL_POOL = {"cls": "token", "gap": "avg", "max": "max", "avgmax": "avgmax"}
 
 
-def _perturbed(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Move every parameter off its initial value: norms of 1 and tokens of 0 would hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return model.eval()
-
-
 def _reference_timm(config: ViTConfig) -> torch.nn.Module:
-    act = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}[config.act]
-    names = [
-        "patch_size",
-        "in_chans",
-        "num_classes",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "qkv_bias",
-    ]
-    names += [
-        "qk_norm",
-        "init_values",
-        "class_token",
-        "reg_tokens",
-        "no_embed_class",
-        "pre_norm",
-        "final_norm",
-    ]
-    names += ["fc_norm", "drop_path_rate"]
-    arguments = {name: getattr(config, name) for name in names}
+    same = inspect.signature(TimmViT).parameters
+    arguments = {name: value for name, value in config.to_dict().items() if name in same}
+    arguments["pos_embed"] = "none" if config.pos_embed == "none" else "learn"
     return TimmViT(
-        img_size=config.image_hw,
-        global_pool=GLOBAL_POOL[config.pool],
-        pos_embed="none" if config.pos_embed == "none" else "learn",
-        norm_layer=lambda dim, **kwargs: torch.nn.LayerNorm(dim, eps=config.norm_eps, **kwargs),
-        act_layer=act,
         **arguments,
+        global_pool=GLOBAL_POOL[config.pool],
+        norm_layer=lambda dim, **kwargs: torch.nn.LayerNorm(dim, eps=config.norm_eps, **kwargs),
+        act_layer=config.act,
     )
 
 
@@ -72,7 +44,7 @@ def _reference_timm(config: ViTConfig) -> torch.nn.Module:
 )
 def test_logits_equal_timms_at_full_size(name, pool):
     torch.manual_seed(0)
-    theirs = _perturbed(timm.create_model(name, global_pool=GLOBAL_POOL[pool]))
+    theirs = perturbed(timm.create_model(name, global_pool=GLOBAL_POOL[pool]), scale=0.02)
     ours = create_model(name, pool=pool).eval()
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     ours.load_state_dict(theirs.state_dict())
@@ -117,7 +89,7 @@ def test_logits_equal_timms_at_full_size(name, pool):
 )
 def test_every_option_has_timms_keys_and_numbers(setting, tiny):
     config = ViTConfig.from_dict({**tiny, "num_classes": 7, **setting})
-    theirs = _perturbed(_reference_timm(config)).double()
+    theirs = perturbed(_reference_timm(config), scale=0.02).double()
     ours = VisionTransformer(config).double().eval()
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
@@ -143,7 +115,7 @@ def test_fresh_weights_have_timms_spread():
 
 def test_drop_path_draws_timms_masks(tiny):
     config = ViTConfig.from_dict({**tiny, "num_classes": 7, "depth": 3, "drop_path_rate": 0.5})
-    theirs = _perturbed(_reference_timm(config)).train()
+    theirs = perturbed(_reference_timm(config), scale=0.02).train()
     ours = VisionTransformer(config).train()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))

@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.data import ImageDataset, create_loader, resolve_model_data_config
 
+from tests.models import perturbed
 from vit_cls.data.dataset import FolderSource
 from vit_cls.data.index import index_folder
 from vit_cls.evaluation.predictions import predict_index
@@ -33,10 +34,7 @@ TAGS = [
 def test_exact_evaluation_gives_timms_predictions_on_every_photo(tag):
     torch.manual_seed(0)
     narrow = {"embed_dim": 96, "num_heads": 3, "depth": 2, "num_classes": 10}
-    theirs = timm.create_model(tag, **narrow).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs = perturbed(timm.create_model(tag, **narrow))
     data = resolve_model_data_config(theirs)
     photos = ImageDataset(str(PHOTOS))
     loader = create_loader(

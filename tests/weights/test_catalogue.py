@@ -203,18 +203,7 @@ def test_an_unknown_architecture_cannot_be_described():
 def test_models_lists_what_a_pattern_finds(capsys):
     assert main(["models", "*clip_quickgelu*"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [
-        "name",
-        "kind",
-        "params",
-        "input",
-        "patch",
-        "tokens",
-        "pool",
-        "mean/std",
-        "tags",
-        "licence",
-    ]
+    assert " ".join(lines[0].split()) == "name kind params input patch tokens pool mean/std tags licence"
     assert len(lines) == 7 + 2
     assert re.match(
         r"vit_base_patch16_clip_quickgelu_224 +native +86\.2 M +224 +16 +197 +cls +clip +3", lines[1]
@@ -227,16 +216,7 @@ def test_models_tells_all_about_one(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("vit_base_patch14_reg4_dinov2 (native): 86,582,")
     assert lines[1] == "1374 tokens (class token, 4 registers), width 768, 12 blocks of 12 heads, pool cls"
-    assert lines[3].split() == [
-        "lvd142m",
-        "518",
-        "headless",
-        "imagenet",
-        "1.0",
-        "center",
-        "self-distilled",
-        "apache-2.0",
-    ]
+    assert " ".join(lines[3].split()) == "lvd142m 518 headless imagenet 1.0 center self-distilled apache-2.0"
     assert lines[4] == "Use: --model.name vit_base_patch14_reg4_dinov2.lvd142m --model.pretrained true"
 
 
