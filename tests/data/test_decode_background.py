@@ -1,6 +1,5 @@
 """The background colour, and nothing else, shows where an image is transparent; in every format and mode."""
 
-import io
 import struct
 import zlib
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.files import image_file, noise, png_file
 from vit_cls.data.dataset import FolderSource
 from vit_cls.data.decode import decode_image
 from vit_cls.data.index import index_folder
@@ -16,13 +16,6 @@ from vit_cls.data.transforms import eval_reader, model_reader
 from vit_cls.model.classifier import Preprocess
 
 GREEN = (10, 200, 30)
-
-
-def _file(image: Image.Image | np.ndarray, image_format: str = "PNG", **options) -> bytes:
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
 
 
 def _row(data: bytes, background: tuple[int, int, int] = GREEN) -> list[list[int]]:
@@ -33,17 +26,9 @@ def _row(data: bytes, background: tuple[int, int, int] = GREEN) -> list[list[int
 
 
 def _png(width: int, bits: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
-    """A PNG of one row with one transparent value, in depths that Pillow does not write."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour_type, 0, 0, 0)),
-        (b"tRNS", transparent),
-        (b"IDAT", zlib.compress(b"\0" + row)),
-        (b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )
+    """One row."""
+    pixels = zlib.compress(b"\0" + row)
+    return png_file(width, 1, pixels, bits=bits, colour_type=colour_type, transparent=transparent)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
@@ -53,16 +38,14 @@ def test_half_transparent_colours_are_blended_with_the_background(image_format, 
     options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
     # 51 / 255 is a fifth
     blended = [round(0.2 * ink + 0.8 * paper) for ink, paper in zip((0, 100, 250), background, strict=True)]
-    assert _row(_file(rgba, image_format, **options), background) == [
-        [0, 100, 250],
-        blended,
-        list(background),
-    ]
+    data = image_file(rgba, image_format, **options)
+    assert _row(data, background) == [[0, 100, 250], blended, list(background)]
+    assert torch.equal(decode_image(data), decode_image(data, (255, 255, 255)))
 
 
 def test_background_shows_through_grey_with_alpha():
     grey_alpha = np.array([[(0, 255), (0, 51), (7, 0)]], dtype=np.uint8)
-    assert _row(_file(Image.fromarray(grey_alpha, "LA"))) == [[0, 0, 0], [8, 160, 24], list(GREEN)]
+    assert _row(image_file(Image.fromarray(grey_alpha, "LA"))) == [[0, 0, 0], [8, 160, 24], list(GREEN)]
 
 
 def _palette_image() -> Image.Image:
@@ -72,17 +55,19 @@ def _palette_image() -> Image.Image:
 
 
 def test_background_shows_through_a_palette_whose_colours_have_alpha():
-    data = _file(_palette_image(), transparency=bytes([255, 0, 255]))
-    assert _row(data) == [[255, 0, 0], list(GREEN), [0, 0, 255]]
+    data = image_file(_palette_image(), transparency=bytes([255, 51, 0]))
+    assert _row(data) == [[255, 0, 0], [8, 211, 24], list(GREEN)]
 
 
 def test_background_is_the_same_in_every_format_that_knows_a_transparent_colour():
     expected = [[255, 0, 0], list(GREEN), [0, 0, 255]]
     image = _palette_image()
-    files = {name: _file(image, name, transparency=1) for name in ("PNG", "GIF")}
+    for name in ("PNG", "GIF"):
+        assert _row(image_file(image, name)) == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    files = {name: image_file(image, name, transparency=1) for name in ("PNG", "GIF")}
     image.info["transparency"] = 1
     rgba = image.convert("RGBA")
-    files |= {"WEBP": _file(rgba, "WEBP", lossless=True), "TIFF": _file(rgba, "TIFF")}
+    files |= {"WEBP": image_file(rgba, "WEBP", lossless=True), "TIFF": image_file(rgba, "TIFF")}
     assert {name: _row(data) for name, data in files.items()} == dict.fromkeys(files, expected)
 
 
@@ -110,24 +95,24 @@ def test_transparent_colour_of_sixteen_bits_is_compared_by_high_bytes():
     )  # low bytes of one, high bytes of the other
     data = _png(2, 16, 2, struct.pack(">6H", *red, *other), struct.pack(">3H", *red))
     assert _row(data) == [list(GREEN), [0x80, 0x00, 0x40]]
+    eight = image_file(np.array([[(1, 2, 3), (3, 2, 1)]], dtype=np.uint8), transparency=(1, 2, 3))
+    assert _row(eight) == [list(GREEN), [3, 2, 1]]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1"])
 def test_background_is_nowhere_in_an_opaque_image(mode):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)).convert(
-        mode
-    )
+    image = Image.fromarray(noise()).convert(mode)
     for image_format in ("TIFF", "JPEG"):
         if (mode, image_format) == ("1", "JPEG"):
             continue
-        data = _file(image, image_format)
+        data = image_file(image, image_format)
         assert torch.equal(decode_image(data, GREEN), decode_image(data, (0, 0, 0)))
 
 
 def test_background_of_a_model_reaches_files_for_training_and_evaluation(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
-        (tmp_path / name / "1.png").write_bytes(_file(Image.new("RGBA", (3, 2))))
+        (tmp_path / name / "1.png").write_bytes(image_file(Image.new("RGBA", (3, 2))))
     green = torch.tensor(GREEN, dtype=torch.uint8)[:, None, None].expand(3, 2, 3)
     source = FolderSource(index_folder(tmp_path))
     for augment in (None, "none"):

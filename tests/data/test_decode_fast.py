@@ -2,8 +2,7 @@
 
 import io
 import itertools
-import os
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,11 +10,9 @@ import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from vit_cls.data.decode import _plain_jpeg, _with_pillow, decode_image
-from vit_cls.errors import ImageError
+from tests.data.files import TEST_DATA, image_file, outcome
+from vit_cls.data.decode import decode_image
 
-TEST_DATA = Path(os.environ.get("VIT_CLS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-WHITE = (255, 255, 255)
 SIZES = [(1, 1), (7, 13), (8, 1), (1, 9), (16, 16), (17, 33), (40, 56)]
 """Height and width in pixels: single pixels, single rows, whole blocks, and blocks cut off at both edges."""
 
@@ -29,9 +26,7 @@ def _picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
 
 
 def _jpeg(image: Image.Image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return image_file(image, "JPEG", **options)
 
 
 def _segment(marker: int, body: bytes) -> bytes:
@@ -53,12 +48,22 @@ def _reference_pillow(data: bytes) -> torch.Tensor:
         return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
 
 
-def _outcome(decode, *args) -> torch.Tensor | str | None:
-    """What a path makes of a file: an image, the reason why there is none, or None."""
-    try:
-        return decode(*args)
-    except ImageError as error:
-        return str(error)
+def _decoded(data: bytes) -> tuple[torch.Tensor | str, bool]:
+    """The image or the reason why there is none, and whether the fast library made it."""
+    made = []
+
+    def decode_jpeg(*args):
+        made.append(original(*args))
+        return made[0]
+
+    original = simplejpeg.decode_jpeg
+    with mock.patch.object(simplejpeg, "decode_jpeg", decode_jpeg):
+        return outcome(data), bool(made)
+
+
+def _by_pillow(data: bytes) -> torch.Tensor | str:
+    with mock.patch.object(simplejpeg, "decode_jpeg_header", side_effect=ValueError):
+        return outcome(data)
 
 
 def _same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
@@ -68,10 +73,16 @@ def _same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
 
 
 def _assert_fast_and_exact(data: bytes) -> None:
-    fast = _plain_jpeg(data)
-    assert fast is not None
-    assert fast.dtype == torch.uint8
-    assert torch.equal(fast, _reference_pillow(data))
+    image, fast = _decoded(data)
+    assert fast
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, _reference_pillow(data))
+
+
+def _assert_left_to_pillow(data: bytes) -> None:
+    image, fast = _decoded(data)
+    assert not fast
+    assert torch.equal(image, _reference_pillow(data))
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
@@ -184,11 +195,11 @@ def test_text_about_exif_in_the_pixels_does_no_harm():
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_first_of_two_pictures_in_one_file_is_taken(orientation):
-    buffer = io.BytesIO()
     first, second = _picture(40, 56), _picture(24, 24)
-    first.save(buffer, "MPO", save_all=True, append_images=[second], exif=_oriented(orientation))
-    _assert_fast_and_exact(buffer.getvalue())
-    assert decode_image(buffer.getvalue()).shape == ((3, 40, 56) if orientation == 1 else (3, 56, 40))
+    options = {"save_all": True, "append_images": [second], "exif": _oriented(orientation)}
+    data = image_file(first, "MPO", **options)
+    _assert_fast_and_exact(data)
+    assert decode_image(data).shape == ((3, 40, 56) if orientation == 1 else (3, 56, 40))
 
 
 @pytest.mark.parametrize("transform", [0, 2])
@@ -196,14 +207,11 @@ def test_cmyk_is_left_to_pillow(transform):
     """Adobe's marker says how inks are stored: as they are (0), or as YCCK (2)."""
     data = bytearray(_jpeg(_picture(40, 56).convert("CMYK")))
     data[data.index(b"Adobe") + 11] = transform
-    assert _plain_jpeg(bytes(data)) is None
-    assert torch.equal(decode_image(bytes(data)), _reference_pillow(bytes(data)))
+    _assert_left_to_pillow(bytes(data))
 
 
 def test_rgb_stored_as_such_is_left_to_pillow():
-    data = _jpeg(_picture(40, 56), keep_rgb=True)
-    assert _plain_jpeg(data) is None
-    assert torch.equal(decode_image(data), _reference_pillow(data))
+    _assert_left_to_pillow(_jpeg(_picture(40, 56), keep_rgb=True))
 
 
 @pytest.mark.parametrize("with_jfif", [True, False])
@@ -213,9 +221,8 @@ def test_adobe_marker_means_to_us_what_it_means_to_pillow(with_jfif, transform):
     assert data[2:4] == b"\xff\xe0"
     adobe = _segment(0xEE, b"Adobe\0\x64" + bytes(4) + bytes([transform]))
     data = data[:2] + (data[2:20] if with_jfif else b"") + adobe + data[20:]
-    assert torch.equal(decode_image(data), _reference_pillow(data))
     is_rgb = transform == 0 and not with_jfif
-    assert (_plain_jpeg(data) is None) == is_rgb
+    (_assert_left_to_pillow if is_rgb else _assert_fast_and_exact)(data)
 
 
 TRUNCATED = {
@@ -233,10 +240,8 @@ def test_truncated_file_fares_alike_on_both_paths(kind):
     lengths = sorted({*range(3, len(data), 17), *range(len(data) - 30, len(data))})
     refused = 0
     for length in lengths:
-        pillow = _outcome(_with_pillow, data[:length], WHITE)
-        fast = _outcome(_plain_jpeg, data[:length])
-        assert fast is None or _same(fast, pillow), length
-        assert _same(_outcome(decode_image, data[:length]), pillow), length
+        pillow = _by_pillow(data[:length])
+        assert _same(outcome(data[:length]), pillow), length
         refused += isinstance(pillow, str)
     assert refused == len(lengths)
 
@@ -274,9 +279,9 @@ def test_damaged_files_never_give_other_pixels_than_pillow():
             data[place] = rng.integers(256)
         else:
             del data[place : place + int(rng.integers(1, 9))]
-        fast, pillow = _outcome(_plain_jpeg, bytes(data)), _outcome(_with_pillow, bytes(data), WHITE)
-        if fast is not None and not isinstance(pillow, str):
-            assert torch.equal(fast, pillow), i
+        (image, fast), pillow = _decoded(bytes(data)), _by_pillow(bytes(data))
+        if fast and not isinstance(pillow, str):
+            assert torch.equal(image, pillow), i
             answered += 1
     assert answered > 150
 
@@ -288,9 +293,9 @@ def test_real_photos_and_odd_files_have_pillows_pixels():
     answered = dict.fromkeys(("photos", "odd"), 0)
     for kind, path in [*(("photos", path) for path in photos), *(("odd", path) for path in odd)]:
         data = path.read_bytes()
-        fast = _plain_jpeg(data)
-        if fast is not None:
-            assert torch.equal(fast, _with_pillow(data, WHITE)), path
+        image, fast = _decoded(data)
+        if fast:
+            assert torch.equal(image, _by_pillow(data)), path
             answered[kind] += 1
     assert answered["photos"] == 300
     assert answered["odd"] >= 27

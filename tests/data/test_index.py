@@ -1,20 +1,17 @@
 """The index lists exactly the images of a folder, in one order, compactly."""
 
-import errno
 import hashlib
 import os
 import pickle
 import pickletools
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.files import entries, touch
 from vit_cls.data import index as index_module
-from vit_cls.data import listing
 from vit_cls.data.decode import FORMATS
 from vit_cls.data.index import (
     EXTENSIONS,
@@ -25,19 +22,6 @@ from vit_cls.data.index import (
 )
 from vit_cls.data.parts import class_folders
 from vit_cls.errors import DataError
-
-
-def _touch(root: Path, *files: str) -> Path:
-    """Empty files: the index reads names, no pixels."""
-    for file in files:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
-
-
-def _entries(index: ImageIndex) -> list[tuple[str, str]]:
-    return [(path, index.class_names[label]) for path, label in zip(index.paths, index.labels, strict=True)]
 
 
 def _random_strings(rng: np.random.Generator, count: int) -> list[str]:
@@ -57,9 +41,9 @@ def _random_strings(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def test_index_holds_each_image_once_with_the_class_of_its_folder(tmp_path):
-    index = index_folder(_touch(tmp_path, "cat/1.png", "cat/2.JPG", "dog/1.webp", "ant/x.jpeg"))
+    index = index_folder(touch(tmp_path, "cat/1.png", "cat/2.JPG", "dog/1.webp", "ant/x.jpeg"))
     assert index.class_names == ["ant", "cat", "dog"]
-    assert _entries(index) == [
+    assert entries(index) == [
         ("ant/x.jpeg", "ant"),
         ("cat/1.png", "cat"),
         ("cat/2.JPG", "cat"),
@@ -72,7 +56,7 @@ def test_index_holds_each_image_once_with_the_class_of_its_folder(tmp_path):
 
 def test_index_passes_over_hidden_files_hidden_folders_and_files_that_are_no_images(tmp_path):
     index = index_folder(
-        _touch(
+        touch(
             tmp_path,
             "a/1.png",
             "b/1.png",
@@ -86,12 +70,12 @@ def test_index_passes_over_hidden_files_hidden_folders_and_files_that_are_no_ima
             "top.png",
         )
     )
-    assert _entries(index) == [("a/1.png", "a"), ("b/1.png", "b")]
+    assert entries(index) == [("a/1.png", "a"), ("b/1.png", "b")]
 
 
 def test_images_may_lie_deeper_inside_a_class_folder(tmp_path):
-    index = index_folder(_touch(tmp_path, "a/2020/05/x.png", "a/2019/y.png", "a/z.png", "b/b/b.png"))
-    assert _entries(index) == [
+    index = index_folder(touch(tmp_path, "a/2020/05/x.png", "a/2019/y.png", "a/z.png", "b/b/b.png"))
+    assert entries(index) == [
         ("a/2019/y.png", "a"),
         ("a/2020/05/x.png", "a"),
         ("a/z.png", "a"),
@@ -100,18 +84,18 @@ def test_images_may_lie_deeper_inside_a_class_folder(tmp_path):
 
 
 def test_linked_class_folders_and_linked_images_are_indexed(tmp_path):
-    stored = _touch(tmp_path / "stored", "dogs/1.png", "2.png")
-    root = _touch(tmp_path / "root", "cat/1.png")
+    stored = touch(tmp_path / "stored", "dogs/1.png", "2.png")
+    root = touch(tmp_path / "root", "cat/1.png")
     (root / "dog").symlink_to(stored / "dogs")
     (root / "cat" / "2.png").symlink_to(stored / "2.png")
-    assert _entries(index_folder(root)) == [("cat/1.png", "cat"), ("cat/2.png", "cat"), ("dog/1.png", "dog")]
+    assert entries(index_folder(root)) == [("cat/1.png", "cat"), ("cat/2.png", "cat"), ("dog/1.png", "dog")]
 
 
 def test_order_of_classes_and_files_does_not_depend_on_the_order_they_were_made(tmp_path):
     files = [f"{c}/{i}.png" for c in ("b", "a10", "a2", "B") for i in (10, 9, 1)]
     rng = np.random.default_rng(0)
     indices = [
-        index_folder(_touch(tmp_path / str(i), *(files[j] for j in rng.permutation(len(files)))))
+        index_folder(touch(tmp_path / str(i), *(files[j] for j in rng.permutation(len(files)))))
         for i in range(3)
     ]
     assert [index.class_names for index in indices] == [["B", "a10", "a2", "b"]] * 3
@@ -125,12 +109,12 @@ def test_every_extension_is_found_in_any_case_and_belongs_to_a_format_that_is_de
     assert {Image.registered_extensions()[extension] for extension in EXTENSIONS} == set(FORMATS)
     upper = [f"a/{extension[1:]}{extension.upper()}" for extension in EXTENSIONS]
     lower = [f"b/x{extension}" for extension in EXTENSIONS]
-    assert sorted(index_folder(_touch(tmp_path, *upper, *lower)).paths) == sorted(upper + lower)
+    assert sorted(index_folder(touch(tmp_path, *upper, *lower)).paths) == sorted(upper + lower)
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", "日本 ü.png".encode(), b"\xff\xfe\x80.png", b"a\nb.png"])
 def test_file_names_that_are_not_utf8_or_not_ascii_still_open(tmp_path, name):
-    _touch(tmp_path, "a/1.png", "b/1.png")
+    touch(tmp_path, "a/1.png", "b/1.png")
     written = os.path.join(os.fsencode(tmp_path), b"a", name)
     try:
         Path(os.fsdecode(written)).write_bytes(b"content")
@@ -145,7 +129,7 @@ def test_file_names_that_are_not_utf8_or_not_ascii_still_open(tmp_path, name):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 50])
 def test_path_table_behaves_as_the_list_it_was_made_of(count):
-    strings = _random_strings(np.random.default_rng(count), count)
+    strings = ["", "a", "", "", "b", "", *_random_strings(np.random.default_rng(count), count)][:count]
     table = PathTable(strings)
     assert list(table) == strings
     assert len(table) == count
@@ -156,11 +140,6 @@ def test_path_table_behaves_as_the_list_it_was_made_of(count):
     for outside in (count, count + 7, -count - 1):
         with pytest.raises(IndexError):
             table[outside]
-
-
-def test_path_table_keeps_empty_strings_apart_from_their_neighbours():
-    strings = ["", "a", "", "", "b", ""]
-    assert list(PathTable(strings)) == strings
 
 
 def test_a_hundred_thousand_paths_pickle_as_a_few_arrays():
@@ -176,76 +155,49 @@ def test_a_hundred_thousand_paths_pickle_as_a_few_arrays():
 
 
 def test_subset_keeps_paths_labels_and_class_names_together(tmp_path):
-    index = index_folder(_touch(tmp_path, "a/1.png", "a/2.png", "b/3.png", "c/4.png"))
+    index = index_folder(touch(tmp_path, "a/1.png", "a/2.png", "b/3.png", "c/4.png"))
     part = index.subset(np.array([3, 1]))
-    assert _entries(part) == [("c/4.png", "c"), ("a/2.png", "a")]
+    assert entries(part) == [("c/4.png", "c"), ("a/2.png", "a")]
     assert part.class_names == ["a", "b", "c"]
     assert part.counts().tolist() == [1, 0, 1]
 
 
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"^data\.root .*nowhere does not exist"):
-        index_folder(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("files", "below", "message"),
+    [
+        ([], "nowhere", r"^--data .*nowhere does not exist"),
+        (["1.png"], "1.png", r"^--data .*1\.png cannot be read as a folder"),
+        (["1.png", ".hidden/1.png"], "", r"^--data .* has no class folders"),
+        (["lonely/1.png"], "", r"^--data .* has only one class folder \(lonely\)"),
+    ],
+)
+def test_what_is_no_folder_of_classes_is_refused_by_name(tmp_path, files, below, message):
+    with pytest.raises(DataError, match=message) as error:
+        index_folder(touch(tmp_path, *files) / below, name="--data")
+    assert str(tmp_path) in str(error.value)
 
 
-def test_file_in_place_of_a_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"^--data .*1\.png cannot be read as a folder"):
-        index_folder(_touch(tmp_path, "1.png") / "1.png", name="--data")
-
-
-def test_folder_with_images_but_without_class_folders_is_refused(tmp_path):
-    with pytest.raises(DataError, match=rf"data\.root {tmp_path} has no class folders"):
-        index_folder(_touch(tmp_path, "1.png", ".hidden/1.png"))
-
-
-def test_single_class_folder_is_refused_by_name_unless_the_classes_are_known(tmp_path):
-    _touch(tmp_path, "lonely/1.png")
-    with pytest.raises(DataError, match=rf"data\.root {tmp_path} has only one class folder \(lonely\)"):
-        index_folder(tmp_path)
-    assert index_folder(tmp_path, min_classes=1).class_names == ["lonely"]
+def test_a_single_class_is_enough_where_the_classes_are_known(tmp_path):
+    assert index_folder(touch(tmp_path, "lonely/1.png"), min_classes=1).class_names == ["lonely"]
 
 
 def test_class_folders_without_images_are_named(tmp_path):
-    _touch(tmp_path, "full/1.png", "texts/1.txt", "z/.x.png")
+    touch(tmp_path, "full/1.png", "texts/1.txt", "z/.x.png")
     with pytest.raises(DataError, match=rf"{tmp_path} has class folders without images: texts, z\."):
         index_folder(tmp_path)
-    _touch(tmp_path, "z/1.png")
+    touch(tmp_path, "z/1.png")
     with pytest.raises(DataError, match=rf"{tmp_path} has a class folder without images: texts\."):
         index_folder(tmp_path)
 
 
-def test_link_that_leads_back_to_its_own_folder_is_refused_not_followed_for_ever(tmp_path):
-    _touch(tmp_path, "a/1.png", "b/1.png")
-    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
-    with pytest.raises(DataError, match=r"data\.root: .*a/loop.* cannot be read"):
-        index_folder(tmp_path)
-
-
-def test_class_folder_without_permission_is_named(tmp_path, monkeypatch):
-    _touch(tmp_path, "a/1.png", "b/1.png")
-
-    def without_permission(function):  # chmod would not stop root
-        def refused(path):
-            if os.fspath(path).endswith("/b"):
-                raise PermissionError(errno.EACCES, "Permission denied", path)
-            return function(path)
-
-        return refused
-
-    monkeypatch.setattr(os, "scandir", without_permission(os.scandir))
-    monkeypatch.setattr(os, "listdir", without_permission(os.listdir))
-    with pytest.raises(DataError, match=rf"^data\.root: {tmp_path}/b cannot be read: Permission denied\.$"):
-        index_folder(tmp_path)
-
-
 def test_class_folders_are_the_visible_sub_folders_in_order(tmp_path):
-    _touch(tmp_path, "b/1.png", "a/1.png", ".c/1.png", "file.png")
+    touch(tmp_path, "b/1.png", "a/1.png", ".c/1.png", "file.png")
     assert class_folders(tmp_path, name="data.root") == ["a", "b"]
 
 
 def test_fingerprint_does_not_depend_on_where_the_folder_lies(tmp_path):
     files = ("a/1.png", "a/2.png", "b/1.png")
-    here, there = (index_folder(_touch(tmp_path / name, *files)) for name in ("here", "there/deeper"))
+    here, there = (index_folder(touch(tmp_path / name, *files)) for name in ("here", "there/deeper"))
     assert here.fingerprint() == there.fingerprint()
 
 
@@ -259,8 +211,8 @@ def test_fingerprint_does_not_depend_on_where_the_folder_lies(tmp_path):
     ],
 )
 def test_fingerprint_tells_other_files_and_classes_apart(tmp_path, files):
-    before = index_folder(_touch(tmp_path / "before", "a/1.png", "a/2.png", "b/1.png"))
-    after = index_folder(_touch(tmp_path / "after", *files))
+    before = index_folder(touch(tmp_path / "before", "a/1.png", "a/2.png", "b/1.png"))
+    after = index_folder(touch(tmp_path / "after", *files))
     assert before.fingerprint() != after.fingerprint()
 
 
@@ -272,11 +224,11 @@ def test_fingerprint_sees_the_class_of_a_path_but_not_the_numbering_of_classes()
 
 
 def test_with_class_names_matches_by_name_not_by_position(tmp_path):
-    index = index_folder(_touch(tmp_path, "b/1.png", "c/1.png", "c/2.png"))
+    index = index_folder(touch(tmp_path, "b/1.png", "c/1.png", "c/2.png"))
     other = index.with_class_names(["c", "a", "b"])
     assert other.labels.tolist() == [2, 0, 0]
     assert other.class_names == ["c", "a", "b"]
-    assert _entries(other) == _entries(index)
+    assert entries(other) == entries(index)
     assert index.labels.tolist() == [0, 1, 1]  # the original is as it was
 
 
@@ -285,147 +237,6 @@ def test_unknown_classes_are_all_counted_but_not_all_printed():
     index = ImageIndex(Path("nowhere"), PathTable(f"{name}/1.png" for name in names), np.arange(30), names)
     with pytest.raises(DataError, match=r"nowhere has 30 class.*c00, c01, .*c19 and 10 more\."):
         index.with_class_names(["a", "b"])
-
-
-def _reference_paths(root: Path, class_name: str) -> list[str]:
-    """The images of a class, one `Path` at a time."""
-    found = []
-    for path in root.joinpath(class_name).iterdir():
-        if path.name.startswith("."):
-            continue
-        relative = f"{class_name}/{path.name}"
-        if path.is_dir():
-            found += _reference_paths(root, relative)
-        elif path.suffix.lower() in EXTENSIONS:
-            found.append(relative)
-    return sorted(found)
-
-
-def _random_tree(root: Path, rng: np.random.Generator) -> Path:
-    """Names that share beginnings, and that sort around the slash: b.png, b/c.png, b-c.png, b0.png."""
-    parts = ("a", "ab", "b", "b-", "b.x", "b0", "é", "日本", "B", ".h", os.fsdecode(b"\xff"), "p.png")
-    endings = (".png", ".JPG", ".jpeg", ".txt", "", ".png.bak", ".", "png")
-    for class_name in ("k", "k.png", "k-2"):
-        for _ in range(int(rng.integers(4, 40))):
-            folders = [f"_{parts[i]}" for i in rng.integers(len(parts), size=rng.integers(0, 4))]
-            file = parts[rng.integers(len(parts))] + endings[rng.integers(len(endings))]
-            _touch(root, "/".join((class_name, *folders, file)))
-        _touch(root, f"{class_name}/one.png")
-    return root
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_index_is_what_a_plain_walk_finds(tmp_path, seed):
-    root = _random_tree(tmp_path, np.random.default_rng(seed))
-    index = index_folder(root)
-    assert index.class_names == ["k", "k-2", "k.png"]
-    expected = [(path, name) for name in index.class_names for path in _reference_paths(root, name)]
-    assert _entries(index) == expected
-    assert index.counts().sum() == len(index) == len(index.paths)
-
-
-def test_a_folder_whose_name_ends_like_an_image_is_a_folder(tmp_path):
-    index = index_folder(_touch(tmp_path, "a/x.png/1.png", "a/x.png-/2.png", "a/y.png", "b/1.png"))
-    assert list(index.paths) == ["a/x.png-/2.png", "a/x.png/1.png", "a/y.png", "b/1.png"]
-
-
-@pytest.mark.parametrize("links", [1, 2, 3])
-def test_index_does_not_rest_on_what_a_file_system_says_about_links(tmp_path, monkeypatch, links):
-    names = ("a/1.png", "a/2.JPG", "a/x/3.png", "a/y.txt", "b/1.png", "b/2.png", "c/.h.png", "c/!.png")
-    root = _touch(tmp_path, *names)
-    (root / "b" / "link").symlink_to(root / "a" / "x")
-    stat = os.stat
-
-    def stat_with_links(path, *args, **kwargs):
-        found = list(stat(path, *args, **kwargs))
-        return os.stat_result((*found[:3], links, *found[4:]))
-
-    monkeypatch.setattr(os, "stat", stat_with_links)
-    assert list(index_folder(root).paths) == [
-        "a/1.png",
-        "a/2.JPG",
-        "a/x/3.png",
-        "b/1.png",
-        "b/2.png",
-        "b/link/3.png",
-        "c/!.png",
-    ]
-
-
-def _tree_of_many_classes(root: Path) -> Path:
-    names = [f"c{i}/{i}_{j}.{e}" for i in range(12) for j, e in enumerate(("png", "JPG", "txt"))]
-    return _touch(root, *names, "c3/deep/er/é.png", "c7/" + os.fsdecode(b"\xfe.png"))
-
-
-@pytest.fixture
-def shared_listing(monkeypatch):
-    """Every listing counts as long; returns the helpers that were started."""
-    monkeypatch.setattr(listing, "LONG_SECONDS", 1e-9)
-    monkeypatch.setattr(listing, "START_SECONDS", 0.0)
-    monkeypatch.setattr("vit_cls.environment.cpu_count", lambda: 4)
-    helpers = []
-    popen = subprocess.Popen
-
-    def recorded(*args, **kwargs):
-        helpers.append(popen(*args, **kwargs))
-        return helpers[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", recorded)
-    return helpers
-
-
-def test_listing_shared_with_helper_processes_is_the_same(tmp_path, shared_listing, monkeypatch):
-    root = _tree_of_many_classes(tmp_path)
-    shared = index_folder(root)
-    assert [helper.returncode for helper in shared_listing] == [0, 0, 0]
-    monkeypatch.setattr(listing, "LONG_SECONDS", 1e9)
-    alone = index_folder(root)
-    assert len(shared_listing) == 3
-    assert _entries(shared) == _entries(alone)
-    assert len(alone) == 26
-    assert shared.fingerprint() == alone.fingerprint()
-
-
-@pytest.mark.parametrize("executable", ["/nowhere/python", "false"])
-def test_helpers_that_do_not_start_or_fail_are_done_without(
-    tmp_path, shared_listing, monkeypatch, executable
-):
-    root = _tree_of_many_classes(tmp_path)
-    monkeypatch.setattr(sys, "executable", executable)
-    assert len(index_folder(root)) == 26
-    assert [helper.returncode for helper in shared_listing] == ([1] * 3 if executable == "false" else [])
-
-
-def test_error_in_a_share_of_a_helper_names_the_folder(tmp_path, shared_listing):
-    root = _tree_of_many_classes(tmp_path)
-    (root / "c9" / "loop").symlink_to(root / "c9")
-    with pytest.raises(DataError, match=r"data\.root: .*c9/loop.* cannot be read"):
-        index_folder(root)
-    assert len(shared_listing) == 3
-    assert all(helper.returncode is not None for helper in shared_listing)
-
-
-def test_error_in_the_own_share_leaves_no_helper_behind(tmp_path, shared_listing):
-    root = _tree_of_many_classes(tmp_path)
-    (root / "c1" / "loop").symlink_to(root / "c1")
-    with pytest.raises(DataError, match=r"data\.root: .*c1/loop.* cannot be read"):
-        index_folder(root)
-    assert len(shared_listing) == 3
-    assert all(helper.returncode is not None for helper in shared_listing)
-
-
-def test_program_of_the_helpers_needs_nothing_installed():
-    code = (
-        "import sys; sys.argv=['x']; exec(open(sys.stdin.readline().strip()).read().split('if __name__')[0])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"{code}; print('numpy' in sys.modules, 'typing' in sys.modules)"],
-        input=listing.__file__,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("chunk", [3, index_module.CHUNK])
@@ -459,7 +270,15 @@ def _reference_fingerprint(index: ImageIndex) -> str:
 
 
 def test_fingerprint_is_that_of_one_path_after_the_other(tmp_path, monkeypatch):
-    index = index_folder(_random_tree(tmp_path, np.random.default_rng(0)))
+    names = (
+        "a/1.png",
+        "a/é/2.png",
+        f"b/{os.fsdecode(bytes([255]))}.png",
+        "b/x/y/z.png",
+        "c/3.png",
+        "c/4.png",
+    )
+    index = index_folder(touch(tmp_path, *names))
     expected = _reference_fingerprint(index)
     assert index.fingerprint() == expected
     monkeypatch.setattr("vit_cls.data.index.CHUNK", 4)

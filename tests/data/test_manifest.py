@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.data.files import entries
 from vit_cls.data.folders import find_parts
 from vit_cls.data.index import ImageIndex, index_folder
 from vit_cls.data.manifest import inspect_manifest, is_manifest, read_manifest
@@ -31,11 +32,6 @@ def _write(folder: Path, lines: list[str], file: str = "m.csv", *, files: bool =
     return path
 
 
-def _entries(index: ImageIndex | None) -> list[tuple[str, str]]:
-    assert index is not None
-    return [(path, index.class_names[i]) for path, i in zip(index.paths, index.labels, strict=True)]
-
-
 def _split(path: Path, **options) -> Split:
     return split_for_training(find_parts(path), **{"val_fraction": 0.5, "seed": 0} | options)
 
@@ -51,7 +47,7 @@ def test_rows_become_an_index_sorted_by_class_and_path(tmp_path):
     manifest = read_manifest(_write(tmp_path, ROWS))
     index = manifest.index("all")
     assert manifest.parts == ["all"]
-    assert _entries(index) == EXPECTED
+    assert entries(index) == EXPECTED
     assert index.class_names == ["cat", "dog"]
     assert index.labels.dtype == np.int64
     assert index.path(0) == tmp_path / "x/1.png"
@@ -70,7 +66,7 @@ def test_every_dialect_gives_the_same_index(tmp_path, file, delimiter, encoding,
         lines.append(f'{label} {delimiter}"ü, ; \t ""x"" "{delimiter}{path}')
     text = newline.join([*lines[:3], "", *lines[3:], ""])  # an empty line is no row
     (folder / file).write_bytes(text.encode(encoding))
-    assert _entries(_read(folder / file)) == EXPECTED
+    assert entries(_read(folder / file)) == EXPECTED
 
 
 def test_order_of_rows_has_no_effect(tmp_path):
@@ -85,7 +81,7 @@ def test_order_of_rows_has_no_effect(tmp_path):
             (split.train.index, splits[0].train.index),
             (split.val.index, splits[0].val.index),
         ):
-            assert _entries(part) == _entries(first)
+            assert entries(part) == entries(first)
             assert list(part.groups) == list(first.groups)
             assert part.weights.tolist() == first.weights.tolist()
             assert all(
@@ -102,7 +98,7 @@ def test_table_of_a_folder_gives_the_index_of_the_folder(tmp_path, write_folder)
         *(f"{path},{folder.class_names[i]}" for path, i in zip(folder.paths, folder.labels, strict=True)),
     ]
     table = _read(_write(tmp_path / "data", lines, files=False))
-    assert _entries(table) == _entries(folder)
+    assert entries(table) == entries(folder)
     assert table.fingerprint() == folder.fingerprint()
 
 
@@ -117,9 +113,9 @@ def test_paths_below_the_table_become_relative_whatever_their_spelling(tmp_path)
         f"{tmp_path}/link/4.png,dog",
     ]
     _write(tmp_path / "data", lines, files=False)
-    assert _entries(_read(tmp_path / "link" / "m.csv")) == EXPECTED
+    assert entries(_read(tmp_path / "link" / "m.csv")) == EXPECTED
     lines[4] = "../data/4.png,dog"
-    assert _entries(_read(_write(tmp_path / "data", lines, files=False))) == EXPECTED
+    assert entries(_read(_write(tmp_path / "data", lines, files=False))) == EXPECTED
 
 
 def test_images_may_be_anywhere_on_the_machine(tmp_path):
@@ -164,12 +160,12 @@ def test_split_column_makes_the_parts(tmp_path):
     path = _write(tmp_path, lines)
     manifest = read_manifest(path)
     assert manifest.parts == ["train", "val", "test"]
-    assert _entries(manifest.index("train")) == [("1.png", "a"), ("2.png", "b")]
-    assert _entries(manifest.index("val")) == [("3.png", "b")]
-    assert _entries(manifest.index("test")) == [("4.png", "a")]
+    assert entries(manifest.index("train")) == [("1.png", "a"), ("2.png", "b")]
+    assert entries(manifest.index("val")) == [("3.png", "b")]
+    assert entries(manifest.index("test")) == [("4.png", "a")]
     assert manifest.index("test", ["b", "a"]).labels.tolist() == [1]
     split = _split(path)
-    assert _entries(split.val.index) == [("3.png", "b")]
+    assert entries(split.val.index) == [("3.png", "b")]
     assert split.origin == f"2 rows to train on and 1 to validate on of {path}"
 
 
@@ -388,7 +384,7 @@ def test_parquet_cells_are_read_as_text_would_be(tmp_path, fake_parquet):
     (tmp_path / "m.parquet").touch()
     fake_parquet({"Weight": [1.5, 2, 0.0], "label": [7, 10.0, 7], "x": [None] * 3, "path": ["1", "2", "3"]})
     train = _read(tmp_path / "m.parquet")
-    assert _entries(train) == [("2", "10"), ("1", "7"), ("3", "7")]
+    assert entries(train) == [("2", "10"), ("1", "7"), ("3", "7")]
     assert train.weights.tolist() == [2.0, 1.5, 0.0]
 
 
@@ -436,6 +432,6 @@ def test_real_parquet_is_the_same_as_csv(tmp_path, rows):
     lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
     a = _read(_write(tmp_path, lines))
     b = _read(tmp_path / "m.parquet")
-    assert _entries(a) == _entries(b)
+    assert entries(a) == entries(b)
     assert list(a.groups) == list(b.groups)
     assert a.weights.tolist() == b.weights.tolist()
