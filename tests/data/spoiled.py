@@ -14,6 +14,7 @@ from PIL import Image
 from tests.data.files import copy, image_file, noise, png_file, put
 from vit_cls.data.decode import MAX_BYTES
 
+A, FIRST = "train/cat/a.jpg", "train/cat/00.png"
 Expected = dict[str, Collection[str]]
 """Offenders by kind of problem: a list has an order."""
 
@@ -56,97 +57,77 @@ _GREY = np.random.default_rng(0).integers(0, 65536, (40, 48), dtype=np.uint16)
 _PHOTO = image_file(noise(1000))
 _BLACK = zlib.compress(b"".join(b"\0" + bytes(240) for _ in range(40)))
 
-FILES: dict[str, tuple[dict[str, bytes], dict[str, bytes]]] = {
-    "unreadable": ({"train/cat/a.jpg": b"no image" * 9}, {}),
-    "truncated": (
-        {
-            "train/cat/a.jpg": _half(image_file(noise(1000), "JPEG")),
-            "train/cat/b.png": _half(image_file(noise(1001))),
-        },
-        {},
-    ),
-    "empty_file": ({"train/cat/a.jpg": b"", "val/cat/a.jpg": b""}, {}),
-    "wrong_extension": (
-        {"train/cat/a.jpg": _PHOTO, "train/cat/b.png": image_file(noise(1001), "BMP")},
-        {},
-    ),
-    "exif_orientation": (
-        {
-            "train/cat/a.jpg": _turned(6, "JPEG"),
-            "train/cat/b.png": _turned(6, "PNG"),
-            "train/cat/c.webp": _turned(6, "WEBP"),
-        },
-        {"train/cat/upright.jpg": _turned(1, "JPEG")},
-    ),
-    "sixteen_bit": (
-        {
-            "train/cat/a.png": image_file(_GREY),
-            "train/cat/b.tif": image_file(Image.fromarray((_GREY / 65535).astype(np.float32)), "TIFF"),
-            "train/cat/c.png": png_file(40, 40, _BLACK, bits=16),
-            "train/cat/d.ppm": b"P6 40 40 65535\n" + bytes(9600),
-        },
-        {},
-    ),
-    "transparent": (
-        {
-            "train/cat/a.png": _with_alpha(254),
-            "train/cat/b.webp": _with_alpha(0, "WEBP", lossless=True, exact=True),
-            "train/cat/c.gif": _palette(),
-        },
-        {"train/cat/opaque.png": _with_alpha(255)},
-    ),
-    "cmyk": ({"train/cat/a.jpg": image_file(Image.fromarray(noise(1000)).convert("CMYK"), "JPEG")}, {}),
-    "animated": (
-        {
-            "train/cat/a.gif": _several("GIF"),
-            "train/cat/b.tiff": _several("TIFF"),
-            "train/cat/c.webp": _several("WEBP"),
-        },
-        {"train/cat/phone.jpg": _several("MPO")},  # a preview beside the picture is no animation
-    ),
-    "tiny": (
-        {"train/cat/a.png": image_file(noise(1000, 100, 31))},
-        {"train/cat/b.png": image_file(noise(1001, 32, 32))},
-    ),
-    "huge": (
-        {"train/cat/a.png": image_file(Image.new("L", (8001, 5000)))},
-        {"train/cat/b.png": image_file(Image.new("L", (8000, 5000)))},
-    ),
-    "not_image": (
-        {"train/cat/notes.txt": b"P.S. look at 7 dogs"},
-        {"README.md": b"about the data", "train/labels.csv": b"outside of class folders nothing is meant"},
-    ),
-    "unread_name": ({"train/cat/a": _PHOTO, "train/cat/a.jpg_large": image_file(noise(1000), "JPEG")}, {}),
-    "unsupported_format": (
-        {"train/cat/a.HEIC": b"....ftypheic", "train/cat/b.ico": image_file(noise(1000), "ICO")},
-        {},
-    ),
-    "loose_image": ({"a.png": _PHOTO, "train/b.png": _PHOTO}, {}),
-    "nested": (
-        {
-            f"train/cat/{'/'.join('d' * 600)}/a.png": _PHOTO,  # deeper than Python's recursion
-            "train/cat/more/b.png": image_file(noise(1001)),
-        },
-        {},
-    ),
+FILES: dict[str, dict[str, bytes]] = {
+    "unreadable": {"a.jpg": b"no image" * 9},
+    "truncated": {
+        "a.jpg": _half(image_file(noise(1000), "JPEG")),
+        "b.png": _half(image_file(noise(1001))),
+    },
+    "empty_file": {"a.jpg": b"", "../../val/cat/a.jpg": b""},
+    "wrong_extension": {"a.jpg": _PHOTO, "b.png": image_file(noise(1001), "BMP")},
+    "exif_orientation": {
+        "a.jpg": _turned(6, "JPEG"),
+        "b.png": _turned(6, "PNG"),
+        "c.webp": _turned(6, "WEBP"),
+    },
+    "sixteen_bit": {
+        "a.png": image_file(_GREY),
+        "b.tif": image_file(Image.fromarray((_GREY / 65535).astype(np.float32)), "TIFF"),
+        "c.png": png_file(40, 40, _BLACK, bits=16),
+        "d.ppm": b"P6 40 40 65535\n" + bytes(9600),
+    },
+    "transparent": {
+        "a.png": _with_alpha(254),
+        "b.webp": _with_alpha(0, "WEBP", lossless=True, exact=True),
+        "c.gif": _palette(),
+    },
+    "cmyk": {"a.jpg": image_file(Image.fromarray(noise(1000)).convert("CMYK"), "JPEG")},
+    "animated": {"a.gif": _several("GIF"), "b.tiff": _several("TIFF"), "c.webp": _several("WEBP")},
+    "tiny": {"a.png": image_file(noise(1000, 100, 31))},
+    "huge": {"a.png": image_file(Image.new("L", (8001, 5000)))},
+    "not_image": {"notes.txt": b"P.S. look at 7 dogs"},
+    "unread_name": {"a": _PHOTO, "a.jpg_large": image_file(noise(1000), "JPEG")},
+    "unsupported_format": {"a.HEIC": b"....ftypheic", "b.ico": image_file(noise(1000), "ICO")},
+    "loose_image": {"../../a.png": _PHOTO, "../b.png": _PHOTO},
+    "nested": {
+        f"{'/'.join('d' * 600)}/a.png": _PHOTO,  # deeper than Python's recursion
+        "more/b.png": image_file(noise(1001)),
+    },
 }
-"""By kind: files that have the problem, and files beside them that have none."""
+"""By kind: files of train/cat that have the problem."""
+HARMLESS: dict[str, dict[str, bytes]] = {
+    "exif_orientation": {"upright.jpg": _turned(1, "JPEG")},
+    "transparent": {"opaque.png": _with_alpha(255)},
+    "animated": {"phone.jpg": _several("MPO")},  # a preview beside the picture is no animation
+    "tiny": {"b.png": image_file(noise(1001, 32, 32))},
+    "huge": {"b.png": image_file(Image.new("L", (8000, 5000)))},
+    "not_image": {"../../README.md": b"about the data", "../labels.csv": b"outside of class folders"},
+}
+"""By kind: files beside them that have no problem."""
 
 
-def _a_pipe(root: Path) -> Expected:
-    os.mkfifo(root / "train/cat/a.jpg")
-    return {"unreadable": ["train/cat/a.jpg"]}
+def _files(kind: str) -> Callable[[Path], Expected]:
+    def spoil(root: Path) -> Expected:
+        for path, data in (FILES[kind] | HARMLESS.get(kind, {})).items():
+            put(root, os.path.normpath(f"train/cat/{path}"), data)
+        return {kind: [os.path.normpath(f"train/cat/{path}") for path in FILES[kind]]}
+
+    return spoil
 
 
-def _a_link_to_nowhere(root: Path) -> Expected:
-    (root / "train/cat/a.jpg").symlink_to(root / "gone.jpg")
-    return {"unreadable": ["train/cat/a.jpg"]}
+def _does(act: Callable[[Path], object], **expected: list[str]) -> Callable[[Path], Expected]:
+    """Something that one expression does to the folder, and what must be found then."""
+
+    def spoil(root: Path) -> Expected:
+        act(root)
+        return expected
+
+    return spoil
 
 
-def _a_file_larger_than_any_image(root: Path) -> Expected:
-    with (root / "train/cat/a.jpg").open("wb") as file:
+def _a_file_larger_than_any_image(root: Path) -> None:
+    with (root / A).open("wb") as file:
         file.truncate(MAX_BYTES + 1)  # sparse: no space is taken
-    return {"unreadable": ["train/cat/a.jpg"]}
 
 
 def _hidden_junk(root: Path) -> Expected:
@@ -163,11 +144,6 @@ def _empty_class(root: Path) -> Expected:
     return {"empty_class": ["train/eel/", "val/eel/"], "not_image": ["val/eel/notes.txt"]}
 
 
-def _junk_class(root: Path) -> Expected:
-    put(root, "train/__MACOSX/a.jpg", b"resource fork")
-    return {"junk_class": ["train/__MACOSX/"]}
-
-
 def _similar_class_names(root: Path) -> Expected:
     umlaut = "Bär"
     names = ["CAT", "cat ", unicodedata.normalize("NFD", umlaut), unicodedata.normalize("NFC", umlaut)]
@@ -175,11 +151,6 @@ def _similar_class_names(root: Path) -> Expected:
         for split, count in (("train", 10), ("val", 1)):
             fill(root / split, {name: count}, seed=1000 + 100 * i + 50 * (split == "val"))
     return {"similar_class_names": {*names, "cat", "a b", "a  b"}}
-
-
-def _unknown_class(root: Path) -> Expected:
-    fill(root / "val", {"eel": 1}, seed=1000)
-    return {"unknown_class": ["val/eel/"]}
 
 
 def _missing_class(root: Path) -> Expected:
@@ -197,38 +168,10 @@ def _too_few_classes(root: Path) -> Expected:
     return {"too_few_classes": ["train"], "nested": nested}
 
 
-def _split_without_classes(root: Path) -> Expected:
-    (root / "test").mkdir()
-    return {"too_few_classes": ["test"]}
-
-
-def _no_training_split(root: Path) -> Expected:
-    os.rename(root / "train", root / "test")
-    return {"no_training_split": ["."]}
-
-
-def _ignored_folder(root: Path) -> Expected:
-    put(root, "extra/cat/a.jpg", b"")
-    return {"ignored_folder": ["extra/"]}
-
-
-def _duplicate(root: Path) -> Expected:
-    return {"duplicate": [copy(root, "train/cat/00.png", "train/cat/a.png")]}
-
-
 def _leakage(root: Path) -> Expected:
     found = [copy(root, "train/cat/00.png", "val/cat/a.png"), copy(root, "val/cat/01.png", "test/cat/b.png")]
     fill(root / "test", {"dog": 1}, seed=1000)
     return {"leakage": found}
-
-
-def _label_conflict(root: Path) -> Expected:
-    return {"label_conflict": ["train/cat/00.png", copy(root, "train/cat/00.png", "train/dog/a.png")]}
-
-
-def _label_conflict_across_splits(root: Path) -> Expected:
-    other = copy(root, "train/cat/00.png", "val/dog/a.png")
-    return {"leakage": [other], "label_conflict": ["train/cat/00.png", other]}
 
 
 def _near(kind: str, target: str) -> Callable[[Path], Expected]:
@@ -249,11 +192,6 @@ def _imbalance(root: Path) -> Expected:
     return {"imbalance": ["train/cat/", "train/dog/"]}
 
 
-def _few_images(root: Path) -> Expected:
-    (root / "train/cat/00.png").unlink()
-    return {"few_images": ["train/cat/"]}
-
-
 def _link_loop(root: Path) -> Expected:
     (root / "train/cat/loop").symlink_to(root / "train")
     (root / "train/cat/round").symlink_to(root / "train/cat")
@@ -261,41 +199,41 @@ def _link_loop(root: Path) -> Expected:
     return {"link_loop": {"train/cat/loop/", "train/cat/round/", "train/dog/self"}}
 
 
-def _files(kind: str) -> Callable[[Path], Expected]:
-    def spoil(root: Path) -> Expected:
-        offenders, harmless = FILES[kind]
-        for path, data in (*offenders.items(), *harmless.items()):
-            put(root, path, data)
-        return {kind: list(offenders)}
-
-    return spoil
-
-
 SPOILED: dict[str, Callable[[Path], Expected]] = {
     **{kind: _files(kind) for kind in FILES},
-    "unreadable: a pipe": _a_pipe,
-    "unreadable: a link to nowhere": _a_link_to_nowhere,
-    "unreadable: larger than any image": _a_file_larger_than_any_image,
+    "unreadable: a pipe": _does(lambda root: os.mkfifo(root / A), unreadable=[A]),
+    "unreadable: a link to nowhere": _does(lambda root: (root / A).symlink_to("gone.jpg"), unreadable=[A]),
+    "unreadable: larger than any image": _does(_a_file_larger_than_any_image, unreadable=[A]),
     "leakage": _leakage,
-    "label_conflict": _label_conflict,
-    "label_conflict: across splits": _label_conflict_across_splits,
+    "label_conflict": _does(
+        lambda root: copy(root, FIRST, "train/dog/a.png"), label_conflict=[FIRST, "train/dog/a.png"]
+    ),
+    "label_conflict: across splits": _does(
+        lambda root: copy(root, FIRST, "val/dog/a.png"),
+        leakage=["val/dog/a.png"],
+        label_conflict=[FIRST, "val/dog/a.png"],
+    ),
     "link_loop": _link_loop,
     "too_few_classes": _too_few_classes,
-    "too_few_classes: none": _split_without_classes,
+    "too_few_classes: none": _does(lambda root: (root / "test").mkdir(), too_few_classes=["test"]),
     "empty_class": _empty_class,
-    "junk_class": _junk_class,
-    "unknown_class": _unknown_class,
+    "junk_class": _does(
+        lambda root: put(root, "train/__MACOSX/a.jpg", b"resource fork"), junk_class=["train/__MACOSX/"]
+    ),
+    "unknown_class": _does(lambda root: fill(root / "val", {"eel": 1}, 1000), unknown_class=["val/eel/"]),
     "similar_class_names": _similar_class_names,
     "missing_class": _missing_class,
-    "no_training_split": _no_training_split,
+    "no_training_split": _does(
+        lambda root: os.rename(root / "train", root / "test"), no_training_split=["."]
+    ),
     "near_leakage": _near("near_leakage", "val/cat/t.jpg"),
     "near_label_conflict": _near("near_label_conflict", "train/dog/t.jpg"),
     "near_duplicate": _near("near_duplicate", "train/cat/t.jpg"),
-    "duplicate": _duplicate,
+    "duplicate": _does(lambda root: copy(root, FIRST, "train/cat/a.png"), duplicate=["train/cat/a.png"]),
     "imbalance": _imbalance,
-    "few_images": _few_images,
+    "few_images": _does(lambda root: (root / FIRST).unlink(), few_images=["train/cat/"]),
     "hidden_junk": _hidden_junk,
-    "ignored_folder": _ignored_folder,
+    "ignored_folder": _does(lambda root: put(root, "extra/cat/a.jpg", b""), ignored_folder=["extra/"]),
 }
 """By kind, and after a colon the way."""
 DETAILS = {

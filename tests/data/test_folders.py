@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.data.files import touch
@@ -85,16 +84,6 @@ def test_a_share_is_held_out_where_there_is_no_validation_folder_and_the_origin_
     root = tmp_path if "here" in parts else tmp_path / "train"
     assert split.val.index.root == split.train.index.root == root
     assert split.origin == origin.format(root=tmp_path)
-
-
-def test_split_is_the_same_for_any_order_in_which_the_files_were_made(tmp_path):
-    files = [f"{c}/{i}.png" for c in "ab" for i in range(30)]
-    rng = np.random.default_rng(0)
-    held_out = [
-        list(_split(touch(tmp_path / str(i), *(files[j] for j in rng.permutation(60)))).val.index.paths)
-        for i in range(3)
-    ]
-    assert held_out[0] == held_out[1] == held_out[2]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from vit_cls.data.index import (
     balanced_weights,
     index_folder,
 )
-from vit_cls.data.parts import class_folders
 from vit_cls.errors import DataError
 
 
@@ -71,16 +70,6 @@ def test_index_passes_over_hidden_files_hidden_folders_and_files_that_are_no_ima
         )
     )
     assert entries(index) == [("a/1.png", "a"), ("b/1.png", "b")]
-
-
-def test_images_may_lie_deeper_inside_a_class_folder(tmp_path):
-    index = index_folder(touch(tmp_path, "a/2020/05/x.png", "a/2019/y.png", "a/z.png", "b/b/b.png"))
-    assert entries(index) == [
-        ("a/2019/y.png", "a"),
-        ("a/2020/05/x.png", "a"),
-        ("a/z.png", "a"),
-        ("b/b/b.png", "b"),
-    ]
 
 
 def test_linked_class_folders_and_linked_images_are_indexed(tmp_path):
@@ -188,11 +177,6 @@ def test_class_folders_without_images_are_named(tmp_path):
     touch(tmp_path, "z/1.png")
     with pytest.raises(DataError, match=rf"{tmp_path} has a class folder without images: texts\."):
         index_folder(tmp_path)
-
-
-def test_class_folders_are_the_visible_sub_folders_in_order(tmp_path):
-    touch(tmp_path, "b/1.png", "a/1.png", ".c/1.png", "file.png")
-    assert class_folders(tmp_path, name="data.root") == ["a", "b"]
 
 
 def test_fingerprint_does_not_depend_on_where_the_folder_lies(tmp_path):

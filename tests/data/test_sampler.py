@@ -87,12 +87,6 @@ def test_processes_evaluate_every_sample_exactly_once(num_samples, world_size):
     assert sorted(itertools.chain(*parts)) == list(range(num_samples))
 
 
-def test_two_processes_together_follow_the_order_of_one():
-    whole = _indices(EpochSampler(100, seed=7, shuffle=True), 4)
-    even, odd = _rank_indices(100, 2, shuffle=True, epoch=4)
-    assert [index for pair in zip(even, odd, strict=True) for index in pair] == whole
-
-
 def test_sample_seeds_of_ten_thousand_samples_are_distinct_and_valid_torch_seeds():
     grid = list(itertools.product(range(10), range(-1, 9), range(-1, 99)))
     seeds = {sample_seed(*key) for key in grid}

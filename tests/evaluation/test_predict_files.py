@@ -14,36 +14,27 @@ import time
 import tracemalloc
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
+from tests.evaluation.models import tiny_classifier
 from vit_cls.data.dataset import FolderSource, ImageDataset
 from vit_cls.data.transforms import model_reader
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.evaluation import predict_files as files
-from vit_cls.evaluation.features import feature_chunks, feature_function
 from vit_cls.evaluation.predict import iter_paths
-from vit_cls.evaluation.predict_files import FeatureFile, RowFile, save_rows
+from vit_cls.evaluation.predict_files import RowFile, save_rows
 from vit_cls.evaluation.predictions import Row, images_for_model, predict_batches, predict_index
 from vit_cls.evaluation.row_formats import FORMATS, as_record, columns_of
-from vit_cls.inference import InferenceConfig, batches, layer_tokens
-from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
+from vit_cls.inference import InferenceConfig, batches
+from vit_cls.model.classifier import Preprocess
 from vit_cls.signals import Stopped
 
+THREE = ("blue", "green", "red")
 ON_CPU = {"device": "cpu", "num_workers": 0}
-
-
-def _classifier(tiny, names=("blue", "green", "red"), **settings) -> ImageClassifier:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": len(names), **settings}))
-    return ImageClassifier(model, Preprocess((16, 16), crop_pct=0.8, background=(9, 200, 30)), list(names))
 
 
 def _paths(image_root) -> list[str]:
@@ -64,8 +55,8 @@ def photos(image_root, tmp_path):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
-    classifier = _classifier(tiny)
+def test_pixels_and_probabilities_are_those_of_evaluate(exact, photos):
+    classifier = tiny_classifier(THREE)
     classifier.temperature = 1.7
     source = images_for_model(photos, classifier).source
     index = source.index
@@ -96,19 +87,10 @@ def test_pixels_and_probabilities_are_those_of_evaluate(exact, tiny, photos):
     assert torch.equal(torch.cat(pixels), evaluated)
 
 
-def test_the_temperature_sharpens_or_blurs(tiny, image_root):
-    classifier, paths = _classifier(tiny), _paths(image_root)[:2]
-    plain = [row.best[0] for row in _rows(classifier, paths, config=InferenceConfig(**ON_CPU))]
-    classifier.temperature = 4.0
-    blurred = [row.best[0] for row in _rows(classifier, paths, config=InferenceConfig(**ON_CPU))]
-    assert [name for name, _ in plain] == [name for name, _ in blurred]
-    assert all(b < a for (_, a), (_, b) in zip(plain, blurred, strict=True))
-
-
-def test_the_order_of_rows_is_that_of_paths_for_any_number_of_workers(tiny, image_root):
+def test_the_order_of_rows_is_that_of_paths_for_any_number_of_workers(image_root):
     paths = _paths(image_root) * 2 + ["nowhere.jpg"]
     random.Random(0).shuffle(paths)
-    classifier, reference = _classifier(tiny), None
+    classifier, reference = tiny_classifier(THREE), None
     for batch_size, num_workers in ((49, 0), (5, 0), (4, 2), (50, 1), (7, None)):
         config = InferenceConfig("cpu", batch_size=batch_size, num_workers=num_workers)
         rows = list(_rows(classifier, paths, config=config))
@@ -120,7 +102,7 @@ def test_the_order_of_rows_is_that_of_paths_for_any_number_of_workers(tiny, imag
 
 
 @pytest.mark.parametrize(("num_workers", "ahead"), [(0, 1), (2, 5)])
-def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, tiny, image_root):
+def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, image_root):
     taken, paths = itertools.count(), itertools.cycle(_paths(image_root))
     last = 0
 
@@ -131,17 +113,17 @@ def test_an_endless_source_is_read_only_a_few_batches_ahead(num_workers, ahead, 
             yield path
 
     rows = _rows(
-        _classifier(tiny), source(), config=InferenceConfig("cpu", batch_size=8, num_workers=num_workers)
+        tiny_classifier(THREE), source(), config=InferenceConfig("cpu", batch_size=8, num_workers=num_workers)
     )
     for done, _ in enumerate(itertools.islice(rows, 400)):
         assert last - done <= 8 * (ahead + 1)
 
 
-def test_memory_does_not_grow_with_the_number_of_paths(tiny, tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_paths(tmp_path, monkeypatch):
     """30,000 rows through the whole chain, from stdin to a file; a list of them would be many megabytes."""
     total = 30_000
     monkeypatch.setattr(files, "CHUNK_ROWS", 1000)
-    classifier = ImageClassifier(_classifier(tiny).model, Preprocess((16, 16), crop_pct=1.0), ["a", "b", "c"])
+    classifier = tiny_classifier(THREE, preprocess=Preprocess((16, 16), crop_pct=1.0))
     black = torch.zeros(3, 16, 16, dtype=torch.uint8)
     monkeypatch.setattr("vit_cls.data.dataset.read_file", lambda path: black)
     name = f"{tmp_path}/./x.ppm"
@@ -215,10 +197,10 @@ def _odd_paths(image_root, tmp_path) -> list[str]:
 @pytest.mark.parametrize("fmt", ["csv", "jsonl"])
 @pytest.mark.parametrize("chunk_rows", [4, 8, 1000])
 def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(
-    fmt, chunk_rows, tiny, image_root, tmp_path, monkeypatch
+    fmt, chunk_rows, image_root, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(files, "CHUNK_ROWS", chunk_rows)
-    classifier, paths = _classifier(tiny), _odd_paths(image_root, tmp_path)
+    classifier, paths = tiny_classifier(THREE), _odd_paths(image_root, tmp_path)
     whole = _predict_into(tmp_path / "whole", classifier, paths, fmt=fmt)
     folder = tmp_path / "parts"
     for resume in (False, True):
@@ -242,8 +224,8 @@ def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(
     assert [row["path"] for row in rows] == paths
 
 
-def test_a_signal_while_an_image_is_decoded_makes_no_row_of_it(tiny, image_root, tmp_path, monkeypatch):
-    classifier, paths = _classifier(tiny), _paths(image_root)
+def test_a_signal_while_an_image_is_decoded_makes_no_row_of_it(image_root, tmp_path, monkeypatch):
+    classifier, paths = tiny_classifier(THREE), _paths(image_root)
     done = itertools.count()
     original = Image.open
 
@@ -258,13 +240,13 @@ def test_a_signal_while_an_image_is_decoded_makes_no_row_of_it(tiny, image_root,
     assert _predict_into(tmp_path, classifier, paths, resume=True).failed == 0
 
 
-def test_resume_without_a_part_begins_at_the_first_path(tiny, image_root, tmp_path):
-    saved = _predict_into(tmp_path / "new", _classifier(tiny), _paths(image_root), resume=True)
+def test_resume_without_a_part_begins_at_the_first_path(image_root, tmp_path):
+    saved = _predict_into(tmp_path / "new", tiny_classifier(THREE), _paths(image_root), resume=True)
     assert (saved.images, saved.resumed) == (24, 0)
 
 
-def test_a_part_is_not_continued_with_what_does_not_fit(tiny, image_root, tmp_path):
-    classifier, paths = _classifier(tiny), _paths(image_root)
+def test_a_part_is_not_continued_with_what_does_not_fit(image_root, tmp_path):
+    classifier, paths = tiny_classifier(THREE), _paths(image_root)
     with pytest.raises(Stopped):
         _predict_into(tmp_path, classifier, paths, stop_after=3)
     part = tmp_path / ".predictions.csv.part"
@@ -287,8 +269,8 @@ def test_a_part_is_not_continued_with_what_does_not_fit(tiny, image_root, tmp_pa
     assert {path.name: path.read_bytes() for path in part.iterdir()} == before
 
 
-def test_a_full_disk_keeps_the_rows_and_says_so(tiny, image_root, tmp_path, monkeypatch):
-    classifier, paths, fsync = _classifier(tiny), _paths(image_root), os.fsync
+def test_a_full_disk_keeps_the_rows_and_says_so(image_root, tmp_path, monkeypatch):
+    classifier, paths, fsync = tiny_classifier(THREE), _paths(image_root), os.fsync
     monkeypatch.setattr(files, "CHUNK_ROWS", 4)
     chunks = itertools.count()
 
@@ -304,17 +286,17 @@ def test_a_full_disk_keeps_the_rows_and_says_so(tiny, image_root, tmp_path, monk
     assert _predict_into(tmp_path, classifier, paths, resume=True).resumed == 8
 
 
-def test_a_model_that_diverged_is_refused_and_leaves_nothing(tiny, image_root, tmp_path):
-    classifier = _classifier(tiny)
+def test_a_model_that_diverged_is_refused_and_leaves_nothing(image_root, tmp_path):
+    classifier = tiny_classifier(THREE)
     torch.nn.init.constant_(classifier.model.head.bias, float("nan"))
     with pytest.raises(ModelFileError, match=r"not finite for .*blue/0.png"):
         _predict_into(tmp_path / "a/b", classifier, _paths(image_root))
     assert os.listdir(tmp_path) == []
 
 
-def test_parquet_holds_what_jsonl_holds(tiny, image_root, tmp_path):
+def test_parquet_holds_what_jsonl_holds(image_root, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    classifier, paths = _classifier(tiny), [*_paths(image_root), "gone.png"]
+    classifier, paths = tiny_classifier(THREE), [*_paths(image_root), "gone.png"]
     with pytest.raises(Stopped):
         _predict_into(tmp_path / "p", classifier, paths, fmt="parquet", stop_after=2)
     _predict_into(tmp_path / "p", classifier, paths, fmt="parquet", resume=True)
@@ -326,107 +308,11 @@ def test_parquet_holds_what_jsonl_holds(tiny, image_root, tmp_path):
     ]
 
 
-def _features_into(folder, classifier, what, paths, *, resume=False, stop_after=None):
-    compute, shape = feature_function(classifier, what)
-
-    def work(some):
-        config = InferenceConfig(**ON_CPU, batch_size=4)
-        for number, chunk in enumerate(feature_chunks(classifier, some, compute, shape, config)):
-            yield chunk
-            if number + 1 == stop_after:
-                os.kill(os.getpid(), 2)
-
-    table = RowFile(folder, "features", "csv", ("path", "error"))
-    file = FeatureFile(folder / "features.safetensors", shape, {"features": what})
-    save_rows(table, iter(paths), work, facts={}, resume=resume, features=file)
-
-
-@pytest.mark.parametrize("what", ["cls", "gap", "tokens", "cls+gem:3", "last:2+token:4"])
-def test_features_are_the_encoders_tokens_and_nan_where_an_image_failed(what, tiny, image_root, tmp_path):
-    classifier = _classifier(tiny, reg_tokens=2)
-    paths = _paths(image_root)[:9]
-    paths.insert(2, "gone.png")
-    _features_into(tmp_path / "whole", classifier, what, paths)
-    with pytest.raises(Stopped):
-        _features_into(tmp_path / "parts", classifier, what, paths, stop_after=1)
-    _features_into(tmp_path / "parts", classifier, what, paths, resume=True)
-    assert sorted(os.listdir(tmp_path / "parts")) == ["features.csv", "features.safetensors"]
-    for name in ("features.csv", "features.safetensors"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-    with safe_open(tmp_path / "whole/features.safetensors", framework="pt") as file:
-        features = file.get_tensor("features")
-        assert file.metadata()["features"] == what
-    assert features.dtype == torch.float32
-    assert features[2].isnan().all()
-    reader, good = model_reader(classifier.preprocess), [i for i in range(10) if i != 2]
-    images = torch.stack([reader(Path(paths[i]).read_bytes()) for i in good])
-    with torch.inference_mode():
-        tokens = classifier.model.encode(classifier.normalise(images))
-        earlier = classifier.model.norm(layer_tokens(classifier, [1])(images)[1])
-    gem = tokens[:, 3:].clamp_min(1e-6).pow(3).mean(1).pow(1 / 3)
-    expected = {
-        "cls": tokens[:, 0],
-        "gap": tokens[:, 3:].mean(1),
-        "tokens": tokens,
-        "cls+gem:3": torch.cat([tokens[:, 0], gem], dim=1),
-        "last:2+token:4": torch.cat([earlier[:, 0], tokens[:, 0], tokens[:, 7]], dim=1),
-    }[what]
-    torch.testing.assert_close(features[good], expected, atol=1e-5, rtol=0)
-
-
-def test_a_class_token_is_not_invented(tiny):
-    with pytest.raises(ConfigError, match=r"--features cls reads the class token, .*--features tokens"):
-        feature_function(_classifier(tiny, class_token=False, pool="gap"), "cls")
-
-
-def test_a_folder_gives_visible_images_sorted_at_any_depth(tmp_path):
-    for name in ("b/2.png", "b/.x.png", ".h/1.png", "b-c/1.JPG", "a.webp", "notes.txt", "b/deep/er/0.tif"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "b/deep/loop").symlink_to(tmp_path)
-    names = [os.path.relpath(path, tmp_path) for path in iter_paths([str(tmp_path)], io.BytesIO())]
-    assert names == ["a.webp", "b-c/1.JPG", "b/2.png", "b/deep/er/0.tif"]
-    (tmp_path / "b/deep/loop").unlink()
-    globbed = iter_paths([f"{tmp_path}/**/*.png", f"{tmp_path}/nope.jpg"], io.BytesIO())
-    assert [os.path.relpath(path, tmp_path) for path in globbed] == ["b/2.png", "nope.jpg"]
-
-
-def test_a_path_with_glob_characters_that_exists_is_itself(tmp_path):
-    (tmp_path / "x[1].png").touch()
-    assert list(iter_paths([f"{tmp_path}/x[1].png"], io.BytesIO())) == [f"{tmp_path}/x[1].png"]
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"a.jpg\nb c.png\n", ["a.jpg", "b c.png"]),
-        (b"a.jpg\r\n\r\nb.png", ["a.jpg", "b.png"]),
-        (b"a\nb.jpg\0c.png\0", ["a\nb.jpg", "c.png"]),
-        (b"caf\xe9.png\n", [os.fsdecode(b"caf\xe9.png")]),
-    ],
-)
-def test_stdin_holds_a_path_a_line_or_a_path_a_nul(data, expected):
-    assert list(iter_paths(["-"], io.BytesIO(data))) == expected
-
-
-def test_what_holds_no_image_is_refused(tmp_path):
-    for words, message in (
-        ([], r"PATH is missing. Give image files"),
-        (["-"], r"stdin holds no path"),
-        (["-", "a.jpg"], r"cannot be combined"),
-        ([str(tmp_path)], r"folder .* holds no image file"),
-        ([f"{tmp_path}/*.jpg"], r"glob .* matches no file"),
-    ):
-        with pytest.raises(DataError, match=message):
-            iter_paths(words, io.BytesIO())
-
-
-def test_settings_are_checked(tiny, image_root):
+def test_settings_are_checked(image_root):
     with pytest.raises(ConfigError, match="--top_k must be from 1 to the model's 3 classes; got 4"):
-        predict_batches(_classifier(tiny), _paths(image_root), top_k=4)
+        predict_batches(tiny_classifier(THREE), _paths(image_root), top_k=4)
     with pytest.raises(ModelFileError, match=r"no head.*linear_probe"):
-        predict_batches(_classifier(tiny, ()), _paths(image_root))
+        predict_batches(tiny_classifier(()), _paths(image_root))
 
 
 def test_every_format_reads_back_what_it_wrote():
@@ -448,11 +334,11 @@ def test_every_format_reads_back_what_it_wrote():
                 assert json.loads(line) == record
 
 
-def test_rows_of_an_earlier_version_are_refused_and_stay(tiny, image_root, tmp_path):
+def test_rows_of_an_earlier_version_are_refused_and_stay(image_root, tmp_path):
     (tmp_path / "predictions.csv.part").write_text("path,label\n")
     for resume in (False, True):
         with pytest.raises(ConfigError, match=r"csv.part holds the rows of a run that an earlier version"):
-            _predict_into(tmp_path, _classifier(tiny), _paths(image_root), resume=resume)
+            _predict_into(tmp_path, tiny_classifier(THREE), _paths(image_root), resume=resume)
     assert (tmp_path / "predictions.csv.part").read_text() == "path,label\n"
 
 
