@@ -55,11 +55,7 @@ class Rows:
 
     @classmethod
     def of(cls, source: ImageSource, failures: dict[int, str]) -> Rows:
-        """The images of a source that could be read.
-
-        Args:
-            source: All images.
-            failures: Why an image could not be read, by its position.
+        """The images of a source that could be read; ``failures`` say by position why one could not.
 
         Raises:
             DataError: If none could.
@@ -76,11 +72,7 @@ class Rows:
 
 
 def checked_layers(model: TokenModel, layers: Sequence[int] | None) -> list[int]:
-    """Ascending layers that a model has, each once.
-
-    Args:
-        model: Any.
-        layers: 0 is before the first block, ``l`` after block ``l``; None means the last alone.
+    """Ascending layers that a model has, each once; None means the last alone, 0 is before the first block.
 
     Raises:
         ConfigError: If there is no such layer, or none is named.
@@ -99,12 +91,9 @@ class FrozenTokens:
     """Tokens of one model for the images of one part, and how to read them.
 
     Args:
-        folder: Holds one raw file of float32 a layer.
-        reader: Layout, norms and own pooling of the model, on the CPU.
+        folder: Holds one raw file of float32 a layer; ``temporary``: its parent goes away with this object.
         layers: Which layers are there, ascending: 0 is before the first block, ``l`` after block ``l``.
         rows: The images; ``labels``, ``class_names``, ``paths``, ``positions`` and ``failures`` are theirs.
-        embed_dim: Width of a token.
-        temporary: Whether the folder's parent goes away with this object.
     """
 
     def __init__(
@@ -136,13 +125,7 @@ class FrozenTokens:
         return len(self.rows.labels)
 
     def tokens(self, layer: int) -> np.ndarray:
-        """Every token of every image, as the block left them.
-
-        Args:
-            layer: One of ``layers``.
-
-        Returns:
-            A read-only memory map, float32, shape ``(n, tokens, dim)``.
+        """Every token of every image, as the block left them: a read-only map, float32, ``(n, tokens, dim)``.
 
         Raises:
             ConfigError: If the layer was not frozen.
@@ -158,24 +141,12 @@ class FrozenTokens:
     def normed(self, layer: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Tokens after the model's final norm, token by token, whichever side of the pooling it stands on.
 
-        Args:
-            layer: One of ``layers``.
-            rows: Which images.
-
-        Returns:
-            Float32, in memory, shape ``(rows, tokens, dim)``.
-
-        Raises:
-            ConfigError: If the layer was not frozen.
+        Float32, in memory, shape ``(rows, tokens, dim)``.
         """
         return self.reader.normed(torch.from_numpy(np.array(self.tokens(layer)[rows]))).numpy()
 
     def read(self, pool: str, layer: int | None = None) -> np.ndarray:
-        """What a head with that pooling would get.
-
-        Args:
-            pool: As for `vit_cls.model.pooling.parse_pool`.
-            layer: Where to read; None means after the last block.
+        """What a head with that pooling would get; ``layer`` None means after the last block.
 
         Returns:
             Float32, shape ``(n, dim)``; a multiple of the width for a concatenation.
@@ -206,9 +177,7 @@ def freeze(
 
     Args:
         classifier: Is moved to the device and put in evaluation mode.
-        source: The images.
         layers: Which; 0 is before the first block, ``l`` after block ``l``. None means the last alone.
-        config: How the model is run; None takes the defaults.
         cache: A folder that keeps them: the same model, images and settings are not computed twice. None
             means a temporary one, as long as the returned object lives.
 
@@ -248,19 +217,13 @@ def freeze_reads(
     """Read many layers in one pass, without keeping their tokens, or take what an earlier call left.
 
     Args:
-        classifier: Is moved to the device and put in evaluation mode, where it has to run.
-        source: The images.
-        layers: Where to read; 0 is before the first block.
-        pools: As for `vit_cls.model.pooling.parse_pool`.
-        config: How the model is run; None takes the defaults.
         cache: A folder that keeps the reads in one file; None keeps none.
 
     Returns:
         Float32, shape ``(n, dim)``, for each pool and layer, and which images the rows are.
 
     Raises:
-        ConfigError: If the model cannot be read by that pool or has no such layer, or the cache cannot be
-            written.
+        ConfigError: As for `freeze`, or if the cache cannot be written.
         DataError: If no image can be read.
         ModelFileError: If tokens are not finite.
     """
@@ -355,11 +318,7 @@ class Answered:
 
 
 def logits_of(classifier: ImageClassifier, source: ImageSource) -> Answered:
-    """Classify every image once.
-
-    Args:
-        classifier: Is moved to the device and put in evaluation mode.
-        source: Images whose classes the model has.
+    """Classify every image once; the classifier is moved to the device and put in evaluation mode.
 
     Raises:
         DataError: If no image can be read, or a class is not the model's.

@@ -42,21 +42,7 @@ def cache_key(
 
 
 def model_digest(classifier: ImageClassifier) -> str:
-    """A digest of every weight, the architecture and the preprocessing.
-
-    Args:
-        classifier: Names of its classes and its temperature do not count: tokens do not depend on them.
-
-    Example:
-        >>> from vit_cls import create_model
-        >>> from vit_cls.model.classifier import Preprocess
-        >>> model = create_model("vit_pico_patch7_28", num_classes=1)
-        >>> one = model_digest(ImageClassifier(model, Preprocess((28, 28)), ["a"]))
-        >>> one == model_digest(ImageClassifier(model, Preprocess((28, 28)), ["b"]))
-        True
-        >>> one == model_digest(ImageClassifier(model, Preprocess((28, 28), crop_pct=1.0), ["a"]))
-        False
-    """
+    """A digest of every weight, the architecture and the preprocessing, but not of class names."""
     digest = hashlib.blake2b(digest_size=16)
     described = {
         "architecture": plain(classifier.model.config.to_dict()),
@@ -71,11 +57,7 @@ def model_digest(classifier: ImageClassifier) -> str:
 
 
 def data_digest(source: ImageSource) -> str:
-    """A digest of which images there are, in their order.
-
-    Args:
-        source: Of files in a folder the path, size and date count; of images in memory every pixel.
-    """
+    """A digest of the images in their order: path, size and date of files, every pixel of arrays."""
     index = source.index
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, ArraySource):
@@ -95,10 +77,7 @@ def data_digest(source: ImageSource) -> str:
 
 
 def joined_digest(*texts: str) -> str:
-    """One digest of several texts, short enough for a file name.
-
-    Args:
-        texts: In an order that counts.
+    """One digest of several texts, short enough for a file name; their order counts.
 
     Example:
         >>> joined_digest("a", "b") == joined_digest("ab", "")

@@ -32,10 +32,9 @@ MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Subject:
-    """What is probed.
+    """What is probed: a model whose encoder is frozen, and images.
 
     Args:
-        classifier: Its encoder is frozen; it is moved to the device and put in evaluation mode.
         parts: Images to fit on, to choose by and to report on.
         config: How the model is run.
         cache: A folder that keeps tokens; None keeps none.
@@ -52,12 +51,7 @@ class Subject:
         return TokenReader(self.classifier.model)
 
     def freeze(self, layers: Sequence[int] | None = None) -> FrozenParts:
-        """Tokens of the three parts; ``layers`` None means the last alone.
-
-        Raises:
-            ConfigError: If there is no such layer or device.
-            DataError: If a part cannot be used, or the disk is too small.
-        """
+        """Tokens of the three parts; ``layers`` None means the last alone."""
         train, val, test = (self.tokens_of(source, layers) for source in self.parts.sources)
         return FrozenParts(train, val, test, origin=self.parts.origin, device=str(self.config.device))
 
@@ -68,12 +62,7 @@ class Subject:
     def read_layers(
         self, layers: Sequence[int], pools: Sequence[str]
     ) -> tuple[dict[str, dict[tuple[str, int], np.ndarray]], dict[str, Rows]]:
-        """By part, what each pool reads at each layer, and the images; tokens are not kept.
-
-        Raises:
-            ConfigError: If a pool cannot be read at a layer.
-            DataError: If a part cannot be used.
-        """
+        """By part, what each pool reads at each layer, and the images; tokens are not kept."""
         reads, rows = {}, {}
         for part, source in zip(PARTS, self.parts.sources, strict=True):
             reads[part], rows[part] = freeze_reads(
@@ -180,7 +169,7 @@ class Probe(ABC):
         check_margin(self.margin)
 
     def run(self, subject: Subject) -> LabResult:
-        """Probe a model.
+        """Probe a model, and say how long it took.
 
         Raises:
             ConfigError: If an option does not fit the model.
@@ -210,14 +199,12 @@ class Probe(ABC):
         data: Mapping[str, Any] | None = None,
         **contents: Any,
     ) -> LabResult:
-        """What the probe has to say.
+        """What the probe has to say; ``contents`` are other fields of `LabResult`.
 
         Args:
-            settings: What the numbers depend on.
             parts: The images, for counts and failures.
             notes: What to bear in mind; files that could not be read are named after them.
             data: Where the images came from; None means counts and failures of ``parts``.
-            contents: Other fields of `LabResult`.
         """
         parts = parts or {}
         return LabResult(
@@ -234,13 +221,7 @@ class Probe(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolProbe(Probe):
-    """A probe that compares poolings of the last layer.
-
-    Args:
-        margin: The largest difference that does not matter, in (0, 1).
-        seed: Of everything that is random.
-        pools: What is read; none means the usual pools that the model has.
-    """
+    """A probe that compares poolings of the last layer: ``pools``, or the usual ones that the model has."""
 
     pools: Sequence[str] = ()
 

@@ -36,12 +36,7 @@ def usual_pools(depth: int) -> list[str]:
 
 
 def possible_pools(pools: Sequence[str], layout: TokenLayout) -> tuple[list[str], list[str]]:
-    """Those of the default pools that a model can be read by, and a sentence for those that it cannot.
-
-    Example:
-        >>> possible_pools(["cls", "gap"], TokenLayout(False, 0, (2, 2)))
-        (['gap'], ['Not read: cls, for the model has no class token.'])
-    """
+    """Those of the default pools that a model can be read by, and a sentence for those that it cannot."""
     without = [pool for pool in pools if not layout.class_token and needs_class_token(pool)]
     if not without:
         return list(pools), []
@@ -55,8 +50,7 @@ def chosen_pools(
     """The pools to compare, each once, and notes about those that were left out.
 
     Args:
-        pools: What the user named; none means ``default``, without what the model does not have.
-        default: Pools where none are named; None means `usual_pools`.
+        pools: What the user named; none means ``default``, or `usual_pools`, without what the model lacks.
 
     Raises:
         ConfigError: If a named pool is unknown, or cannot be read of the model.
@@ -74,23 +68,12 @@ def layers_needed(pools: Sequence[str], reader: TokenReader) -> list[int]:
 
 
 def reference_pool(pools: Sequence[str]) -> str:
-    """The pool that others are compared with: the class token where it is read, else the mean or the first.
-
-    Args:
-        pools: At least one.
-
-    Example:
-        >>> reference_pool(["gap", "cls"]), reference_pool(["max", "gap"])
-        ('cls', 'gap')
-    """
+    """What others are compared with: the class token where it is read, else the mean or the first."""
     return next((pool for pool in ("cls", "gap") if pool in pools), pools[0])
 
 
 def described(model: TokenModel) -> str:
     """What a model is, in a few words, for the settings of a result.
-
-    Args:
-        model: Any.
 
     Example:
         >>> from vit_cls import create_model
@@ -107,15 +90,7 @@ def described(model: TokenModel) -> str:
 
 
 def accuracy_cells(right: np.ndarray) -> tuple[float, float, float, int, int]:
-    """Cells of a table under `ACCURACY_COLUMNS`; the interval is Wilson's.
-
-    Args:
-        right: Whether each image was classified right, bool, shape ``(images,)``.
-
-    Example:
-        >>> accuracy_cells(np.array([True, False]))[3:]
-        (1, 2)
-    """
+    """Cells of a table under `ACCURACY_COLUMNS`; the interval is Wilson's."""
     count, images = int(right.sum()), len(right)
     low, high = wilson_interval(count, images)
     return count / images, low, high, count, images
@@ -136,16 +111,11 @@ def accuracy_text(right: np.ndarray) -> str:
 def compare_with(
     reference: str, scores: Mapping[str, np.ndarray], sentence: str, *, margin: float, seed: int
 ) -> dict[str, Finding]:
-    """Judge everything that was scored against one of them, ``reference``.
+    """Judge everything that was scored against one of them; p-values are adjusted over all.
 
     Args:
         scores: By name, all bool or all float, shape ``(images,)`` or ``(seeds, images)``.
         sentence: The claim, with two gaps: for a name, and for the reference.
-        margin: The largest difference that does not matter.
-        seed: Of the resampling.
-
-    Returns:
-        A finding for each other name, in their order; p-values are adjusted over all of them.
     """
     others = [name for name in scores if name != reference]
     claims = [

@@ -99,11 +99,7 @@ class HeadFit:
     """A head with the learning rate and the epoch that validation chose, and its answers.
 
     Args:
-        head: As in ``model.pool``.
-        learning_rate: The peak that was chosen.
-        epoch: The epoch that was chosen, counted from 1.
-        val_accuracy: With them, in [0, 1]; chosen as the highest, so it flatters.
-        preds: Class of each test image, int64, shape ``(images,)``.
+        val_accuracy: With what was chosen, in [0, 1]; chosen as the highest, so it flatters.
         params: Weights of the pooling and of the linear classifier.
         macs: Multiply-adds of both for one image, beyond the encoder's.
         tried: Best validation accuracy of every learning rate.
@@ -146,14 +142,7 @@ class ProbeHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Classify.
-
-        Args:
-            tokens: All tokens, shape ``(batch, tokens, dim)``.
-
-        Returns:
-            Logits, shape ``(batch, classes)``.
-        """
+        """All tokens, ``(batch, tokens, dim)``, to logits, ``(batch, classes)``."""
         read = (tokens[:, self.pooling.read] - self.mean) / self.std
         return self.classifier(self.norm(self.pooling(read)))
 
@@ -234,9 +223,6 @@ def heads_that_fit(heads: Sequence[str] | None, classifier: ImageClassifier) -> 
 
     Args:
         heads: As the user wrote them; None means `HEADS`.
-
-    Returns:
-        Heads, without repetitions: first ``cls``, or ``gap`` where the model has no class token; and notes.
 
     Raises:
         ConfigError: If there are no heads, or one of them does not fit the model.

@@ -238,18 +238,7 @@ def _pictures(probe: Reconstructions, decoded: dict[str, Decoded]) -> Pictures:
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """Pixels as a picture large enough for the eye, each pixel a square.
-
-    Args:
-        image: Shape ``(channels, height, width)``, clipped to [0, 1] here.
-
-    Returns:
-        uint8, shape ``(height, width, 3)``, at least `ENLARGED` pixels on its longer side.
-
-    Example:
-        >>> enlarge(np.ones((3, 28, 28))).shape
-        (112, 112, 3)
-    """
+    """Pixels in [0, 1], ``(channels, height, width)``, as a picture that is large enough for the eye."""
     times = -(-ENLARGED // max(image.shape[1:]))
     pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     return pixels.repeat(times, axis=0).repeat(times, axis=1)

@@ -24,15 +24,7 @@ AT_ONCE = 1 << 25
 
 
 def clipped(neighbours: Sequence[int], images: int) -> list[int]:
-    """Numbers of neighbours that there are, each once, in their order.
-
-    Args:
-        neighbours: Any, above 0.
-
-    Example:
-        >>> clipped([20, 10, 100, 200], 50)
-        [20, 10, 50]
-    """
+    """Numbers of neighbours that there are, each once, in their order."""
     return list(dict.fromkeys(min(count, images) for count in neighbours))
 
 
@@ -73,16 +65,10 @@ def knn_predict(
 
     Args:
         train: Features, shape ``(rows, dim)``, and labels, int64, shape ``(rows,)``.
-        queries: Features, shape ``(queries, dim)``.
         choices: Numbers of neighbours, at most ``rows``, and temperatures.
 
     Returns:
         int64, shape ``(queries,)``, for each choice.
-
-    Example:
-        >>> x = np.array([[1.0, 0.0], [0.0, 1.0]])
-        >>> knn_predict((x, np.array([0, 1])), np.array([[2.0, 1.0]]), [(1, 0.07)], num_classes=2)
-        {(1, 0.07): array([0])}
     """
     where = choose_device(device)
     bank = F.normalize(torch.from_numpy(np.asarray(train[0], dtype=np.float32)).to(where), dim=1)
@@ -102,13 +88,7 @@ def knn_predict(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The vote of the nearest training images by one read.
-
-    Args:
-        frozen: Whose training images vote.
-        choice: How many of them, and the temperature.
-        val_right: Validation images that they classify right.
-    """
+    """The vote of the nearest training images of ``frozen`` by one read."""
 
     pool: str
     frozen: FrozenParts

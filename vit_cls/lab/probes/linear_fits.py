@@ -67,11 +67,7 @@ class Fit:
     converged: bool = True
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """The class of each row.
-
-        Args:
-            features: Shape ``(rows, features)``.
-        """
+        """The class of each row of ``(rows, features)``."""
         scores = np.asarray(features, dtype=np.float64) @ self.weight + self.bias
         return scores.argmax(axis=1)
 

@@ -19,17 +19,7 @@ UNKNOWN = (
 
 
 def find_record(model: str | Path) -> dict[str, Any] | None:
-    """The record of the run that a model came from.
-
-    Args:
-        model: What ``--model`` names: a run folder, or a file in it.
-
-    Returns:
-        What ``run.json`` holds; None where there is none, or it cannot be read.
-
-    Example:
-        >>> find_record("vit_tiny_patch16_224")
-    """
+    """``run.json`` of the run folder that ``--model`` names or lies in; None where there is none."""
     path = Path(model)
     folders = [path] if path.is_dir() else list(path.parents)[:2] if path.is_file() else []
     for folder in folders:  # a checkpoint lies one folder deeper than the model file
@@ -42,15 +32,11 @@ def find_record(model: str | Path) -> dict[str, Any] | None:
 
 
 def overlap_note(record: Mapping[str, Any] | None, parts: Partition, data: str) -> list[str]:
-    """A sentence on images that are among those that the model was trained on.
+    """A sentence on images that are among those that the model was trained on, if there are some.
 
     Args:
         record: Of the run that the model came from, if there is one.
-        parts: The images of the probe.
         data: What ``--data`` says.
-
-    Returns:
-        One sentence, or none where the record names other images.
     """
     if record is None:
         return [UNKNOWN]

@@ -74,13 +74,7 @@ def make_mosaics(
 
 
 def mosaic(tiles: list[Tensor], k: int) -> Tensor:
-    """One image of ``k * k`` others.
-
-    Args:
-        tiles: uint8, each of shape ``(3, height, width)``, row by row.
-
-    Returns:
-        uint8, of the same shape; tiles differ by a pixel where ``k`` does not divide a side.
+    """One image of ``k * k`` others, uint8 ``(3, height, width)``, row by row.
 
     Example:
         >>> tiles = [torch.full((3, 4, 4), i, dtype=torch.uint8) for i in range(4)]
@@ -98,26 +92,14 @@ def mosaic(tiles: list[Tensor], k: int) -> Tensor:
 
 
 def edges(pixels: int, k: int) -> list[int]:
-    """Where tiles begin and end.
-
-    Example:
-        >>> edges(7, 2)
-        [0, 4, 7]
-    """
+    """Where tiles begin and end: ``[0, 4, 7]`` for two in 7 pixels."""
     return [-(-pixels * i // k) for i in range(k + 1)]
 
 
 def tile_of_patches(
     image_hw: tuple[int, int], grid_size: tuple[int, int], patch_size: int, k: int
 ) -> np.ndarray:
-    """Which tile each patch lies in.
-
-    Args:
-        image_hw: Height and width of the mosaic, in pixels.
-        patch_size: Side of a patch, in pixels.
-
-    Returns:
-        Position of the tile, row by row, int64, shape ``(patches,)``; -1 where a patch lies in more than one.
+    """Which tile each patch lies in, row by row, int64 ``(patches,)``; -1 where it lies in more than one.
 
     Example:
         >>> tile_of_patches((6, 6), (3, 3), 2, 2).tolist()
@@ -165,11 +147,7 @@ Losses = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 def fit_by_patch(train: Part, val: Part, test: Part, losses: Losses) -> dict[str, np.ndarray]:
-    """Ridge regression whose samples are patches; each task's penalty is chosen on validation images.
-
-    Returns:
-        The error of each test image, by task.
-    """
+    """Ridge regression by patches, chosen on validation: the error of each test image, by task."""
     fits = list(fits_of_moments(moments_of(_as_rows(train)), PENALTIES))
     sums = [{task: float(e.sum()) for task, e in _errors([fit], val, losses)[0].items()} for fit in fits]
     best = {task: min(range(len(fits)), key=lambda i: (sums[i][task], -fits[i].penalty)) for task in sums[0]}
@@ -197,11 +175,7 @@ def _errors(fits: Sequence[Linear], part: Part, losses: Losses) -> list[dict[str
 
 
 def place_targets(grid_size: tuple[int, int]) -> np.ndarray:
-    """Which patch it is, one against all, and its row and column from 0 to 1.
-
-    Returns:
-        Shape ``(patches, patches + 2)``.
-    """
+    """Which patch it is, one against all, then its row and column from 0 to 1: ``(patches, patches + 2)``."""
     rows, cols = grid_size
     row, col = np.divmod(np.arange(rows * cols), cols)
     one_of = one_against_all(np.arange(rows * cols), rows * cols)
@@ -226,21 +200,14 @@ def place_losses(predicted: np.ndarray, targets: np.ndarray) -> dict[str, np.nda
 
 
 def tile_losses(predicted: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Share of patches, of those that lie in one tile, whose tile gets another class.
-
-    Args:
-        predicted: One against all, shape ``(mosaics, patches, classes)``.
-    """
+    """Share of patches, of those that lie in one tile, whose tile gets another class."""
     wrong = predicted.argmax(axis=2) != targets.argmax(axis=2)
     kept = ~np.isnan(targets).any(axis=2)
     return {"tile": (wrong & kept).sum(axis=1) / kept.sum(axis=1)}
 
 
 def subset(source: ImageSource, most: int, rng: np.random.Generator) -> ImageSource:
-    """The same images, or as many of them, drawn at random, in their order.
-
-    Args:
-        most: How many at most.
+    """The same images, or ``most`` of them, drawn at random, in their order.
 
     Raises:
         ConfigError: If there are more images than that, and they are neither files nor in memory.

@@ -60,14 +60,10 @@ class Decoded:
 
 
 def working_size(image_hw: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int]:
-    """The resolution that pixels are predicted at: whole pixels a patch, at most `MAX_SIDE` a side.
+    """The resolution that pixels are predicted at, ``(height, width)``.
 
-    Args:
-        image_hw: The model's input, in pixels.
-
-    Returns:
-        Height and width: the input's where it is that small and patches tile it, else the largest multiple of
-        the grid that is not above `MAX_SIDE` (one pixel a patch for a larger grid).
+    The input's where it is at most `MAX_SIDE` and patches tile it, else the largest multiple of the grid that
+    is not above that (one pixel a patch for a larger grid).
 
     Example:
         >>> working_size((28, 28), (4, 4)), working_size((224, 224), (14, 14))
@@ -83,14 +79,7 @@ def working_size(image_hw: tuple[int, int], grid_size: tuple[int, int]) -> tuple
 def pixels_of(
     source: ImageSource, positions: np.ndarray, preprocess: Preprocess, size: tuple[int, int]
 ) -> np.ndarray:
-    """The pixels that the model saw, reduced to a size by averaging areas.
-
-    Args:
-        positions: Which ones, int, shape ``(n,)``; each can be read.
-
-    Returns:
-        float64 in [0, 1], shape ``(n, 3, height, width)``.
-    """
+    """The pixels that the model saw, averaged over areas: float64 in [0, 1], ``(n, 3, height, width)``."""
     reader = model_reader(preprocess)
     images = (reader(source.read(position)) for position in positions.tolist())
     reduced = [F.adaptive_avg_pool2d(image.float() / 255, size) for image in images]
@@ -98,12 +87,7 @@ def pixels_of(
 
 
 def ridge_decoded(x: Triple, y: Triple) -> Decoded:
-    """All pixels from one vector an image, by ridge regression; the penalty is chosen on validation.
-
-    Args:
-        x: Vectors, each of shape ``(images, features)``.
-        y: Pixels, each of shape ``(images, channels, height, width)``.
-    """
+    """All pixels, ``(images, channels, height, width)``, from one vector an image, ``(images, features)``."""
     flat = [part.reshape(len(part), -1) for part in y]
     fits = ridge_fits(x[0], flat[0], _PENALTIES)
     plain = next(fits)
@@ -191,14 +175,7 @@ class ConvDecoder(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Decode.
-
-        Args:
-            x: Shape ``(batch, dim)``, or ``(batch, patches, dim)`` by patch.
-
-        Returns:
-            Pixels, shape ``(batch, channels, height, width)``.
-        """
+        """``(batch, dim)``, by patch ``(batch, patches, dim)``, to ``(batch, channels, height, width)``."""
         rows, cols = self.grid_size
         cut = "b (r k) d -> b d r k" if self.by_patch else "b (r k d) -> b d r k"
         hidden = rearrange(self.first(x), cut, r=rows, k=cols)
@@ -209,12 +186,7 @@ class ConvDecoder(nn.Module):
 
 
 def conv_decoded(x: Triple, y: Triple, grid_size: tuple[int, int], *, seed: int) -> Decoded:
-    """Pixels by a `ConvDecoder`, trained by Adam; the step with the least validation error is kept.
-
-    Args:
-        x: Vectors, each of shape ``(images, features)``, or ``(images, patches, features)``.
-        y: Pixels, each of shape ``(images, channels, height, width)``.
-    """
+    """Pixels by a `ConvDecoder`, trained by Adam; the step with the least validation error is kept."""
     axes = tuple(range(x[0].ndim - 1))
     mean, scale = x[0].mean(axis=axes), scale_of(x[0].var(axis=axes, dtype=np.float64))
     inputs = [torch.from_numpy((part - mean) / scale).float() for part in x]

@@ -36,14 +36,11 @@ READS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """How near the reconstructions of the test images by one read are.
+    """How near the reconstructions of the test images by one read are; a value for each image.
 
     Args:
-        errors: Squared error of each image, shape ``(images,)``.
-        psnr: Of each image, in dB.
-        ssim: Of each image.
-        identified: Of each image, see `vit_cls.stats.image_metrics.identified`.
-        bands: Squared error of each image in each ring of frequencies, shape ``(images, bands)``.
+        errors: Squared error.
+        bands: Squared error in each ring of frequencies, shape ``(images, bands)``.
         agrees: Whether the model gives each reconstruction the class that it gives the image; None where the
             reconstructions are not of the model's size, or its classes are not those of the data.
     """
@@ -57,11 +54,7 @@ class Scores:
 
 
 class Reconstructions:
-    """Frozen tokens and pixels of the three parts, and the reconstructions of the pixels from the tokens.
-
-    Args:
-        decoder: ``ridge`` or ``conv``.
-    """
+    """Frozen tokens and pixels of the three parts, and the pixels reconstructed from the tokens."""
 
     def __init__(self, subject: Subject, decoder: str, seed: int) -> None:
         self.subject, self.classifier = subject, subject.classifier
@@ -157,11 +150,7 @@ class Reconstructions:
         }
 
     def score(self, images: np.ndarray) -> Scores:
-        """Compare reconstructions with the test images.
-
-        Args:
-            images: Shape ``(images, channels, height, width)``.
-        """
+        """Compare reconstructions, ``(images, channels, height, width)``, with the test images."""
         test = self.pixels[2]
         agrees = None if self.own_preds is None else self._preds(images) == self.own_preds
         return Scores(
@@ -182,11 +171,7 @@ class Reconstructions:
         return torch.cat([self.classifier(c.to(device)).argmax(1).cpu() for c in chunks]).numpy()
 
     def curves(self, layers: Sequence[int]) -> dict[str, dict[int, np.ndarray]]:
-        """Squared error of each test image by layer, linearly, from the class token and the patches' mean.
-
-        Args:
-            layers: Where; 0 is before the first block.
-        """
+        """Squared error of each test image by layer, linearly, from the class token and the patches' mean."""
         pools = ["cls", "gap"] if self.layout.class_token else ["gap"]
         reads, _ = self.subject.read_layers(layers, pools)
         found: dict[str, dict[int, np.ndarray]] = {pool: {} for pool in pools}

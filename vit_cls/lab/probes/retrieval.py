@@ -30,12 +30,7 @@ def rank_changed(
     *,
     gallery: str,
 ) -> dict[str, Rankings]:
-    """Rank by features as they are, centred, and whitened; what is fitted is fitted on the train part.
-
-    Args:
-        train: Features, shape ``(rows, dim)``.
-        test: Features of the queries, shape ``(queries, dim)``.
-    """
+    """Rank by features as they are, centred, and whitened; what is fitted is fitted on the train part."""
     whitening = fit_whitening(train)
     changes = {
         "raw": Whitening(np.zeros(train.shape[1])),
