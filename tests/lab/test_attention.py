@@ -116,6 +116,9 @@ def test_rollout_multiplies_later_layers_from_the_left():
     assert torch.equal(rollout([first, second], alpha=0.0), torch.eye(2, dtype=torch.float64)[None])
     by_hand = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]], dtype=torch.float64)
     assert torch.equal(rollout([first, second]), by_hand)
+    layers = list(torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(0)).double().softmax(dim=-1))
+    torch.testing.assert_close(rollout(layers).sum(dim=-1), torch.ones(2, 5).double())
+    assert torch.equal(rollout(layers[:1], alpha=1.0), layers[0])
 
 
 @pytest.mark.parametrize(("layers", "alpha"), [([], 0.5), ([torch.eye(2)[None]], 1.5)])

@@ -12,7 +12,7 @@ import torch
 from vit_cls.checks import check_choice
 from vit_cls.errors import ConfigError
 from vit_cls.lab.results import plain
-from vit_cls.lab.verify import heads, order, outputs, readout
+from vit_cls.lab.verify import order, outputs, readout
 from vit_cls.lab.verify.subject import RELATIVE, Check, NotApplicableError, Subject
 from vit_cls.model.classifier import ImageClassifier
 
@@ -36,17 +36,7 @@ IDENTITIES: dict[str, Callable[[Subject], Check]] = {
     "gradient-at-last-patches": readout.gradient_at_last_patches,
     "attention-rows-sum-to-one": readout.attention_rows_sum_to_one,
     "value-contributions": readout.value_contributions,
-    "uniform-attention": readout.uniform_attention,
-    "rollout-rows": readout.rollout_rows,
-    "one-layer-rollout": readout.one_layer_rollout,
     "lens-equals-logits": readout.lens_equals_logits,
-    "one-query-attention-equals-ep": heads.one_query_attention_equals_ep,
-    "zero-query-equals-gap": heads.zero_query_equals_gap,
-    "absorbed-map-equals-plain": heads.absorbed_map_equals_plain,
-    "gem-p1-is-mean": heads.gem_p1_is_mean,
-    "gem-large-p-is-max": heads.gem_large_p_is_max,
-    "lse-limits": heads.lse_limits,
-    "knn-weights-argmax": heads.knn_weights_argmax,
     "batch-independence": outputs.batch_independence,
     "evaluation-is-deterministic": outputs.evaluation_is_deterministic,
     "normalisation": outputs.normalisation,
@@ -105,8 +95,8 @@ def what(name: str) -> str:
     """What must hold, as a sentence.
 
     Example:
-        >>> what("rollout-rows")
-        'Rows of attention rollout sum to 1.'
+        >>> what("lens-equals-logits")
+        "The head, applied to the tokens after the last block, gives the model's logits."
     """
     return (IDENTITIES[name].__doc__ or "").splitlines()[0]
 

@@ -7,14 +7,10 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from vit_cls.lab.attention import (
-    attention_distance,
-    attention_entropy,
     attention_parts,
-    rollout,
-    uniform_distance,
 )
 from vit_cls.lab.verify.subject import (
     RELATIVE,
@@ -25,7 +21,6 @@ from vit_cls.lab.verify.subject import (
     greater,
     largest,
     need_native,
-    need_symmetry,
     relative_residual,
 )
 
@@ -111,21 +106,6 @@ def _biased(layer: nn.Linear, last: int) -> nn.Linear:
     return made
 
 
-def rollout_rows(subject: Subject) -> Check:
-    """Rows of attention rollout sum to 1.
-
-    Source:
-        https://arxiv.org/abs/2005.00928.
-    """
-    return Check(largest(rollout(subject.attention).sum(dim=-1) - 1), RELATIVE, subject.tolerance)
-
-
-def one_layer_rollout(subject: Subject) -> Check:
-    """Rollout of one layer without the residual connection is that layer's attention."""
-    last = subject.attention[-1:]
-    return exact(largest(rollout(last, alpha=1.0) - last[0]))
-
-
 def value_contributions(subject: Subject) -> Check:
     """What a token sends to another, summed over the tokens, plus the bias is the attention's output.
 
@@ -142,53 +122,6 @@ def value_contributions(subject: Subject) -> Check:
     sent = rearrange(heads, "b i j h d -> b i j (h d)") @ attn.proj.weight.T  # (B, rows, N, D)
     bias = 0 if attn.proj.bias is None else attn.proj.bias
     return subject.relative(sent.sum(dim=2) + bias, call.output[:, rows])
-
-
-def uniform_attention(subject: Subject) -> Check:
-    """Zero queries attend to all alike: entropy log N, the mean distance of the grid, the mean value."""
-    need_symmetry_of_scores(subject)
-    call = subject.call(0)
-    attn = _without_queries(call.attn)
-    parts = attention_parts(attn, *call.args, **call.kwargs)
-    first, grid, patch = subject.layout.num_prefix_tokens, subject.layout.grid_size, subject.config.patch_size
-    distance = attention_distance(parts.weights[..., first:, first:], grid, patch)
-    expected = torch.full_like(distance, uniform_distance(grid, patch))
-    mean = rearrange(parts.values.mean(dim=2, keepdim=True), "b h n d -> b n (h d)")
-    attn.proj = attn.norm = nn.Identity()
-    attn.gate = None
-    found = attn(*call.args, **call.kwargs)
-    residuals = (
-        largest(attention_entropy(parts.weights) - 1),
-        relative_residual(distance, expected),
-        relative_residual(found, mean.expand_as(found)),
-    )
-    return Check(max(residuals), RELATIVE, subject.tolerance)
-
-
-def need_symmetry_of_scores(subject: Subject) -> None:
-    """Leave a check about scores of zero, if something is added to them; rotary positions add nothing.
-
-    Raises:
-        NotApplicableError: If attention is causal or has relative positions.
-    """
-    if getattr(getattr(subject.model, "body", None), "rope", None) is None:
-        need_symmetry(subject)
-
-
-def _without_queries(attn: Any) -> Any:
-    probe = _copy(attn)
-    zeroed: list[Tensor | None] = [getattr(probe, "q_bias", None)]
-    if probe.qkv is None:
-        zeroed += [probe.q_proj.weight, probe.q_proj.bias]
-    else:
-        third = probe.qkv.out_features // 3
-        zeroed += [part if part is None else part[:third] for part in (probe.qkv.weight, probe.qkv.bias)]
-    norm = getattr(probe, "q_norm", nn.Identity())
-    zeroed += [getattr(norm, "weight", None), getattr(norm, "bias", None)]
-    for part in zeroed:
-        if part is not None:
-            part.zero_()
-    return probe
 
 
 def lens_equals_logits(subject: Subject) -> Check:

@@ -247,12 +247,6 @@ class Subject:
             found.append(Alone(after[0][0, 0], read_token, logits))
         return found
 
-    @cached_property
-    def patches(self) -> Tensor:
-        """Normalised patch tokens of the last block, which poolings are tried on; float64, on the CPU."""
-        patches = self.layers[-1][:, self.layout.num_prefix_tokens :].cpu().double()
-        return torch.nn.functional.layer_norm(patches, patches.shape[-1:])
-
     def relative(self, found: Tensor, expected: Tensor) -> Check:
         """The largest difference, over the largest value.
 
