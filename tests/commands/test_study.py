@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -134,6 +135,17 @@ def test_a_study_trains_answers_and_reports_with_all_of_its_own_defaults(name, p
     for file in ("results.json", "report.html", "report.md"):
         text = (place / found["output"] / file).read_text().replace("&#39;", "'")
         assert found["headline"] in text, file
+
+
+def test_commas_make_a_list_of_each_option_of_a_study_that_is_one(capsys):
+    found = 0
+    for name, kind in STUDIES.items():
+        for option, one in inspect.signature(kind).parameters.items():
+            if str(one.annotation).startswith("Sequence"):
+                main(["study", name, "--data", "nowhere", f"--{option}", "1,2"])
+                assert "Expected a" not in capsys.readouterr().err, (name, option)
+                found += 1
+    assert found >= 8
 
 
 def test_help_lists_every_study_and_the_options_of_one(capsys):

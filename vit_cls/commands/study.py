@@ -54,7 +54,7 @@ def run(words: list[str]) -> Outcome:
     parser.add_class_arguments(kind, None, skip={"setup"})
     parser.add_argument("--jobs", type=int | None, default=None, help="processes; null suits the machine")
     parser.add_argument("--shard", type=str | None, default=None, help="i/n: train the i-th part of n here")
-    args = parse(parser, comma_lists(rest))
+    args = parse(parser, comma_lists(rest, kind))
     study, folder = _study(name, kind, args)
     spread = Spread.parse(default_jobs(study.setup.data) if args.jobs is None else args.jobs, args.shard)
     trials = study.trials()

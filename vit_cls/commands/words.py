@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -9,9 +10,9 @@ from typing import Any
 
 from vit_cls.errors import ConfigError, did_you_mean
 
-_LISTS = "counts depths heads layers modes neighbours temperatures tokens variants pools"
+_LISTS = "heads layers neighbours temperatures pools"
 LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
-"""Options that hold several values, which people write with commas."""
+"""Options of probes that hold several values, which people write with commas."""
 ALIASES = {"--ways": "--pools"}
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
@@ -44,11 +45,12 @@ def name_and_rest(
     return words[0], words[1:]
 
 
-def comma_lists(words: list[str]) -> list[str]:
+def comma_lists(words: list[str], kind: type | None = None) -> list[str]:
     """``--heads cls,gap`` as the list that the parser wants, and old spellings as today's.
 
     Args:
         words: The words after the verb.
+        kind: A class whose arguments are options too; those that are sequences are lists.
 
     Example:
         >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2", "--temperatures", ".07,1e-1"])
@@ -57,12 +59,15 @@ def comma_lists(words: list[str]) -> list[str]:
         ['--pools=["cls"]']
     """
     words = [re.sub(r"^--\w+", lambda flag: ALIASES.get(flag[0], flag[0]), word) for word in words]
+    own = inspect.signature(kind).parameters.values() if kind is not None else ()
+    sequences = [one.name for one in own if str(one.annotation).startswith("Sequence")]
+    lists = {*LISTS, *(f"--{name}" for name in sequences)}
     found = list(words)
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if flag in LISTS and equals:
+        if flag in lists and equals:
             found[i] = f"{flag}={_list(value)}"
-        elif word in LISTS and i + 1 < len(words):
+        elif word in lists and i + 1 < len(words):
             found[i + 1] = _list(words[i + 1])
     return found
 
