@@ -12,17 +12,25 @@ import pytest
 import torch
 from torch import nn
 
+from vit_cls.data.dataset import ArraySource
+from vit_cls.data.index import ImageIndex, PathTable
+from vit_cls.data.partition import Partition
 from vit_cls.lab.features import FrozenTokens, Rows
 from vit_cls.lab.seeding import seeded
 from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.study import Study
 from vit_cls.lab.studies.trials import ANSWERS, DONE, Trial, trial_folder
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import make_pooling
 from vit_cls.model.pooling_base import PoolingContext
 from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 from vit_cls.weights.factory import create_classifier
+
+COLOURS = ["black", "white"]
 
 
 class _Readable(nn.Module):
@@ -190,3 +198,43 @@ class Counting:
 def counting(fresh):
     """A function to `Counting`, from errors by the trial's key."""
     return lambda errors=None: Counting(fresh(), errors or {})
+
+
+@pytest.fixture(scope="session")
+def quarters():
+    """A function to parts in memory, from how many images of each of two classes each part has.
+
+    An image of 8x8 has its class as the colour of the right upper quarter; all else is grey.
+    """
+
+    def source(counts: tuple[int, int]) -> ArraySource:
+        labels = np.repeat([0, 1], counts)
+        images = torch.full((len(labels), 3, 8, 8), 128, dtype=torch.uint8)
+        images[:, :, :4, 4:] = torch.from_numpy(255 * labels).to(torch.uint8)[:, None, None, None]
+        paths = PathTable([f"{COLOURS[label]}/{i}.png" for i, label in enumerate(labels)])
+        return ArraySource(ImageIndex(Path("memory"), paths, labels, COLOURS), images)
+
+    return lambda *counts: Partition(*map(source, counts), "memory")
+
+
+@pytest.fixture(scope="session")
+def quarter_classifier():
+    """A function to a classifier of these images whose blocks do nothing, so that a token knows its patch.
+
+    Tokens are ``(x, -x)``, where ``x`` is the mean colour of a patch from -1 to 1, and 0 for the class token.
+    Settings are of `ViTConfig`; ``change`` may do something to the model.
+    """
+
+    def make(change: Callable[[nn.Module], object] = lambda model: None, **settings) -> ImageClassifier:
+        sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 2, "num_heads": 1, "mlp_ratio": 1.0}
+        model = VisionTransformer(ViTConfig(**sizes, num_classes=2, **settings))
+        signs = torch.tensor([1.0, -1.0])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            model.patch_embed.proj.weight.copy_(signs[:, None, None, None].expand(2, 3, 4, 4) / 48)
+            model.head.weight.copy_(torch.stack([-signs, signs]))
+            change(model)
+        return ImageClassifier(model, Preprocess((8, 8), crop_pct=1.0), COLOURS).eval()
+
+    return make

@@ -3,78 +3,42 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from vit_cls.data.dataset import ArraySource
-from vit_cls.data.index import ImageIndex, PathTable
-from vit_cls.data.partition import Partition
 from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.any_token import AnyTokenStudy, overall
 from vit_cls.lab.studies.patch_tokens import FrozenReads, chosen_patches, frozen_claims, grid_of
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Setup
 from vit_cls.lab.studies.trials import MODEL, Spread, TrialData, run_trials
-from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.verdicts import judge_all
 from vit_cls.training.trial import train_trial
-from vit_cls.weights.bundle import save_classifier
+from vit_cls.weights.bundle import MODEL_FILE, save_classifier
 
-CLASSES = ["black", "white"]
 TOKENS = ("cls", "first", "corner", "centre", "token:1", "gap")
 RECIPE = Recipe(patch_size=4, epochs=7, lr=8e-3, warmup_epochs=3.5)
 
 
-def one_patch_classifier(pool: str, class_token: bool) -> ImageClassifier:
-    """Blocks do nothing, so that each token knows its own patch: ``(x, -x)`` for a mean colour of ``x``."""
-    config = ViTConfig(
-        img_size=8, patch_size=4, embed_dim=2, depth=1, num_heads=1, mlp_ratio=1.0, num_classes=2,
-        pool=pool, class_token=class_token, final_norm=False,
-    )  # fmt: skip
-    model = VisionTransformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        signs = torch.tensor([1.0, -1.0])
-        model.patch_embed.proj.weight.copy_(signs[:, None, None, None].expand(2, 3, 4, 4) / 48)
-        model.head.weight.copy_(torch.stack([-signs, signs]))
-        model.head.bias[1] = 0.001  # where nothing is seen, all is white
-    return ImageClassifier(model, Preprocess((8, 8), crop_pct=1.0), CLASSES).eval()
-
-
-def source(count: int) -> ArraySource:
-    """Images of 8x8: the class is the colour of the right upper quarter, all else is grey."""
-    labels = np.repeat([0, 1], count)
-    images = torch.full((len(labels), 3, 8, 8), 128, dtype=torch.uint8)
-    images[:, :, :4, 4:] = torch.from_numpy(255 * labels).to(torch.uint8)[:, None, None, None]
-    paths = PathTable([f"{CLASSES[label]}/{i}.png" for i, label in enumerate(labels)])
-    return ArraySource(ImageIndex(Path("memory"), paths, labels, CLASSES), images)
-
-
 @pytest.fixture
-def in_memory(monkeypatch):
-    parts = Partition(source(8), source(4), source(60), "memory")
+def finished(quarters, quarter_classifier, tmp_path, monkeypatch):
+    """A function to the answer of a study on models that see one patch alone, and what was to be trained."""
+    parts = quarters((8, 8), (4, 4), (60, 60))
     monkeypatch.setattr(TrialData, "parts", lambda self, seed: parts)
-
-
-@pytest.fixture
-def finished(in_memory, tmp_path):
-    """A function to the answer of a study, and what it asked its trainer for."""
 
     def run(**options):
         asked = []
 
         def train(run_dir, train, val, *, origin, seed, loader, **settings):
             asked.append({"seed": seed, **settings})
-            model = settings["model"]
+            pool, class_token = (settings["model"].get(key, True) for key in ("pool", "class_token"))
+            classifier = quarter_classifier(
+                lambda model: model.head.bias[1].fill_(0.001),  # where nothing is seen, all is white
+                depth=1, final_norm=False, pool=pool, class_token=class_token,
+            )  # fmt: skip
             run_dir.mkdir(parents=True, exist_ok=True)
-            classifier = one_patch_classifier(model["pool"], model.get("class_token", True))
-            return save_classifier(classifier, run_dir / "model.safetensors")
+            return save_classifier(classifier, run_dir / MODEL_FILE)
 
         study = AnyTokenStudy(Setup("digits", tmp_path, seeds=2, margin=0.1, recipe=RECIPE), **options)
         assert run_trials(study.trials(), tmp_path, train, Spread()) == 0

@@ -3,121 +3,78 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vit_cls import create_model
 from vit_cls.commands import study as command
-from vit_cls.data.dataset import ArraySource
-from vit_cls.data.index import ImageIndex, PathTable
-from vit_cls.data.partition import Partition
 from vit_cls.errors import ConfigError, DataError, ModelFileError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.refine import RefineStudy, headline
 from vit_cls.lab.studies.refinement import refinement
 from vit_cls.lab.studies.study import Setup
-from vit_cls.lab.studies.trials import Spread, run_trials
+from vit_cls.lab.studies.trials import Spread, TrialData, run_trials
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.verdicts import Finding
 from vit_cls.weights.bundle import save_classifier
 
-CLASSES = ["black", "white"]
-PER_CLASS = {"train": 8, "val": 4, "test": 40}
-TINY = {
-    "img_size": 8,
-    "patch_size": 4,
-    "embed_dim": 2,
-    "depth": 3,
-    "num_heads": 1,
-    "mlp_ratio": 1.0,
-    "norm_eps": 1.0,
-}
-
-
-def pixels(label: int) -> np.ndarray:
-    """An image of 8x8: the class is the colour of the right upper quarter, all else is grey."""
-    image = np.full((8, 8, 3), 128, dtype=np.uint8)
-    image[:4, 4:] = 255 * label
-    return image
+PER_CLASS = (8, 8), (4, 4), (40, 40)
+"""Images of each class in each part."""
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of such images, in three parts."""
-    root = tmp_path_factory.mktemp("images")
-    for part, count in PER_CLASS.items():
-        for label, name in enumerate(CLASSES):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(pixels(label)).save(root / part / name / f"{i}.png")
-    return root
+def gathering(quarter_classifier):
+    """A function to a model: every token takes up the mean of all in block 2; blocks 1 and 3 do nothing."""
 
-
-@pytest.fixture
-def parts():
-    """The same images in memory."""
-
-    return in_memory({part: [count, count] for part, count in PER_CLASS.items()})
-
-
-def in_memory(counts: dict[str, list[int]]) -> Partition:
-    """So many images of each class in each part."""
-
-    def source(of_class: list[int]) -> ArraySource:
-        labels = np.repeat([0, 1], of_class)
-        names = PathTable([f"{CLASSES[label]}/{i}.png" for i, label in enumerate(labels)])
-        index = ImageIndex(Path("memory"), names, labels, CLASSES)
-        return ArraySource(
-            index, torch.stack([torch.from_numpy(pixels(one)).permute(2, 0, 1) for one in labels])
-        )
-
-    return Partition(*(source(counts[part]) for part in ("train", "val", "test")), "memory")
-
-
-def gathering_classifier(**settings) -> ImageClassifier:
-    """Every token takes up the mean of all in block 2; blocks 1 and 3 do nothing; positions are zero.
-
-    Tokens are ``(x, -x)``, where ``x`` is the mean colour of a patch from -1 to 1, and 0 for the class token.
-    """
-    model = VisionTransformer(ViTConfig(**{**TINY, "num_classes": 2, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
+    def gather(model):
         for norm in [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]:
             norm.weight.fill_(1)
-        signs = torch.tensor([1.0, -1.0])
-        model.patch_embed.proj.weight.copy_(signs[:, None, None, None].expand(2, 3, 4, 4) / 48)
-        gather = model.blocks[1].attn
-        gather.qkv.weight[4:] = torch.eye(2)  # values; queries and keys of zero weigh all tokens alike
-        gather.proj.weight.copy_(torch.eye(2))
-        model.head.weight.copy_(torch.stack([-signs, signs]))
-    return ImageClassifier(model, Preprocess((8, 8), crop_pct=1.0), CLASSES).eval()
+        attn = model.blocks[1].attn
+        attn.qkv.weight[4:] = torch.eye(2)  # values; queries and keys of zero weigh all tokens alike
+        attn.proj.weight.copy_(torch.eye(2))
 
-
-def train_nothing(run_dir, train, val, *, origin, seed, model, optim, loader, epochs):
-    """Save the classifier above in the place of a trained one."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return save_classifier(gathering_classifier(), run_dir / "model.safetensors")
+    return partial(quarter_classifier, gather, depth=3, norm_eps=1.0)
 
 
 @pytest.fixture(scope="module")
-def result(images, tmp_path_factory):
-    """The answer of three seeds."""
-    study = RefineStudy(Setup(str(images), tmp_path_factory.mktemp("study"), seeds=3), permutations=5)
-    assert run_trials(study.trials(), study.setup.folder, train_nothing, Spread()) == 0
-    return study.analyse(Answers(study.setup.folder))
+def parts(quarters):
+    return quarters(*PER_CLASS)
+
+
+@pytest.fixture(scope="module")
+def train_nothing(gathering):
+    """Saves the model above in the place of a trained one."""
+
+    def train(run_dir, *args, **settings):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return save_classifier(gathering(), run_dir / "model.safetensors")
+
+    return train
 
 
 @pytest.fixture
-def model_file(tmp_path):
-    return str(save_classifier(gathering_classifier(), tmp_path / "model.safetensors"))
+def images(parts, monkeypatch):
+    """The images above are those of every study."""
+    monkeypatch.setattr(TrialData, "parts", lambda self, seed: parts)
+
+
+@pytest.fixture(scope="module")
+def result(parts, train_nothing, tmp_path_factory):
+    """The answer of three seeds."""
+    study = RefineStudy(Setup("digits", tmp_path_factory.mktemp("study"), seeds=3), permutations=5)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(TrialData, "parts", lambda self, seed: parts)
+        assert run_trials(study.trials(), study.setup.folder, train_nothing, Spread()) == 0
+        return study.analyse(Answers(study.setup.folder))
+
+
+@pytest.fixture
+def model_file(gathering, tmp_path):
+    return str(save_classifier(gathering(), tmp_path / "model.safetensors"))
 
 
 def test_the_block_that_gathers_the_class_is_the_first_whose_class_token_is_used(result):
@@ -169,9 +126,9 @@ def test_what_is_read_off_replaced_and_inserted_is_what_this_model_must_give(res
     assert values["kl"][2] > 0.001
 
 
-def test_the_mean_class_token_is_that_of_the_training_images():
+def test_the_mean_class_token_is_that_of_the_training_images(gathering, quarters):
     """Most training images are black and most test images white: the mean of each part would say its own."""
-    found = refinement(gathering_classifier(), in_memory({"train": [12, 4], "val": [4, 4], "test": [6, 30]}))
+    found = refinement(gathering(), quarters((12, 4), (4, 4), (6, 30)))
     assert found.preds.tolist() == [0] * 6 + [1] * 30
     assert found.replaced[1].tolist() == found.preds.tolist()  # not yet needed
     assert found.replaced[2].tolist() == found.replaced[3].tolist() == [0] * 36
@@ -186,8 +143,8 @@ def test_shuffling_changes_nothing_before_the_first_block_and_permutes_logits_af
     assert values["shuffle_last_layer_max_distance_to_permuted_logits"] < 1e-6
 
 
-def test_shuffled_accuracy_is_the_share_of_images_that_got_a_token_of_their_own_class(parts):
-    found = refinement(gathering_classifier(), parts, seeds=[4], permutations=2)
+def test_shuffled_accuracy_is_the_share_of_images_that_got_a_token_of_their_own_class(gathering, parts):
+    found = refinement(gathering(), parts, seeds=[4], permutations=2)
     rng = np.random.default_rng(4)
     labels = parts.test.index.labels
     same = np.mean([labels[rng.permutation(len(labels))] == labels for _ in range(2)], axis=0)
@@ -196,9 +153,9 @@ def test_shuffled_accuracy_is_the_share_of_images_that_got_a_token_of_their_own_
     assert found.shuffled[1].min() == 1.0
 
 
-def test_batches_of_any_size_see_the_permutation_of_the_whole_test_part(parts):
+def test_batches_of_any_size_see_the_permutation_of_the_whole_test_part(gathering, parts):
     one, many = (
-        refinement(gathering_classifier(), parts, config=InferenceConfig(precision="32", batch_size=size))
+        refinement(gathering(), parts, config=InferenceConfig(precision="32", batch_size=size))
         for size in (80, 7)
     )
     assert np.array_equal(one.shuffled, many.shuffled)
@@ -206,9 +163,9 @@ def test_batches_of_any_size_see_the_permutation_of_the_whole_test_part(parts):
     np.testing.assert_allclose(one.kl, many.kl, atol=1e-6)
 
 
-def test_divergence_is_that_of_the_answers_of_the_two_images(parts):
-    found = refinement(gathering_classifier(), parts, permutations=1)
-    classifier = gathering_classifier()
+def test_divergence_is_that_of_the_answers_of_the_two_images(gathering, parts):
+    found = refinement(gathering(), parts, permutations=1)
+    classifier = gathering()
     with torch.no_grad():
         black, white = classifier.probs(classifier(parts.test.images[[0, 79]]))
     from_black = float((black * (black / white).log()).sum())
@@ -217,10 +174,11 @@ def test_divergence_is_that_of_the_answers_of_the_two_images(parts):
     np.testing.assert_allclose(moved, from_black, rtol=1e-5)
 
 
-def test_a_model_of_the_user_is_not_trained_and_answers_for_itself(images, tmp_path, model_file):
-    study = RefineStudy(Setup(str(images), tmp_path / "none", seeds=3), model=model_file, permutations=2)
+def test_a_model_of_the_user_is_not_trained_and_answers_for_itself(
+    images, tmp_path, model_file, train_nothing
+):
+    study = RefineStudy(Setup("digits", tmp_path / "none", seeds=3), model=model_file, permutations=2)
     assert study.trials() == []
-    assert run_trials([], study.setup.folder, train_nothing, Spread()) == 0
     result = study.analyse(Answers(study.setup.folder))
     assert result.values["first_used_layer"] == 2
     assert result.findings[1].counts == {"seeds": 1, "images": 80}
@@ -243,16 +201,14 @@ def test_predictions_suffice_to_compute_the_shuffled_accuracy_again(result):
     assert ((ridge == kept["targets"]).mean(axis=(0, 2)) == result.values["ridge_probe"]).all()
 
 
-def test_seeds_draw_other_permutations(parts):
-    first, again, other = (
-        refinement(gathering_classifier(), parts, seeds=[seed]).shuffled for seed in (0, 0, 1)
-    )
+def test_seeds_draw_other_permutations(gathering, parts):
+    first, again, other = (refinement(gathering(), parts, seeds=[seed]).shuffled for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_a_causal_model_is_shuffled_but_not_deprived_of_its_class_token(parts):
-    classifier = gathering_classifier(causal=True, class_position="last")
+def test_a_causal_model_is_shuffled_but_not_deprived_of_its_class_token(gathering, parts):
+    classifier = gathering(causal=True, class_position="last")
     found = refinement(classifier, parts)
     assert found.inserted is None
     assert found.shuffled.mean(axis=1).round(1).tolist() == [1.0, 1.0, 0.5, 0.5]
@@ -265,7 +221,9 @@ def test_identities_hold_for_models_of_timm(name, late, parts):
     torch.manual_seed(0)
     small = {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 32, "pool": "cls"}
     model = create_model(name, num_classes=2, **small)
-    found = refinement(ImageClassifier(model, Preprocess((32, 32)), CLASSES), parts, permutations=2)
+    found = refinement(
+        ImageClassifier(model, Preprocess((32, 32)), ["black", "white"]), parts, permutations=2
+    )
     assert found.layer0_change == 0.0
     assert found.last_change < 1e-5
     assert found.kl[2].max() > 0  # the class token of random weights differs from image to image
@@ -275,10 +233,9 @@ def test_identities_hold_for_models_of_timm(name, late, parts):
         assert len(set(found.inserted[2].tolist())) == 1
 
 
-def test_a_head_that_reads_patches_is_refused(images, tmp_path):
-    model = VisionTransformer(ViTConfig(**{**TINY, "num_classes": 2, "pool": "gap"}))
-    file = save_classifier(ImageClassifier(model, Preprocess((8, 8)), CLASSES), tmp_path / "gap.safetensors")
-    study = RefineStudy(Setup(str(images), tmp_path / "none"), model=str(file))
+def test_a_head_that_reads_patches_is_refused(quarter_classifier, tmp_path):
+    file = save_classifier(quarter_classifier(depth=1, pool="gap"), tmp_path / "gap.safetensors")
+    study = RefineStudy(Setup("digits", tmp_path / "none"), model=str(file))
     for refused in (study.trials, lambda: study.analyse(Answers(tmp_path))):
         with pytest.raises(ConfigError, match=r"\(pool cls\).*got a model with pool gap"):
             refused()
@@ -297,7 +254,7 @@ def test_a_model_that_is_not_there_is_refused_before_anything_begins(tmp_path):
 
 def test_the_command_writes_a_report_for_a_model_of_the_user(images, tmp_path, model_file):
     folder = tmp_path / "report"
-    words = ["refine", "--data", str(images), "--model", model_file, "--output", str(folder), "--seeds", "1"]
+    words = ["refine", "--data", "digits", "--model", model_file, "--output", str(folder), "--seeds", "1"]
     outcome = command.run(words)
     assert "Supported: the class token is used from block 2 of 3 on, and not before" in outcome.text
     record = json.loads((folder / "results.json").read_text())
