@@ -99,26 +99,6 @@ def test_noise_keeps_all_classes_and_fills_the_other_tiles_evenly(parts):
     assert counts.max() < 1.3 * counts.mean()
 
 
-def test_the_mean_over_tiles_holds_the_image_by_exactly_its_share_and_the_maximum_does_not(parts):
-    """A feature that is linear in a tile's pixels, and larger for the images to be told apart."""
-    bright = {n: n + 55 for n in range(12) if n % 4 >= 2}
-    images = parts.test.images.clone()
-    for i in range(12):
-        images[i] = bright.get(i, i)
-    test = ArraySource(parts.test.index, images)
-    weight = np.linspace(1, 2, 12)
-    for relevant in (16, 4, 2, 1):
-        made = mosaic_parts(Partition(parts.train, parts.val, test, ""), side=4, relevant=relevant).test
-        tiles = rearrange(made.images.numpy(), "n c (r h) (s w) -> n (r s) (c h w)", r=4, s=4) @ weight
-        for i, path in enumerate(made.index.paths):
-            target = bright[int(Path(path).stem) - 200] * weight.sum()
-            rest = np.delete(tiles[i], made.tiles[i])
-            share = relevant / 16
-            signal = tiles[i].mean() - (1 - share) * (rest.mean() if len(rest) else 0.0)
-            assert signal == pytest.approx(share * target, rel=1e-12)
-            assert tiles[i].max() == pytest.approx(target, rel=1e-12)
-
-
 def test_digits_keep_their_pixels_and_test_mosaics_are_the_same_for_every_seed():
     data = TrialData("digits", mosaic={"side": 4, "relevant": 2})
     one, other = data.parts(0), data.parts(1)

@@ -39,12 +39,6 @@ def attention_module(block: nn.Module) -> Any:
 
     Raises:
         ConfigError: If the block's attention is not a single softmax over scaled products.
-
-    Example:
-        >>> from vit_cls.model.attention import Attention
-        >>> from vit_cls.model.block import Block, Mlp
-        >>> attention_module(Block(8, Attention(8, 2), Mlp(8, 16))).num_heads
-        2
     """
     attn = getattr(block, "attn", None)
     if attn is None or type(attn).__name__ not in KNOWN:
@@ -157,11 +151,6 @@ def rollout(layers: Sequence[Tensor], *, alpha: float = 0.5) -> Tensor:
     Raises:
         ConfigError: If there is no layer or ``alpha`` is out of range.
 
-    Example:
-        >>> rollout([torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])])
-        tensor([[[0.5000, 0.5000],
-                 [0.0000, 1.0000]]])
-
     Source:
         Attention rollout, https://arxiv.org/abs/2005.00928, equation 1 with ``alpha`` 0.5.
     """
@@ -176,12 +165,7 @@ def rollout(layers: Sequence[Tensor], *, alpha: float = 0.5) -> Tensor:
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
-    """Entropy of each row, ``(..., tokens)`` to ``(...)``, as a share of the entropy of uniform attention.
-
-    Example:
-        >>> attention_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]])).tolist()
-        [0.0, 1.0]
-    """
+    """Entropy of each row, ``(..., tokens)`` to ``(...)``, as a share of the entropy of uniform attention."""
     return torch.special.entr(weights).sum(dim=-1) / math.log(max(2, weights.shape[-1]))
 
 
@@ -190,10 +174,6 @@ def attention_distance(weights: Tensor, grid_size: tuple[int, int], patch_size: 
 
     Weights are from patches to patches, ``(..., patches, patches)``; rows are brought to a sum of 1 here. The
     mean over the patches is of shape ``(...)``.
-
-    Example:
-        >>> attention_distance(torch.ones(4, 4), (2, 2), 10).round().item()
-        9.0
 
     Source:
         ViT, https://arxiv.org/abs/2010.11929, figure 7 right and appendix D.7.
@@ -209,12 +189,7 @@ def attention_distance(weights: Tensor, grid_size: tuple[int, int], patch_size: 
 
 
 def uniform_distance(grid_size: tuple[int, int], patch_size: int) -> float:
-    """What `attention_distance` is where every patch attends to all alike: the mean of two random patches.
-
-    Example:
-        >>> round(uniform_distance((14, 14), 16), 3)
-        116.492
-    """
+    """What `attention_distance` is where every patch attends to all alike: the mean of two random patches."""
     rows, cols = grid_size
     total = sum(
         _pairs(rows, down) * _pairs(cols, right) * math.hypot(down, right)

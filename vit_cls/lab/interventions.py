@@ -72,24 +72,13 @@ def changed_tokens(model: TokenModel, layer: int, change: Change) -> Iterator[No
 
 
 def shuffle_token(position: int, order: Tensor) -> Change:
-    """Exchange one token between the images of a batch: image i gets that of image ``order[i]``.
-
-    Example:
-        >>> tokens = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
-        >>> shuffle_token(0, torch.tensor([1, 0]))(tokens).flatten().tolist()
-        [3.0, 2.0, 1.0, 4.0]
-    """
+    """Exchange one token between the images of a batch: image i gets that of image ``order[i]``."""
 
     return lambda tokens: replace_token(position, tokens[order.to(tokens.device), position])(tokens)
 
 
 def replace_token(position: int, value: Tensor) -> Change:
-    """Put another vector in the place of one token: ``(dim,)``, or ``(batch, dim)`` for one each.
-
-    Example:
-        >>> replace_token(-1, torch.tensor([9.0]))(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
-        [1.0, 9.0]
-    """
+    """Put another vector in the place of one token: ``(dim,)``, or ``(batch, dim)`` for one each."""
 
     def change(tokens: Tensor) -> Tensor:
         tokens = tokens.clone()
@@ -100,12 +89,7 @@ def replace_token(position: int, value: Tensor) -> Change:
 
 
 def insert_tokens(position: int, values: Tensor) -> Change:
-    """Put tokens, ``(new tokens, dim)`` or ``(batch, new tokens, dim)``, before a position, or at the end.
-
-    Example:
-        >>> insert_tokens(1, torch.tensor([[9.0]]))(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
-        [1.0, 9.0, 2.0]
-    """
+    """Put tokens, ``(new tokens, dim)`` or ``(batch, new tokens, dim)``, before a position, or at the end."""
 
     def change(tokens: Tensor) -> Tensor:
         if not 0 <= position <= tokens.shape[1]:
@@ -119,11 +103,6 @@ def insert_tokens(position: int, values: Tensor) -> Change:
 
 
 def reorder_tokens(tokens: Tensor, order: Tensor) -> Tensor:
-    """The same tokens in another order: the old position of each new one, for all images or for each.
-
-    Example:
-        >>> reorder_tokens(torch.tensor([[[1.0], [2.0]]]), torch.tensor([1, 0])).flatten().tolist()
-        [2.0, 1.0]
-    """
+    """The same tokens in another order: the old position of each new one, for all images or for each."""
     index = order.to(tokens.device).expand(len(tokens), -1)
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))

@@ -116,12 +116,7 @@ def collect_class_tokens(classifier: ImageClassifier, source: ImageSource) -> Cl
 
 
 def pair_cosine(tokens: np.ndarray) -> np.ndarray:
-    """Mean cosine over the pairs of two or more tokens, none of them zero: ``(..., K, dim)`` to ``(...)``.
-
-    Example:
-        >>> round(float(pair_cosine(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))), 6)
-        0.333333
-    """
+    """Mean cosine over the pairs of two or more tokens, none of them zero: ``(..., K, dim)`` to ``(...)``."""
     count = tokens.shape[-2]
     matrix = cosine_matrix(tokens)
     diagonal = np.trace(matrix, axis1=-2, axis2=-1)
@@ -173,11 +168,6 @@ def against_seeds(outputs: np.ndarray, *, seed: int) -> AgainstSeeds | None:
     If the tokens of a model had nothing to do with each other, it would not matter which of all tokens are
     put together as a model: they are dealt out at random, and the mean cosine within a model computed again.
     Outputs are of shape ``(seeds, images, K, dim)``; one seed alone gives None.
-
-    Example:
-        >>> right, up = [[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
-        >>> against_seeds(np.array([[right], [up]]), seed=0).independent
-        0.0
     """
     seeds, images, count, dim = outputs.shape
     if seeds < 2:
@@ -210,10 +200,6 @@ def jensen_shannon(rows: Tensor) -> Tensor:
 
     Rows are of shape ``(..., K, places)``, each of which sums to 1; the result, ``(...)``, goes from 0, where
     all are equal or there is one alone, to 1, where they have no place in common.
-
-    Example:
-        >>> jensen_shannon(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).item()
-        1.0
 
     Source:
         Lin 1991, https://doi.org/10.1109/18.61115.
@@ -289,10 +275,6 @@ def mutual_information(tokens: np.ndarray, labels: np.ndarray) -> float:
     """How much the choice of a token, ``(seeds, images)``, tells about the class: bits, mean over seeds.
 
     The estimate is from counts, and above 0 by chance.
-
-    Example:
-        >>> mutual_information(np.array([[0, 0, 1, 1]]), np.array([3, 3, 5, 5]))
-        1.0
     """
     from sklearn.metrics import mutual_info_score
 

@@ -110,13 +110,7 @@ def mosaic_parts(
 
 
 def relevant_tiles(path: str, *, side: int, relevant: int, seed: int = 0) -> np.ndarray:
-    """The tiles that show the image itself, row by row, int64, ``(relevant,)``; fewer are the first of more.
-
-    Example:
-        >>> few, more = (relevant_tiles("3/0013.png", side=4, relevant=n) for n in (2, 5))
-        >>> few.tolist() == more[:2].tolist(), len(set(more.tolist()))
-        (True, 5)
-    """
+    """The tiles that show the image, row by row, int64, ``(relevant,)``; fewer are the first of more."""
     return _draws(path, seed).permutation(side * side)[:relevant]
 
 
@@ -153,12 +147,7 @@ def tile_side(parts: Partition) -> int:
 
 
 def with_image(canvas: np.ndarray, tile: np.ndarray, where: np.ndarray, side: int) -> np.ndarray:
-    """A canvas ``(channels, height, width)`` with an image, in the size of a tile, on some of its tiles.
-
-    Example:
-        >>> with_image(np.zeros((1, 2, 2), int), np.full((1, 1, 1), 7), np.array([2]), 2)[0].tolist()
-        [[0, 0], [7, 0]]
-    """
+    """A canvas ``(channels, height, width)`` with an image, in the size of a tile, on some of its tiles."""
     tiles = rearrange(canvas, "c (r h) (s w) -> (r s) c h w", r=side, s=side).copy()
     tiles[where] = tile
     return rearrange(tiles, "(r s) c h w -> c (r h) (s w)", r=side)

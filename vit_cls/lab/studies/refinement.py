@@ -136,12 +136,6 @@ def can_do_without(model: TokenModel) -> bool:
     """Whether blocks run on a sequence that lacks the class token.
 
     A causal mask, rotary positions and relative position biases are made for all tokens.
-
-    Example:
-        >>> from vit_cls.model.presets import preset_config
-        >>> from vit_cls.model.vit import VisionTransformer
-        >>> can_do_without(VisionTransformer(preset_config("vit_pico_patch7_28", depth=1)))
-        True
     """
     body: Any = getattr(model, "body", None)
     bound = [getattr(body, "rope", None), getattr(body, "rel_pos_bias", None)]

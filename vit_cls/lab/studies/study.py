@@ -384,10 +384,6 @@ def least_squares_slope(x: Sequence[float], scores: Sequence[np.ndarray]) -> np.
 
     Args:
         scores: For each ``x``, of which there are two or more, shape ``(seeds, images)``.
-
-    Example:
-        >>> least_squares_slope([0, 2], [np.array([[False, False]]), np.array([[True, False]])])
-        array([[0.5, 0. ]])
     """
     centred = np.asarray(x, dtype=np.float64) - np.mean(x)
     return np.tensordot(centred / (centred**2).sum(), np.stack(scores).astype(np.float64), axes=1)

@@ -135,19 +135,10 @@ class WhenStudy(Study):
         """Over all halvings, a difference of slopes that does not matter adds up to the margin at most."""
         return self.setup.margin / math.log2(self.tiles)
 
-    def mosaic(self, relevant: int) -> dict[str, Any]:
-        """Arguments of `mosaic_parts`."""
-        return {
-            "side": self.side,
-            "relevant": relevant,
-            "tile": self.tile,
-            "distractors": self.distractors,
-            "seed": self.setup.seed,
-        }
-
     def arms(self) -> dict[str, dict[int, list[Trial]]]:
         """Trials by head and number of relevant tiles, a seed each."""
-        setup = self.setup
+        setup, data = self.setup, self.setup.trial_data
+        mosaic = {"side": self.side, "tile": self.tile, "distractors": self.distractors, "seed": setup.seed}
         sizes = {"img_size": self.side * self.tile, "patch_size": self.patch_size, "crop_pct": 1.0}
         sizes = {key: value for key, value in sizes.items() if value is not None}
         return {
@@ -155,7 +146,7 @@ class WhenStudy(Study):
                 count: setup.trials(
                     head,
                     model=setup.head(head) | sizes,
-                    data=dataclasses.replace(setup.trial_data, mosaic=self.mosaic(count)),
+                    data=dataclasses.replace(data, mosaic=mosaic | {"relevant": count}),
                     loader={"augment": "none"},
                     variant=f"{count} of {self.tiles}",
                 )
