@@ -196,26 +196,16 @@ def test_change_of_any_file_is_another_cache(folder, change):
     assert _cache(folder).path != before.path
 
 
-@pytest.mark.parametrize(
-    "module", ["PIL", "torch", "torchvision", "simplejpeg"], ids=lambda name: f"version of {name}"
-)
-def test_other_version_of_a_library_is_another_cache(folder, monkeypatch, module):
-    before = _cache(folder)
-    monkeypatch.setattr(getattr(cache_module, module), "__version__", "99.0")
-    assert _cache(folder).path != before.path
-
-
-def test_other_settings_format_root_or_size_are_another_cache(folder, monkeypatch):
-    paths = {
-        _cache(folder).path,
-        _cache(folder, crop_mode="squash").path,
-        _cache(folder, size=SIZE[::-1]).path,
-    }
+def test_other_settings_format_root_size_or_libraries_are_another_cache(folder, monkeypatch):
+    paths = [_cache(folder, **own).path for own in ({}, {"crop_mode": "squash"}, {"size": SIZE[::-1]})]
     shutil.copytree(folder, folder.parent / "copy")  # keeps the times
-    paths.add(_cache(folder.parent / "copy").path)
-    monkeypatch.setattr(cache_module, "FORMAT_VERSION", 99)
-    paths.add(_cache(folder).path)
-    assert len(paths) == 5
+    paths.append(_cache(folder.parent / "copy").path)
+    libraries = (cache_module.PIL, torch, cache_module.torchvision, cache_module.simplejpeg)
+    for owner, name in [(cache_module, "FORMAT_VERSION"), *((each, "__version__") for each in libraries)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, "99.0")
+            paths.append(_cache(folder).path)
+    assert len(set(paths)) == len(paths) == 9
     assert len({path.parent for path in paths}) == 1
 
 

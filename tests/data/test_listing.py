@@ -69,15 +69,8 @@ def test_index_does_not_rest_on_what_a_file_system_says_about_links(tmp_path, mo
         return os.stat_result((*found[:3], links, *found[4:]))
 
     monkeypatch.setattr(os, "stat", stat_with_links)
-    assert list(index_folder(root).paths) == [
-        "a/1.png",
-        "a/2.JPG",
-        "a/x/3.png",
-        "b/1.png",
-        "b/2.png",
-        "b/link/3.png",
-        "c/!.png",
-    ]
+    expected = "a/1.png a/2.JPG a/x/3.png b/1.png b/2.png b/link/3.png c/!.png"
+    assert " ".join(index_folder(root).paths) == expected
 
 
 def _tree_of_many_classes(root: Path) -> Path:

@@ -1,9 +1,7 @@
 """A table of images becomes the same index whatever its dialect, and each of its faults names the rows."""
 
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -132,9 +130,13 @@ def test_images_may_be_anywhere_on_the_machine(tmp_path):
         _read(tmp_path / "tables" / "m.csv")
 
 
-def test_one_file_in_two_spellings_is_there_twice(tmp_path):
-    path = _write(tmp_path, [*ROWS, f"{tmp_path}/y/../x/1.png,cat"], files=False)
-    with pytest.raises(DataError, match=r"that is there already: x/1\.png \(rows 2 and 6\)"):
+@pytest.mark.parametrize("spelling", ["x/1.png", "./x//1.png", "{folder}/y/../x/1.png"])
+def test_one_file_is_there_twice_in_any_spelling(tmp_path, spelling):
+    path = _write(tmp_path, [*ROWS, f"{spelling.format(folder=tmp_path)},dog"], files=False)
+    message = (
+        r"1 of 5 rows have a path that is there already: x/1\.png \(rows 2 and 6\)\. Each image may have"
+    )
+    with pytest.raises(DataError, match=message):
         read_manifest(path)
 
 
@@ -246,11 +248,6 @@ def test_weights_are_read_as_numbers_and_go_with_their_images(tmp_path):
         ([*ROWS, '5.png,"a'], r"cannot be read after row 5: unexpected end of data"),
         ([*ROWS, "5.png, ", "6.png,"], r"2 of 6 rows have an empty label: row 6, row 7\."),
         ([*ROWS, ",cat"], r"1 of 5 rows have an empty path: row 6\."),
-        ([*ROWS, "x/1.png,cat"], r"1 of 5 rows have a path that is there already: x/1\.png \(rows 2 and 6\)"),
-        (
-            [*ROWS, "./x//1.png,dog"],
-            r"there already: x/1\.png \(rows 2 and 6\)\. Each image may have one row",
-        ),
         (
             ["path,label,split", "1,a,train", "2,b,dev"],
             r"1 of 2 rows .* not known: row 3 \('dev'\)\. Known: tr",
@@ -268,12 +265,20 @@ def test_weights_are_read_as_numbers_and_go_with_their_images(tmp_path):
         (["path,label,weight", "1,a,inf", "2,b,x"], r"2 of 2 rows .*: row 2 \('inf'\), row 3 \('x'\)"),
         (["path,label,weight", "1,a,-1", "2,b,1"], r"not a number from 0 on: row 2 \('-1'\)"),
         (["path,label,weight", "1,a,0", "2,b,0"], r"all rows to train on have weight 0"),
+        (
+            ["path,label", *(f"{i}.png," for i in range(100))],
+            r"100 of 100 rows have .*: row 2, row 3, row 4, row 5, row 6 and more\.$",
+        ),
+        (  # rows are counted as a spreadsheet counts them
+            ["path,label,note", '1.png,a,"two\nlines"', "", "2.png,,x"],
+            r"1 of 2 rows have an empty label: row 4\.",
+        ),
     ],
 )
 def test_each_fault_is_one_clear_error_with_its_rows(tmp_path, lines, message):
     path = tmp_path / "m.csv"
     path.write_text("".join(f"{line}\n" for line in lines))
-    for line in lines[1:]:
+    for line in filter(None, lines[1:]):
         image = tmp_path / line.replace(";", ",").split(",")[0]
         image.parent.mkdir(exist_ok=True)
         image.touch()
@@ -281,20 +286,6 @@ def test_each_fault_is_one_clear_error_with_its_rows(tmp_path, lines, message):
         split_for_training(find_parts(path, name="data.root"), val_fraction=0.5, seed=0)
     assert str(error.value).startswith(f"data.root {path}")
     assert "\n" not in str(error.value)
-
-
-def test_only_the_first_rows_with_a_fault_are_listed(tmp_path):
-    path = _write(tmp_path, ["path,label", *(f"{i}.png," for i in range(100))], files=False)
-    with pytest.raises(
-        DataError, match=r"100 of 100 rows have .*: row 2, row 3, row 4, row 5, row 6 and more\.$"
-    ):
-        read_manifest(path)
-
-
-def test_rows_are_counted_as_a_spreadsheet_counts_them(tmp_path):
-    path = _write(tmp_path, ["path,label,note", '1.png,a,"two\nlines"', "", "2.png,,x"], files=False)
-    with pytest.raises(DataError, match=r"1 of 2 rows have an empty label: row 4\."):
-        read_manifest(path)
 
 
 def test_absent_files_are_counted_and_named_when_their_part_is_indexed(tmp_path):
@@ -329,16 +320,13 @@ def test_backslashes_of_another_system_are_pointed_out(tmp_path):
         _read(path)
 
 
-def test_table_that_is_not_utf8_is_refused(tmp_path):
-    path = tmp_path / "m.csv"
-    path.write_bytes("path,label\n1.png,café\n".encode("latin-1"))
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_table_that_is_not_utf8_is_refused(tmp_path, encoding):
+    (tmp_path / "m.csv").write_bytes("path,label\n1.png,café\n".encode(encoding))
     with pytest.raises(
         DataError, match=r"m\.csv is not UTF-8, from about row \d on\. Save it as CSV UTF-8\."
     ):
-        read_manifest(path)
-    path.write_bytes("path,label\n1.png,a\n".encode("utf-16"))
-    with pytest.raises(DataError, match=r"is not UTF-8"):
-        read_manifest(path)
+        read_manifest(tmp_path / "m.csv")
 
 
 def test_missing_table_and_folder_in_its_place_are_refused(tmp_path):
@@ -353,85 +341,3 @@ def test_what_is_a_manifest_is_told_by_the_ending(tmp_path):
     assert not is_manifest(tmp_path / "folder.csv")
     assert all(is_manifest(name) for name in ("a.csv", "b/A.CSV", "a.tsv", "a.parquet"))
     assert not any(is_manifest(name) for name in ("csv", "a.png", "data/train"))
-
-
-class _Column(list):
-    to_pylist = list.copy
-
-
-class _Content(dict):
-    column = dict.__getitem__
-
-
-@pytest.fixture
-def fake_parquet(monkeypatch):
-    """A pyarrow that knows one table: columns by name."""
-
-    def install(columns: dict[str, list]):
-        module = ModuleType("pyarrow.parquet")
-        module.read_schema = lambda path: type("Schema", (), {"names": list(columns)})
-        module.read_table = lambda path, columns: _Content({c: _Column(given[c]) for c in columns})
-        given = columns
-        monkeypatch.setitem(sys.modules, "pyarrow", ModuleType("pyarrow"))
-        monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
-
-    return install
-
-
-def test_parquet_cells_are_read_as_text_would_be(tmp_path, fake_parquet):
-    for name in "123":
-        (tmp_path / name).touch()
-    (tmp_path / "m.parquet").touch()
-    fake_parquet({"Weight": [1.5, 2, 0.0], "label": [7, 10.0, 7], "x": [None] * 3, "path": ["1", "2", "3"]})
-    train = _read(tmp_path / "m.parquet")
-    assert entries(train) == [("2", "10"), ("1", "7"), ("3", "7")]
-    assert train.weights.tolist() == [2.0, 1.5, 0.0]
-
-
-@pytest.mark.parametrize("empty", [None, float("nan"), ""])
-def test_rows_of_parquet_are_counted_from_one(tmp_path, fake_parquet, empty):
-    (tmp_path / "m.pq").touch()
-    fake_parquet({"path": ["1", "2"], "label": ["a", empty]})
-    with pytest.raises(DataError, match=r"1 of 2 rows have an empty label: row 2\."):
-        read_manifest(tmp_path / "m.pq")
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "m.parquet").touch()
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        DataError, match=r"m\.parquet cannot be read without pyarrow\. Install it .* as CSV\.$"
-    ):
-        read_manifest(tmp_path / "m.parquet")
-
-
-def test_file_that_only_claims_to_be_parquet_is_refused(tmp_path, fake_parquet):
-    (tmp_path / "m.parquet").touch()
-    fake_parquet({})
-
-    def refuse(path):
-        raise ValueError("Parquet magic bytes not found in footer")
-
-    sys.modules["pyarrow.parquet"].read_schema = refuse
-    with pytest.raises(DataError, match=r"m\.parquet is not a Parquet file: Parquet magic bytes not found"):
-        read_manifest(tmp_path / "m.parquet")
-
-
-@pytest.mark.parametrize("rows", [30])
-def test_real_parquet_is_the_same_as_csv(tmp_path, rows):
-    pyarrow = pytest.importorskip("pyarrow", reason="optional")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    columns = {
-        "path": [f"{i}.png" for i in range(rows)],
-        "label": [f"c{i % 3}" for i in range(rows)],
-        "group": [i // 2 for i in range(rows)],
-        "weight": [i / 8 for i in range(rows)],
-    }
-    parquet.write_table(pyarrow.table(columns), tmp_path / "m.parquet")
-    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
-    a = _read(_write(tmp_path, lines))
-    b = _read(tmp_path / "m.parquet")
-    assert entries(a) == entries(b)
-    assert list(a.groups) == list(b.groups)
-    assert a.weights.tolist() == b.weights.tolist()

@@ -55,18 +55,10 @@ def test_a_case_by_hand():
     assert pair.sentence == "b is better than a, by 8.00 points."
     assert pair.images_needed is None
     assert pair.interval == "bootstrap"
+    back = _pair(60, 10, 2, 28)
+    assert (back.verdict, back.difference) == ("a is better", -pair.difference)
+    assert back.difference_ci95 == pytest.approx((-pair.difference_ci95[1], -pair.difference_ci95[0]))
     assert _pair(60, 1, 8, 31).interval == "score"
-
-
-def test_exchanging_the_models_exchanges_the_result():
-    there, back = _pair(500, 40, 70, 390), _pair(500, 70, 40, 390)
-    assert there.verdict == "b is better"
-    assert back.verdict == "a is better"
-    assert there.interval == "bootstrap"
-    assert back.difference == -there.difference
-    assert back.difference_ci95 == pytest.approx((-there.difference_ci95[1], -there.difference_ci95[0]))
-    for name in ("p_mcnemar_mid", "p_equivalence", "smallest_detectable", "images"):
-        assert getattr(back, name) == pytest.approx(getattr(there, name))
 
 
 def test_identical_predictions_differ_by_nothing_and_are_equivalent_where_there_are_images_enough():
@@ -88,14 +80,6 @@ def test_the_margin_decides_what_is_equivalent_and_a_small_difference_is_named_a
     assert small.verdict == "b is better"
     assert small.p_equivalence < 0.05
     assert small.sentence == "b is better than a, by 0.40 points, less than the margin of 1 point."
-
-
-def test_cannot_tell_says_how_many_images_would():
-    pair = _pair(60, 5, 9, 26)
-    assert pair.verdict == CANNOT_TELL
-    assert pair.images_needed == pytest.approx(
-        ((1.96 * 0.14**0.5 + 0.8416 * 0.1384**0.5) / 0.04) ** 2, abs=1.5
-    )
 
 
 def test_an_image_that_one_model_could_not_read_is_left_out_and_counted():
