@@ -156,11 +156,7 @@ class ImageDataModule(LightningDataModule):
         self.val_set = ImageDataset(self.val_source, val, cache=cache)
 
     def load_index(self, seed: int) -> None:
-        """Find the images and split them, if they are to be split, by a seed; reads names, no pixels.
-
-        Raises:
-            DataError: If the images cannot be used.
-        """
+        """Find the images and split them, if they are to be split, by a seed; reads names, no pixels."""
         self.seed = seed
         split = self.given
         if split is None:
@@ -175,10 +171,8 @@ class ImageDataModule(LightningDataModule):
         self.train_source, self.val_source, self.origin = split.train, split.val, split.origin
 
     def _check(self, split: Split) -> None:
-        """Refuse images that are in training and in validation, unless that was allowed by name.
-
-        Where the split was made here, they are only warned of: which copies there are is then the folder's
-        matter.
+        """Refuse images that are in training and in validation, unless that was allowed, or the split is made
+        here.
         """
         if isinstance(split.train, ArraySource):
             return

@@ -95,12 +95,7 @@ class ArraySource:
 
 
 class ImageDataset(Dataset[Sample]):
-    """Samples by (epoch, index), for training and its validation.
-
-    Args:
-        seed: Of a random reader; None where it draws nothing.
-        cache: Keeps the pixels of a reader that draws nothing.
-    """
+    """Samples by (epoch, index); a seed is for a random reader, a cache for one that draws nothing."""
 
     def __init__(
         self,
@@ -133,10 +128,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class ItemDataset(Dataset[Sample]):
-    """Samples by (place in the batch, item), an item being a path or a position in a source.
-
-    It holds neither, so it is small however many there are.
-    """
+    """Samples by (place in the batch, item), a path or a position; it holds neither, so it is small."""
 
     def __init__(self, read: Callable[[Any], bytes | Tensor], reader: Reader) -> None:
         self.read = read

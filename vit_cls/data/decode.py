@@ -161,10 +161,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
-    """The one transparent grey level or colour of a PNG that is not loaded yet, in the 8 bits that pixels are
-    scaled to.
-
-    Pillow leaves it in the bits of the file. None where it need not be scaled.
+    """The one transparent value of a PNG, not yet loaded, in the 8 bits of its pixels; None if it needs no
+    scaling.
     """
     value = image.info.get("transparency")
     layout = image.tile[0].args if image.format == "PNG" and image.tile else None

@@ -41,11 +41,7 @@ class FoundParts:
     manifest: Manifest | None = None
 
     def choose(self, split: str | None, order: Sequence[str] = SCORED) -> str:
-        """The part that is scored.
-
-        Args:
-            split: A name of a part in any spelling.
-            order: Without a name, the first of these that the data has.
+        """The part that is scored: the one named, in any spelling, or the first of ``order`` that there is.
 
         Raises:
             ConfigError: If the data has no such part.
@@ -75,11 +71,7 @@ class FoundParts:
         return f"{self.data}" if part == ALL else f"the {part} rows of {self.data}"
 
     def read(self, part: str, class_names: list[str] | None = None, *, training: bool = False) -> ImageSource:
-        """List the images of a part.
-
-        Args:
-            class_names: The classes that the labels point into; None takes those of the part.
-            training: Whether something is fitted on them, which takes two classes.
+        """List the images of a part, by the classes given or its own; ``training`` takes two classes.
 
         Raises:
             DataError: If the images cannot be used, or have a class that ``class_names`` lacks.

@@ -60,14 +60,10 @@ class ImageIndex:
         )
 
     def with_class_names(self, class_names: Sequence[str], *, where: str = "") -> ImageIndex:
-        """The same images with labels that point into another class list, matched by name.
-
-        Args:
-            class_names: Of the training data or the model; the index may lack some of them.
-            where: Where the images are, in words; empty names the root.
+        """The same images with labels that point into another class list, which may be longer, by name.
 
         Raises:
-            DataError: If the index has a class that ``class_names`` lacks; both lists are shown.
+            DataError: If the index, or ``where`` it is from, has a class that the list lacks; both are shown.
         """
         position = {name: i for i, name in enumerate(class_names)}
         if unknown := sorted(set(self.class_names) - position.keys()):
@@ -96,13 +92,9 @@ def index_folder(root: str | Path, *, name: str = "data.root", min_classes: int 
     Hidden files and folders are passed over, and files whose extension is no image format's. Images may lie
     deeper inside a class folder. Classes and files are in lexicographic order.
 
-    Args:
-        name: What the user called it, for error messages.
-        min_classes: 1 where the classes are known from elsewhere, and this folder may lack some.
-
     Raises:
-        DataError: If the folder is missing or cannot be read, has too few class folders, or a class has no
-            image.
+        DataError: If the folder, which the user calls ``name``, cannot be read, has too few class folders, or
+            a class has no image.
     """
     root = Path(root)
     classes = class_folders(root, name=name)

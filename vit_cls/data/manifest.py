@@ -40,12 +40,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Table:
-    """Some columns of a file as text, by name.
-
-    Args:
-        where: What the user called the file, and its path.
-        rows: Number of each row as a spreadsheet shows it: the header of a text file is row 1.
-    """
+    """Some columns of a file as text, and its rows as a spreadsheet counts them: a header is row 1."""
 
     where: str
     columns: dict[str, list[str]]
@@ -95,11 +90,7 @@ class Manifest:
     def index(
         self, part: str, class_names: Sequence[str] | None = None, *, training: bool = False
     ) -> ImageIndex:
-        """The images of one part, sorted by class and path: the order of the rows has no effect.
-
-        Args:
-            class_names: The classes that the labels point into; None takes the labels of the part, sorted.
-            training: Whether something is fitted on them: it takes two classes, and weights that draw any.
+        """The images of one part, sorted by class and path; labels point into the classes given, or its own.
 
         Raises:
             DataError: If a row points nowhere, a label is not in ``class_names``, or it cannot be trained on.
@@ -180,11 +171,7 @@ def read_manifest(path: str | Path, *, name: str = "--data") -> Manifest:
 
 
 def inspect_manifest(path: str | Path, *, name: str = "--data") -> tuple[Manifest, list[Fault]]:
-    """`read_manifest` whatever the rows hold: they, and what is wrong with their cells.
-
-    Raises:
-        DataError: If the table itself cannot be read.
-    """
+    """`read_manifest` whatever the rows hold: they, and what is wrong with their cells."""
     path = Path(path)
     table = _read_table(path, f"{name} {path}")
     faults = []

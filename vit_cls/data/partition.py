@@ -21,12 +21,7 @@ TEST_SEED = 0
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on and what is validated on, and how that came about in one sentence.
-
-    Args:
-        val: Labelled by the training classes.
-        made_here: Whether the images were divided here, not by the user.
-    """
+    """What is trained on, what is validated on by the same classes, and where both came from."""
 
     train: ImageSource
     val: ImageSource
@@ -39,13 +34,9 @@ def split_for_training(
 ) -> Split:
     """The images that ``fit`` trains on and validates on; the test part is not touched.
 
-    Args:
-        val_fraction: Share of each class to validate on, in (0, 1), where there is no validation part.
-        group_by: See `held_out_images`. Where there is a validation part, no group may be in both.
-
     Raises:
-        DataError: If the images are not usable, validation has a class that training lacks, or images would
-            be trained on and validated on.
+        DataError: If the images are not usable, validation has a class that training lacks, or images or
+            groups (see `held_out_images`) would be trained on and validated on.
         ConfigError: If ``val_fraction`` is out of range, or ``group_by`` is no usable pattern.
     """
     part = parts.training_part()
@@ -115,14 +106,7 @@ class Partition:
         return {part: len(getattr(self, part).index) for part in PARTS}
 
     def refuse_unused(self, fractions: Mapping[str, float]) -> None:
-        """Refuse shares that the user asked for and that have no effect, for the part is there already.
-
-        Args:
-            fractions: What the user gave, by name: ``val_fraction`` and ``test_fraction``.
-
-        Raises:
-            ConfigError: If one of them has no effect.
-        """
+        """Raise ConfigError for a share that the user asked for, of a part that is there already."""
         for label, fraction in fractions.items():
             part = label.removesuffix("_fraction")
             if part not in self.made_here:

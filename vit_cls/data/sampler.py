@@ -37,16 +37,12 @@ class EpochSampler(Sampler[SampleKey]):
     shuffled: every sample exactly once over all processes, none twice.
 
     Args:
-        num_samples: Of the dataset, and of an epoch.
         weights: How often each sample is drawn, relative to the others; with replacement.
         repeats: Copies of an image that come together, each augmented on its own and, with several processes,
-            in another one; an epoch then sees that many times fewer images.
+            in another one (https://arxiv.org/abs/1901.09335); an epoch then sees fewer images.
 
     Raises:
         ConfigError: If weights and repeats are both given, or repeats is below 1.
-
-    Source:
-        Repeated augmentation: https://arxiv.org/abs/1901.09335.
     """
 
     def __init__(

@@ -16,28 +16,24 @@ from vit_cls.errors import ConfigError, DataError
 def held_out_images(
     index: ImageIndex, *, val_fraction: float, seed: int, group_by: str | None = None
 ) -> np.ndarray:
-    """Choose a share of every class to hold out, the same files on every machine.
+    """Choose a share of every class to hold out, the same files on every machine: a truth value an image.
 
     Each file's place is a hash of its relative path and the seed, so adding files moves few others. Where
     images have groups, whole groups are held out, and the same is true of them: their sizes play no part, so
     files added to a group, in a class it has, move nothing.
 
     Args:
-        val_fraction: Share of each class's images, or of its groups, in (0, 1), rounded; at least one where a
-            class has two or more, and never the last one.
-        group_by: A regular expression with one capture group, found anywhere in the relative path: images of
-            which it captures the same are never split. None keeps the groups of the index together.
-
-    Returns:
-        Whether each image is held out, bool, shape ``(images,)``.
+        val_fraction: Share of each class's images, or of its groups, rounded; at least one where a class has
+            two or more, and never the last one.
+        group_by: A regular expression with one capture group, found anywhere in the relative path. None keeps
+            the groups of the index together.
 
     Raises:
         ConfigError: If ``val_fraction`` is out of range, or ``group_by`` is no usable pattern.
         DataError: If nothing can be held out, or ``group_by`` does not match a path.
 
     Source:
-        Groups of the rarest class first: Sechidis et al. 2011, "On the stratification of multi-label data",
-        of which this keeps the order of the classes.
+        Groups of the rarest class first: Sechidis et al. 2011, "On the stratification of multi-label data".
     """
     check_range("data.val_fraction", val_fraction, above=0, below=1)
     groups = index.groups if group_by is None else groups_by_pattern(index, group_by)
@@ -69,12 +65,7 @@ def _places(names: Iterable[bytes], seed: int, count: int) -> np.ndarray:
 
 
 def groups_by_pattern(index: ImageIndex, group_by: str) -> Sequence[str]:
-    """The group of each image: what a pattern with one capture group finds in its path.
-
-    Raises:
-        ConfigError: If the pattern is not usable, or the index has groups of its own.
-        DataError: If a path does not match.
-    """
+    """The group of each image: what a pattern finds in its path; DataError where that is nothing."""
     if index.groups is not None:
         raise ConfigError(
             f"data.group_by {group_by!r} has no effect: the manifest has a group column. Remove one of them."

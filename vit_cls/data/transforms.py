@@ -156,14 +156,11 @@ class Reader:
     description: str
 
     def __call__(self, data: bytes | Tensor, key: int | None = None) -> Tensor:
-        """Decode and transform, to uint8 of shape ``(3, *size)``.
+        """Decode and transform a file, or transform pixels, uint8 ``(3, height, width)``; ImageError if it is
+        none.
 
         Args:
-            data: A whole image file, or pixels: uint8, shape ``(3, height, width)``.
             key: Seed of the random draws, as for `keyed`; None draws from torch's global generator.
-
-        Raises:
-            ImageError: If the bytes are not an image.
         """
         image = data if isinstance(data, Tensor) else decode_image(data, self.background)
         return self.transform(image) if key is None else keyed(self.transform, image, key)

@@ -44,10 +44,7 @@ class TemperatureFit:
 
 
 def fit_temperature(predictions: Predictions) -> TemperatureFit:
-    """The temperature that makes the true classes most likely.
-
-    Args:
-        predictions: On validation images, at temperature 1 and with every class allowed.
+    """The temperature that makes the true classes most likely, from probabilities at temperature 1.
 
     Raises:
         DataError: If no image could be scored, or there is no best temperature: every image is right, say.
@@ -128,11 +125,7 @@ def calibratable_file(model: str) -> Path:
 
 
 def store_temperature(path: Path, fit: TemperatureFit, data: str) -> None:
-    """Write the temperature into a model file; the weights and the rest of the metadata stay.
-
-    Raises:
-        ConfigError: If the file cannot be written; the old one stays.
-    """
+    """Write the temperature into a model file, whose other content stays; ConfigError if that fails."""
     metadata = read_metadata(path)
     classifier = load_classifier(path)
     classifier.temperature = fit.temperature

@@ -21,15 +21,12 @@ TOKENS = "tokens"
 def feature_function(
     classifier: ImageClassifier, features: str
 ) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
-    """What to compute for ``--features``, and its shape for one image.
+    """What to compute of uint8 images for ``--features``, and its shape for one: ``(dim,)`` or ``(tokens,
+    dim)``.
 
     Args:
-        classifier: Its encoder's tokens are taken.
         features: A pooling (`vit_cls.model.pooling.parse_pool`): what a head with it would get. Or
             ``tokens``: all of them, after the final norm where that stands before the model's pooling.
-
-    Returns:
-        A function from uint8 images, and the shape of a row: ``(dim,)`` or ``(tokens, dim)``.
 
     Raises:
         ConfigError: If ``features`` is unknown, or cannot be read of this model.
@@ -65,15 +62,7 @@ def feature_chunks(
     shape: tuple[int, ...],
     config: InferenceConfig,
 ) -> Iterator[tuple[list[Mapping[str, str | None]], np.ndarray]]:
-    """Embeddings of image files as they come, a batch at a time.
-
-    Args:
-        classifier: Is moved to the device and put in evaluation mode.
-        paths: Files; an endless source will do.
-        compute: From `feature_function`, as is ``shape``.
-
-    Yields:
-        Path and error of each file, and float32 of shape ``(files, *shape)``, NaN where there is an error.
+    """Path and error of image files as they come, and their features, float32; NaN where there is an error.
 
     Raises:
         ModelFileError: If a number is not finite.

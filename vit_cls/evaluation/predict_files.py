@@ -96,12 +96,7 @@ class RowFile:
         self._made: list[Path] = []
 
     def check_part(self, resume: bool) -> bool:
-        """Whether there are chunks to continue from, which the user wants where ``resume`` is set.
-
-        Raises:
-            ConfigError: If there are, and the user has not said what to do with them; or if there are rows of
-                a version that kept them otherwise.
-        """
+        """Whether there are chunks to continue from; ConfigError if so, without ``resume`` being set."""
         before = self.path.with_name(f"{self.path.name}.part")
         if before.is_file():
             raise ConfigError(
@@ -122,11 +117,7 @@ class RowFile:
         write_text(self.facts, json.dumps(facts))
 
     def resume(self, facts: Mapping[str, Any], paths: Iterator[str]) -> None:
-        """Count the chunks, and skip their paths; ``paths`` is left at the first that is not done.
-
-        Raises:
-            DataError: If the chunks are of other paths, another model or other options; they stay.
-        """
+        """Count the chunks, and skip their paths; DataError if those, model or options are not the same."""
         try:
             before = dict(json.loads(self.facts.read_text()))
             headers = [json.loads(chunk.readline()) for chunk in self._read_chunks()]
@@ -247,13 +238,11 @@ def save_rows(
     resume: bool = False,
     features: FeatureFile | None = None,
 ) -> Saved:
-    """Write rows as they come, and put the files in their place when all are there.
+    """Write the rows that ``work`` makes of ``paths``, and put the files in their place when all are there.
 
     Args:
         paths: All paths, also those that an interrupted run has done.
-        work: From paths to their rows, a batch at a time.
         facts: What the rows depend on besides the paths.
-        resume: Whether to continue where chunks are left; without any, all is done.
 
     Raises:
         Stopped: If SIGINT or SIGTERM came; the rows are kept.

@@ -155,8 +155,6 @@ def images_for_model(
 def canonical_classes(folders: Sequence[str], class_names: Sequence[str], *, name: str) -> list[str]:
     """The model's name of each class folder, where a folder has another of the names of an ImageNet class.
 
-    A folder keeps its own name where the model has no such class; ``name`` is for error messages.
-
     Raises:
         DataError: If a name is that of several classes, or two folders are one class.
 

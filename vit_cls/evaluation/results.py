@@ -34,13 +34,7 @@ MOST_CONFUSED = 20
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """How one class fared.
-
-    Args:
-        support: Scored images of that class.
-        correct: How many of them were given that class.
-        predicted: How many images of any class were.
-    """
+    """How one class fared: its images, those that were given it, and all images of any class that were."""
 
     name: str
     support: int

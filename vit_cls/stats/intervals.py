@@ -44,8 +44,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def bootstrap_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of columns over resampled rows, shape ``(resamples, columns)``; every column sees the same
-    resamples.
+    """Means of columns over resampled rows, shape ``(resamples, columns)``; every column sees the same rows.
 
     Source:
         Efron 1979, https://doi.org/10.1214/aos/1176344552.

@@ -20,9 +20,8 @@ class Moments:
     """What a ridge regression needs of features and targets; moments of parts add up.
 
     Args:
-        x: Mean of the features, shape ``(features,)``.
-        y: Mean of the targets, shape ``(targets,)``.
-        scale: What features are divided by, shape ``(features,)``.
+        x: Mean of the features; ``y`` of the targets.
+        scale: What features are divided by.
         xx: Sum of products of the standardised features, shape ``(features, features)``.
         xy: Sum of products of standardised features and centred targets, shape ``(features, targets)``.
     """

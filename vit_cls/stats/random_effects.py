@@ -197,9 +197,6 @@ def mean_interval(values: np.ndarray) -> Mean:
 def equivalence_p(difference: Difference, margin: float) -> float:
     """Two one-sided tests of a difference as large as the margin, or larger: the larger p-value of the two.
 
-    Raises:
-        ConfigError: If the margin is not above 0.
-
     Source:
         Schuirmann 1987, https://doi.org/10.1007/BF01068419.
     """
@@ -267,11 +264,7 @@ def two_way_random_effects(values: np.ndarray, score_range: float) -> Difference
 
 
 def weighted_t(q: float, of_seeds: float, of_images: float, seeds: int, images: int) -> float:
-    """Mean of the t quantiles with the degrees of freedom of the seeds and of the images, by their variances.
-
-    Source:
-        Cochran 1964, Biometrics 20(1), 191-195.
-    """
+    """Mean of the t quantiles of seeds and of images, weighted by their variances: Cochran 1964."""
     total = of_seeds + of_images
     share = of_seeds / total if total > 0 else 0.0
     value = (1 - share) * float(stdtrit(images - 1, q))

@@ -94,11 +94,7 @@ def rank(
 
 
 def average_precision(hits: np.ndarray) -> np.ndarray:
-    """Mean, over the positives, of the precision at the rank of each.
-
-    Args:
-        hits: Whether the image at each rank is a positive, shape ``(queries, ranks)``; at least one is.
-    """
+    """Mean, over the positives, of the precision at the rank of each, from shape ``(queries, ranks)``."""
     ranks = np.arange(1, hits.shape[1] + 1)
     precision = np.cumsum(hits, axis=1) / ranks
     return (precision * hits).sum(axis=1) / hits.sum(axis=1)

@@ -28,11 +28,7 @@ READERS = 8
 
 
 def exact_copies(images: Sequence[FoundImage], contents: Sequence[bytes | None]) -> list[Finding]:
-    """Every image whose bytes another one has; the later copy is the offender where splits share an image.
-
-    ``images`` begin with the training split; ``contents`` are None where an image has no copy or cannot be
-    read.
-    """
+    """Every image whose bytes another one has, by digests that may be None; of two splits, the later copy."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for position, content in enumerate(contents):
         if content is not None:
@@ -57,10 +53,8 @@ def _copies_in_group(group: list[FoundImage]) -> Iterator[Finding]:
 def near_copies(
     images: Sequence[FoundImage], signatures: np.ndarray, contents: Sequence[Hashable]
 ) -> list[Finding]:
-    """Every image that looks like an earlier one, the most similar of each kind; images of equal content are
-    not.
-
-    ``signatures`` are of `vit_cls.data.doctor.image_check.sign`, shape ``(images, steps)``.
+    """Every image that looks like an earlier one, the most similar of each kind; equal contents are exact
+    copies.
     """
     splits, labels = _codes([i.split for i in images]), _codes([i.label for i in images])
     same_file = _codes([("", i) if content is None else content for i, content in enumerate(contents)])
@@ -92,11 +86,8 @@ def shared_images(train: ImageIndex, val: ImageIndex, *, most_reads: int) -> tup
     """Validation images whose bytes a training image has, with as little reading as possible.
 
     Sizes are compared first; of files of equal size, 16 kB from the middle; of those that agree, everything.
-    A file that cannot be read is passed over: training, which reads every file, names it.
-
-    Args:
-        most_reads: Files that are opened at most. Where more have a size that both sides have, a part of the
-            sizes is taken, spread evenly.
+    A file that cannot be read is passed over: training, which reads every file, names it. Where more than
+    ``most_reads`` files have a size that both sides have, a part of the sizes is taken, spread evenly.
 
     Returns:
         The offenders, with paths relative to the folder that holds both; how many validation images were

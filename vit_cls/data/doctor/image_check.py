@@ -107,10 +107,9 @@ def content_hash(data: bytes) -> bytes:
 def sign(pixels: Tensor) -> np.ndarray | None:
     """Describe a picture by its steps of grey, so that copies of other size, quality or brightness agree.
 
-    Returns:
-        Steps to the right and downwards between the cells of a 16x16 grid of mean grey, as a float32 vector
-        of length 1; its dot product with another one is their similarity. None where the picture is flat, so
-        that steps are rounding errors.
+    The steps between the cells of a 16x16 grid of mean grey make a float32 vector of length 1; its dot
+    product with another is their similarity. None where the picture is flat, so that steps are rounding
+    errors.
 
     Source:
         The difference hash of

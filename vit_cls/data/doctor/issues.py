@@ -262,12 +262,7 @@ UNREADABLE = ("unreadable", "truncated", "empty_file")
 
 @dataclass(frozen=True)
 class Offender:
-    """A file or folder that has a problem.
-
-    Args:
-        path: Relative to the data folder, with forward slashes.
-        other: Path of the image that it repeats, where there is one.
-    """
+    """A file or folder that has a problem, and the image it repeats, by paths in the data folder."""
 
     path: str
     detail: str = ""

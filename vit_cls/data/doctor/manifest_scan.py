@@ -12,11 +12,7 @@ from vit_cls.data.parts import ALL
 
 
 def scan_manifest(path: str, *, split: str | None = None) -> Scan:
-    """List the images of one part of a manifest, or of all, whatever is wrong with its rows.
-
-    Each image comes once, with its path from the table's folder; what is wrong with rows and files is a
-    finding.
-    """
+    """List the images of a manifest, or of a part, each once; what is wrong with rows is a finding."""
     manifest, faults = inspect_manifest(path)
     table = manifest.table
     findings: list[Finding] = []

@@ -103,9 +103,8 @@ def _scan(root: str | Path, split: str | None) -> Scan:
 def quick_check(train: ImageIndex, val: ImageIndex, *, most_reads: int = 100_000) -> list[Problem]:
     """The cheap part of `examine`, for before a training run: shared images, and class names that collide.
 
-    File sizes are compared first, so few files are read, and none is decoded. Where more than ``most_reads``
-    would have to be opened, a ``partly_checked`` note says so. Paths are relative to the folder that holds
-    both splits.
+    Where more than ``most_reads`` files would have to be opened, a ``partly_checked`` note says so. Paths are
+    relative to the folder that holds both splits.
     """
     shared, compared, suspects = shared_images(train, val, most_reads=most_reads)
     findings = [("leakage", offender) for offender in shared]

@@ -81,8 +81,7 @@ class _Entry:
 def scan_folder(root: str | Path, *, trained: bool = True) -> Scan:
     """List a data folder: splits and classes as training takes them, and what it would pass over.
 
-    Class folders without a part are a training split, unless they are not to be ``trained`` on. Raises
-    DataError if it is not a folder that can be read.
+    Class folders without a part are a training split, unless they are not to be ``trained`` on.
     """
     try:
         with os.scandir(root):
