@@ -41,6 +41,7 @@ def test_a_sign_is_written_where_asked():
     assert significant(20_000, signed=True) == "+20,000"
     assert percent(0.015, 2, unit=" points", signed=True) == "+1.50 points"
     assert decimals(-0.25, 2, signed=True) == "-0.25"
+    assert (decimals(0.93214), percent(0.93214), count(12345)) == ("0.9321", "93.2 %", "12,345")
 
 
 def test_an_interval_is_written_as_its_estimate_is():

@@ -24,13 +24,7 @@ def check_range(
         hint: What to do, as a sentence.
 
     Raises:
-        ConfigError: If the value is out of range.
-
-    Example:
-        >>> check_range("--margin", 1.5, above=0, below=1, hint="0.01 is one point.")
-        Traceback (most recent call last):
-            ...
-        vit_cls.errors.ConfigError: --margin must be above 0 and below 1; got 1.5. 0.01 is one point.
+        ConfigError: ``--margin must be above 0 and below 1; got 1.5. 0.01 is one point.``
     """
     bounds = (
         (at_least, "at least", lambda value, bound: value >= bound),
@@ -53,13 +47,7 @@ def check_choice(name: str, value: object, choices: Iterable[object], *, hint: s
         hint: What to do, as a sentence.
 
     Raises:
-        ConfigError: If the word is not among them.
-
-    Example:
-        >>> check_choice("--device", "cud", ("auto", "cpu", "cuda"))
-        Traceback (most recent call last):
-            ...
-        vit_cls.errors.ConfigError: --device must be one of auto, cpu, cuda; got 'cud'. Did you mean `cuda`?
+        ConfigError: ``--device must be one of auto, cpu, cuda; got 'cud'. Did you mean `cuda`?``
     """
     known = list(choices)
     if value not in known:

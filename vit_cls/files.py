@@ -17,15 +17,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Yields:
         Where to write it. If the block raises, the file there goes away and ``path`` stays as it was.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     target = Path(folder) / "a.txt"
-        ...     with replacing(target) as temporary:
-        ...         _ = temporary.write_text("whole")
-        ...     target.read_text(), len(list(Path(folder).iterdir()))
-        ('whole', 1)
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -77,11 +68,7 @@ def output_folder(folder: str | Path | None, option: str = "--output") -> Path |
 
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Make a folder; after an error it goes again if it is empty, with those above it that were made for it.
-
-    Raises:
-        OSError: If it cannot be made.
-    """
+    """Make a folder; after an error it goes again if empty, as do those above it that were made for it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,14 +82,7 @@ def making(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_errors(folder: Path, option: str = "--output") -> Iterator[None]:
-    """Say of the system's errors inside the ``with`` block which option they are about.
-
-    Args:
-        option: The option that names the folder.
-
-    Raises:
-        ConfigError: If the block raises OSError.
-    """
+    """Turn the system's errors inside the ``with`` block into ConfigError about the option of a folder."""
     try:
         yield
     except OSError as error:

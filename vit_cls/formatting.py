@@ -13,34 +13,21 @@ DASH = "-"
 
 
 def count(value: float | None) -> str:
-    """A whole number, thousands apart.
-
-    Example:
-        >>> count(12345), count(None)
-        ('12,345', '-')
-    """
+    """A whole number, thousands apart: 12,345."""
     return DASH if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
 def decimals(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A number with a fixed number of decimals.
-
-    Example:
-        >>> decimals(0.93214), decimals(0.01, 2, signed=True)
-        ('0.9321', '+0.01')
-    """
+    """A number with a fixed number of decimals: 0.9321, +0.01."""
     return DASH if value is None or not math.isfinite(value) else f"{value:{_sign(signed)}.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 1, *, unit: str = " %", signed: bool = False) -> str:
-    """A share in percent; ``unit`` is empty where a heading or an axis says it.
+    """A share in percent: 93.2 %, -1.00 points.
 
     Args:
         share: Between 0 and 1, or a difference of shares.
-
-    Example:
-        >>> percent(0.93214), percent(-0.01, 2, unit=" points", signed=True)
-        ('93.2 %', '-1.00 points')
+        unit: Is empty where a heading or an axis says it.
     """
     if share is None or not math.isfinite(share):
         return DASH
@@ -48,12 +35,7 @@ def percent(share: float | None, digits: int = 1, *, unit: str = " %", signed: b
 
 
 def significant(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A number with that many digits that count; whole ones and those of five digits on as `count`.
-
-    Example:
-        >>> significant(0.932146), significant(12345), significant(12345.6), significant(0.01, signed=True)
-        ('0.9321', '12,345', '12,346', '+0.01')
-    """
+    """A number with that many digits that count; whole ones and those of five digits on as `count`."""
     if value is None or not math.isfinite(value):
         return DASH
     if isinstance(value, int) or abs(value) >= 10_000:
@@ -62,12 +44,7 @@ def significant(value: float | None, digits: int = 4, *, signed: bool = False) -
 
 
 def compact(value: float, digits: int = 4) -> str:
-    """A number for an axis, where 1,250,000 has no room.
-
-    Example:
-        >>> compact(1_250_000), compact(0.5), compact(5400)
-        ('1.25M', '0.5', '5400')
-    """
+    """A number for an axis, where 1,250,000 has no room: 1.25M."""
     for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * scale or (scale > 1e3 and abs(value) >= scale):
             return f"{value / scale:.{digits}g}{letter}"
@@ -75,14 +52,10 @@ def compact(value: float, digits: int = 4) -> str:
 
 
 def interval(bounds: tuple[float, float], write: Callable[[float], str] = decimals) -> str:
-    """A confidence interval of 95 %.
+    """A confidence interval, each bound by ``write``: 95 % interval 0.9000 to 0.9500.
 
     Args:
-        write: How each bound is written.
-
-    Example:
-        >>> interval((0.9, 0.95)), interval((0.9, 0.95), bare_percent)
-        ('95 % interval 0.9000 to 0.9500', '95 % interval 90.0 to 95.0')
+        write: One of the functions here.
     """
     low, high = bounds
     return f"95 % interval {write(low)} to {write(high)}"
@@ -99,36 +72,22 @@ def three_decimals(value: float) -> str:
 
 
 def estimate_cell(value: float, bounds: tuple[float, float], write: Callable[[float], str] = percent) -> str:
-    """An estimate and its interval for a cell of a table.
+    """An estimate and its interval for a cell of a table: 93.2 % [90.0 %, 95.0 %].
 
     Args:
         write: How each of the three is written.
-
-    Example:
-        >>> estimate_cell(0.932, (0.9, 0.95))
-        '93.2 % [90.0 %, 95.0 %]'
     """
     low, high = bounds
     return f"{write(value)} [{write(low)}, {write(high)}]"
 
 
 def p_value(p: float) -> str:
-    """A p-value.
-
-    Example:
-        >>> p_value(0.03125), p_value(1e-9)
-        ('0.0312', '< 0.0001')
-    """
+    """A p-value: 0.0312, or < 0.0001."""
     return decimals(p) if not p < 1e-4 else "< 0.0001"
 
 
 def duration(seconds: float | None) -> str:
-    """A time.
-
-    Example:
-        >>> duration(2.04), duration(90), duration(3720)
-        ('2.0 s', '1 min 30 s', '1 h 2 min')
-    """
+    """A time in two units at most: 2.0 s, 1 min 30 s, 1 h 2 min."""
     if seconds is None or not math.isfinite(seconds):
         return DASH
     if seconds < 60:
@@ -139,12 +98,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """An amount of memory or of disk, in powers of 1000.
-
-    Example:
-        >>> size(800), size(1_234_567), size(2e12)
-        ('800 bytes', '1.23 MB', '2 TB')
-    """
+    """An amount of memory or of disk, in powers of 1000: 800 bytes, 1.23 MB."""
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= 0.9995 * scale:  # what three digits round up to the unit
             return f"{num_bytes / scale:.3g} {unit}"
