@@ -20,10 +20,10 @@ fi
 # The commands' tests start processes and wait for them: the others run beside them, on the second core. The commands
 # stay in front, since what a script runs in the background does not see Ctrl-C, which some of them send.
 log=$(mktemp)
-.venv/bin/python -m pytest --ignore=tests/commands >"$log" 2>&1 &
+.venv/bin/python -m pytest --durations=15 --ignore=tests/commands >"$log" 2>&1 &
 others=$!
 failed=0
-.venv/bin/python -m pytest tests/commands || failed=1
+.venv/bin/python -m pytest --durations=15 tests/commands || failed=1
 wait "$others" || failed=1
 cat "$log"
 rm -f "$log"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 import numpy as np
@@ -15,7 +16,7 @@ from vit_cls.stats.intervals import permutation_p, wilson_interval
 from vit_cls.stats.power import minimum_detectable_effect, required_sample_size
 from vit_cls.stats.random_effects import equivalence_p, mean_interval, paired_difference
 
-REPEATS = 300
+REPEATS = int(os.environ.get("SIMULATION_REPEATS", 300))  # scripts/release_check.sh asks for more
 SLACK = 3 * math.sqrt(0.05 * 0.95 / REPEATS)  # three standard errors of a share of 5 % in so many repeats
 
 

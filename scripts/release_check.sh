@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# What is too heavy for the test suite: run it before a release, on a machine at rest.
+# Run:    bash scripts/release_check.sh [STEP ...]   (all, or some of: golden simulations timing wheel quickstart lab)
+# Expect: about three quarters of an hour on two CPU cores. Leaves scripts/results/release_check.json and, step by
+#         step, what was printed in runs/release_check/; exit 1 if a step failed. Needs git and the network.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/setup.sh
+source scripts/setup.sh
+
+here=$PWD
+out=$here/runs/release_check
+python=$here/.venv/bin/python
+mkdir -p "$out"
+
+golden() {  # the files that must keep giving the same answers, three times over
+    for _ in 1 2 3; do OMP_NUM_THREADS=1 $python -m pytest -q tests/golden; done
+}
+
+simulations() {  # intervals and tests keep their levels, with many times the suite's repeats
+    SIMULATION_REPEATS=3000 OMP_NUM_THREADS=1 $python -m pytest -q --timeout=1800 \
+        tests/stats/test_random_effects.py tests/stats/test_paired.py
+}
+
+timing() { $python scripts/timing_checks.py; }
+
+wheel() {  # the built package in an environment of its own, with the lowest and with the newest versions allowed
+    local place
+    place=$(mktemp -d)
+    $python -m uv build --quiet --wheel --out-dir "$place" .
+    for resolution in lowest-direct highest; do
+        $python -m uv venv --quiet "$place/$resolution"
+        $python -m uv pip install --quiet --resolution "$resolution" --python "$place/$resolution/bin/python" "$place"/*.whl
+        (cd "$place" && smoke "$place/$resolution/bin/vit-cls" "$resolution" "$here/configs/digits.yaml")
+    done
+    rm -rf "$place"
+}
+
+smoke() {  # one short life of a model: train, score, compare with itself, look inside
+    local tiny=(--model.embed_dim 24 --model.num_heads 2 --model.depth 2 --trainer.max_epochs 1)
+    "$1" --version
+    "$1" fit --config "$3" "${tiny[@]}" --run_dir "$2-run" --json
+    "$1" evaluate --model "$2-run" --data digits --json
+    "$1" probe linear --model "$2-run" --data digits --pools cls,gap --cache "$2-cache" --output "$2-probe" --json >/dev/null
+    "$1" verify --model "$2-run" --json >/dev/null
+}
+
+quickstart() {  # the README's own figures: correct of 599 held-out digits, CLS and GAP, seeds 0, 1, 2
+    local said wanted="587 593 586 591 586 590"
+    for seed in 0 1 2; do
+        rm -rf runs/quickstart_cls_$seed runs/quickstart_gap_$seed
+        bash scripts/quickstart.sh $seed
+    done | tee "$out/quickstart.all"
+    said=$(grep -o '^[0-9]* of 599 images right' "$out/quickstart.all" | cut -d' ' -f1 | xargs)
+    echo "right of 599: $said; the README says $wanted"
+    [ "$said" = "$wanted" ]
+}
+
+lab() { $python scripts/lab_digits.py --output "$out/lab_digits" --json scripts/results/lab_digits.json; }
+
+steps=("$@")
+[ $# -gt 0 ] || steps=(golden simulations timing wheel quickstart lab)
+: >"$out/steps"
+failed=0
+for step in "${steps[@]}"; do
+    echo "== $step" >&2
+    started=$SECONDS
+    ok=true
+    # A shell of its own, so that the first line that fails ends the step.
+    (set -e; "$step") >"$out/$step.log" 2>&1 &
+    wait $! || { ok=false; failed=1; tail -n 20 "$out/$step.log" >&2; }
+    printf '%s\t%s\t%s\t%s\n' "$step" "$ok" $((SECONDS - started)) "$(tail -n 1 "$out/$step.log")" >>"$out/steps"
+done
+$python - "$out/steps" <<'PYTHON'
+import datetime, json, pathlib, sys
+from vit_cls.environment import environment
+
+rows = [line.split("\t") for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
+steps = [{"step": s, "ok": ok == "true", "seconds": int(t), "last_line": said} for s, ok, t, said in rows]
+told = {"date": datetime.date.today().isoformat(), "steps": steps, **environment()}
+pathlib.Path("scripts/results/release_check.json").write_text(json.dumps(told, indent=1) + "\n")
+PYTHON
+cut -f 1-3 "$out/steps"
+exit $failed
