@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from vit_cls import create_model
 from vit_cls.cli import main
 from vit_cls.data.transforms import AUGMENTS
+from vit_cls.lab.probes.table import PROBES
+from vit_cls.lab.studies.table import STUDIES
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.stats.metrics import METRICS
 from vit_cls.weights.bundle import save_classifier
@@ -132,7 +134,7 @@ def _words(command: str) -> list[str]:
 def test_the_sweep_finds_what_the_pages_say():
     assert len(PAGES) >= 7
     assert len(COMMANDS) >= 18
-    assert len(PYTHON) >= 5
+    assert len(PYTHON) >= 7
     lines = [line for _, text in _blocks("bash") for line in text.splitlines()]
     assert all(any(line.startswith(start) for line in lines) for start in NOT_RUN)
     assert [command for command in COMMANDS if "vit-cls " not in command] == []
@@ -156,8 +158,8 @@ def test_a_command_of_the_pages_runs(command, place, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("page", "text"), PYTHON, ids=[page for page, _ in PYTHON])
-def test_a_block_of_python_runs(page, text, place):
-    tables = (POOLINGS, AUGMENTS, METRICS)  # to which a block may add a row
+def test_a_block_of_python_runs(page, text, place, capfd):
+    tables = (POOLINGS, AUGMENTS, METRICS, PROBES, STUDIES)  # to which a block may add a row
     before = [dict(table) for table in tables]
     try:
         exec(text, {})
@@ -165,6 +167,7 @@ def test_a_block_of_python_runs(page, text, place):
         for table, rows in zip(tables, before, strict=True):
             table.clear()
             table.update(rows)
+    assert "vit-cls: " not in capfd.readouterr().err  # what a command would complain of
 
 
 def test_links_between_pages_lead_somewhere():
