@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
+from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 
+from tests.training.runs import StopAfter, record_of, run_tiny, same_weights, weights_of
 from vit_cls.data import dataset
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.data.mixing import MixOptions
 from vit_cls.errors import ConfigError, DataError, ImageError
-from vit_cls.training.fit import fit
-from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
-
-TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-CPU = {"accelerator": "cpu", "log_every_n_steps": 1}
+from vit_cls.training.options import OptimOptions
 
 
 def _fit(root, run_dir, *, epochs=2, optim=None, trainer=None, resume=None, **data):
-    module = ImageDataModule(str(root), **{"batch_size": 5, "num_workers": 0, **data})
-    model, optim = ModelOptions("vit_pico_patch7_28", **TINY), OptimOptions(**{"lr": 3e-3, **(optim or {})})
-    run = FitOptions(model, optim, run_dir=None if run_dir is None else str(run_dir), resume=resume)
-    result = fit(run, module, {**CPU, "max_epochs": epochs, **(trainer or {})}, config_yaml="seed: 0\n")
-    return result, module
-
-
-def _weights(run_dir):
-    state = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    return {key: value for key, value in state.items() if "model." in key}
-
-
-def _same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    settings = {"epochs": epochs, "optim": optim, "trainer": trainer, "resume": resume}
+    return run_tiny(root, run_dir, data=data, **settings)
 
 
 @pytest.fixture
@@ -56,7 +40,7 @@ def test_bad_images_are_skipped_counted_and_named_within_the_budget(broken_root,
     result, module = _fit(broken_root, tmp_path / "run", max_bad_images=3)
     assert result.images == 7  # of 8 in validation: never replaced by another
     assert len(module.bad_images) == 3
-    record = json.loads((tmp_path / "run/run.json").read_text())
+    record = record_of(tmp_path / "run")
     named = {path.removeprefix(f"{broken_root}/") for path in record["data"]["bad_images"]}
     assert named == {"train/blue/3.png", "train/red/0.png", "val/red/1.png"}
     assert all(record["data"]["bad_images"].values())
@@ -148,19 +132,13 @@ def test_balanced_accuracy_is_in_every_row(uneven_root, tmp_path):
 def test_a_run_is_the_same_for_any_number_of_workers_and_when_it_was_resumed(image_root, tmp_path, data):
     _fit(image_root, tmp_path / "whole", epochs=3, **data)
     _fit(image_root, tmp_path / "plain", epochs=3)
-    whole = _weights(tmp_path / "whole")
-    assert not _same(whole, _weights(tmp_path / "plain"))  # the option does something
-    _fit(image_root, tmp_path / "parts", epochs=3, num_workers=2, trainer={"callbacks": [_StopAt(2)]}, **data)
+    whole = weights_of(tmp_path / "whole")
+    assert not same_weights(whole, weights_of(tmp_path / "plain"))  # the option does something
+    _fit(
+        image_root, tmp_path / "parts", epochs=3, num_workers=2, trainer={"callbacks": [StopAfter(2)]}, **data
+    )
     _fit(image_root, None, epochs=3, resume=str(tmp_path / "parts"), **data)
-    assert _same(whole, _weights(tmp_path / "parts"))
-
-
-class _StopAt(Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epoch
+    assert same_weights(whole, weights_of(tmp_path / "parts"))
 
 
 # --- cache
@@ -215,7 +193,7 @@ def test_images_in_both_parts_stop_the_run_unless_allowed_by_name(leaking_root, 
         _fit(leaking_root, tmp_path / "run", epochs=1)
     assert not (tmp_path / "run").exists()
     _fit(leaking_root, tmp_path / "run", epochs=1, allow=["leakage"])
-    record = json.loads((tmp_path / "run/run.json").read_text())
+    record = record_of(tmp_path / "run")
     assert record["data"]["allowed"] == ["leakage"]
     assert record["data"]["problems"]["leakage"] >= 1
     with pytest.raises(ConfigError, match=r"data.allow must be one of leakage; got 'leakege'. Did you mean"):
@@ -263,7 +241,6 @@ def test_a_manifest_takes_the_place_of_the_folder(image_root, tmp_path):
     result, module = _fit(tmp_path / "images.csv", tmp_path / "run", epochs=1)
     assert module.class_names == ["BLUE", "RED"]
     assert (len(module.train_set), result.images) == (24, 8)
-    weights = module._weights()
-    assert weights is not None
-    drawn = {index for _, index, _ in module.train_dataloader().sampler}
-    assert all(weights[index] == 1 for index in drawn)
+    paths = module.train_source.index.paths
+    drawn = {Path(paths[index]).stem for _, index, _ in module.train_dataloader().sampler}
+    assert {int(stem) for stem in drawn} <= set(range(6))  # the others weigh nothing

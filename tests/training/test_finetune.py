@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from itertools import pairwise
 
@@ -13,18 +11,14 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 
 import vit_cls
+from tests.training.runs import TINY, fit_tiny, record_of, same_weights, weights_of
 from vit_cls import create_model
-from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, ModelFileError
-from vit_cls.training.fit import fit
 from vit_cls.training.optim import Freezer, lr_table, make_optimizer, make_schedule, parameter_groups
-from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
+from vit_cls.training.options import OptimOptions
 from vit_cls.weights.bundle import read_metadata
 from vit_cls.weights.families import FROM_SCRATCH_LICENCE, RECIPES, recipe_of
 from vit_cls.weights.timm_models import tags
-
-TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-CPU = {"accelerator": "cpu", "log_every_n_steps": 1}
 
 
 @pytest.fixture
@@ -36,18 +30,8 @@ def weights(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-def _fit(root, run_dir, weights, *, epochs=2, model=None, optim=None, trainer=None, **options):
-    settings = {"name": "vit_pico_patch7_28", "pretrained": str(weights), **TINY, **(model or {})}
-    module = ImageDataModule(str(root), batch_size=5, num_workers=0)
-    run = FitOptions(ModelOptions(**settings), OptimOptions(**{"lr": 3e-3, **(optim or {})}), **options)
-    run = dataclasses.replace(run, run_dir=None if run_dir is None else str(run_dir))
-    return fit(run, module, {**CPU, "max_epochs": epochs, **(trainer or {})}, config_yaml="seed: 0\n")
-
-
-def _state(run_dir, which="last"):
-    state = torch.load(run_dir / f"checkpoints/{which}.ckpt", weights_only=True)["state_dict"]
-    prefix = "classifier.model."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def _fit(root, run_dir, weights, *, model=None, **settings):
+    return fit_tiny(root, run_dir, model={"pretrained": str(weights), **(model or {})}, **settings)
 
 
 def _changed(before, after):
@@ -57,11 +41,16 @@ def _changed(before, after):
 # --- learning rates
 
 
+def _rates(model, **settings):
+    """The groups, and the learning rate of each parameter by its name."""
+    groups = parameter_groups(model.named_parameters(), weight_decay=0.1, lr=1.0, **settings)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    return groups, {name: rate[id(p)] for name, p in model.named_parameters()}
+
+
 def test_layer_decay_is_in_the_learning_rate_of_each_group():
     model = create_model("vit_pico_patch7_28", depth=3, reg_tokens=2)
-    groups = parameter_groups(model.named_parameters(), weight_decay=0.1, lr=1.0, layer_decay=0.5)
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    by_name = {name: rate[id(p)] for name, p in model.named_parameters()}
+    groups, by_name = _rates(model, layer_decay=0.5)
     assert by_name["head.weight"] == by_name["norm.weight"] == 1.0
     assert by_name["blocks.2.mlp.fc1.weight"] == 0.5
     assert by_name["blocks.0.norm1.bias"] == 0.125
@@ -89,9 +78,7 @@ def test_any_scheduler_honours_layer_decay():
 
 def test_the_head_has_a_rate_of_its_own():
     model = create_model("vit_pico_patch7_28", depth=2, pool="map")
-    groups = parameter_groups(model.named_parameters(), weight_decay=0.1, lr=1.0, head_lr_ratio=10.0)
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    by_name = {name: rate[id(p)] for name, p in model.named_parameters()}
+    _, by_name = _rates(model, head_lr_ratio=10.0)
     assert {r for name, r in by_name.items() if name.startswith(("head.", "attn_pool."))} == {10.0}
     assert {r for name, r in by_name.items() if not name.startswith(("head.", "attn_pool."))} == {1.0}
 
@@ -162,9 +149,9 @@ def test_more_frozen_blocks_than_there_are_is_refused(image_root, tmp_path, weig
 
 def test_a_linear_probe_trains_the_head_alone(image_root, tmp_path, weights):
     _fit(image_root, tmp_path / "run", weights, optim={"freeze": "backbone"}, model={"drop_path_rate": 0.5})
-    before, after = load_file(weights), _state(tmp_path / "run")
+    before, after = load_file(weights), weights_of(tmp_path / "run")
     assert _changed(before, after) == {"head.weight", "head.bias"}
-    record = json.loads((tmp_path / "run/run.json").read_text())
+    record = record_of(tmp_path / "run")
     assert record["optim"]["freeze"] == "backbone"
 
 
@@ -194,19 +181,7 @@ def test_the_head_is_trained_first_and_then_all(image_root, tmp_path, weights):
     assert then == sorted(then, reverse=True)
 
 
-def test_a_run_resumed_in_either_stage_ends_with_the_same_weights(image_root, tmp_path, weights):
-    optim = {"head_first_epochs": 2, "layer_decay": 0.7}
-    _fit(image_root, tmp_path / "whole", weights, epochs=4, optim=optim)
-    for stop in (1, 3):
-        run = tmp_path / f"stopped_{stop}"
-        with pytest.raises(RuntimeError, match="stop here"):
-            _fit(image_root, run, weights, epochs=4, optim=optim, trainer={"callbacks": [_StopAt(stop)]})
-        _fit(image_root, None, weights, epochs=4, optim=optim, resume=str(run))
-        whole, resumed = _state(tmp_path / "whole"), _state(run)
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
-class _StopAt(Callback):
+class _CrashAt(Callback):
     def __init__(self, epoch):
         self.epoch = epoch
 
@@ -215,16 +190,27 @@ class _StopAt(Callback):
             raise RuntimeError("stop here")
 
 
+def test_a_run_resumed_in_either_stage_ends_with_the_same_weights(image_root, tmp_path, weights):
+    optim = {"head_first_epochs": 2, "layer_decay": 0.7}
+    _fit(image_root, tmp_path / "whole", weights, epochs=4, optim=optim)
+    for stop in (1, 3):
+        run = tmp_path / f"stopped_{stop}"
+        with pytest.raises(RuntimeError, match="stop here"):
+            _fit(image_root, run, weights, epochs=4, optim=optim, trainer={"callbacks": [_CrashAt(stop)]})
+        _fit(image_root, None, weights, epochs=4, optim=optim, resume=str(run))
+        assert same_weights(weights_of(tmp_path / "whole"), weights_of(run))
+
+
 # --- what the run remembers
 
 
 def test_the_run_starts_from_the_weights_and_says_so(image_root, tmp_path, weights, caplog):
     with caplog.at_level(logging.INFO, logger="vit_cls"):
         _fit(image_root, tmp_path / "run", weights, epochs=1, optim={"lr": 1e-9, "layer_decay": 0.5})
-    before, after = load_file(weights), _state(tmp_path / "run")
+    before, after = load_file(weights), weights_of(tmp_path / "run")
     for key in ("blocks.1.mlp.fc2.weight", "pos_embed"):
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-6)
-    report = json.loads((tmp_path / "run/run.json").read_text())["model"]["load_report"]
+    report = record_of(tmp_path / "run")["model"]["load_report"]
     assert report["counts"]["loaded"] == len(before) - 2
     assert (
         report["changed"]["fresh"]["head.weight"] == "not the checkpoint's: the checkpoint's 5 outputs have "
@@ -243,9 +229,9 @@ def test_a_run_can_start_from_a_run_and_keeps_its_licence_and_head(image_root, t
     assert metadata["weights_licence"] == "not stated by the source of the weights"
     model = {"name": "auto", "pretrained": str(tmp_path / "first"), **dict.fromkeys(TINY)}
     _fit(image_root, tmp_path / "second", weights, epochs=1, model=model, optim={"lr": 1e-9})
-    first, second = load_file(path), _state(tmp_path / "second")
+    first, second = load_file(path), weights_of(tmp_path / "second")
     torch.testing.assert_close(second["head.weight"], first["head.weight"], rtol=0, atol=1e-6)
-    record = json.loads((tmp_path / "second/run.json").read_text())
+    record = record_of(tmp_path / "second")
     assert record["model"]["weights_licence"] == "not stated by the source of the weights"
     assert record["model"]["load_report"]["counts"]["fresh"] == 0
 
@@ -263,7 +249,7 @@ def test_a_tag_gives_preprocessing_licence_and_drop_path_to_the_run(image_root, 
     model |= {**small, "drop_path_rate": "auto"}
     optim = {"lr": None, "base_lr_per_256_images": "auto", "layer_decay": "auto"}
     _fit(image_root, tmp_path / "run", None, epochs=1, model=model, optim=optim)
-    record = json.loads((tmp_path / "run/run.json").read_text())
+    record = record_of(tmp_path / "run")
     assert record["model"]["preprocess"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
     assert record["model"]["weights_licence"] == "cc-by-nc-4.0"
     assert record["optim"]["layer_decay"] == 0.7
@@ -288,7 +274,7 @@ def test_a_resumed_run_does_without_the_weights_it_began_with(image_root, tmp_pa
     _fit(image_root, run, weights, epochs=1)
     weights.unlink()
     _fit(image_root, None, weights, epochs=2, resume=str(run))
-    record = json.loads((run / "run.json").read_text())
+    record = record_of(run)
     assert record["model"]["load_report"]["counts"]["loaded"] > 20
 
 
