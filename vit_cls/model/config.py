@@ -76,9 +76,9 @@ class ViTConfig:
         img_size: Image height and width in pixels; one number means a square.
         patch_size: Side of a square patch in pixels; divides both image sides.
         num_classes: Classes of the linear head; 0 leaves the model headless (it returns features).
-        pool: What the head reads, a row of `vit_cls.model.pooling.POOLINGS`: ``cls``, ``gap``, ``max``,
-            ``token:K`` (patch K, counted from 0 in raster order), ``cls+gap``, ``map``... It decides how many
-            class tokens there are: K with ``multicls:K``, one a class with ``classtok``.
+        pool: What the head reads: rows of `vit_cls.model.pooling.POOLINGS`, any of them joined by ``+``:
+            ``cls``, ``gap``, ``token:K`` (patch K, from 0 in raster order), ``cls+gap``, ``map``... It
+            decides how many class tokens there are: K with ``multicls:K``, one a class with ``classtok``.
         embed_dim: Width of a token; divisible by ``num_heads``.
         depth: Encoder blocks.
         mlp_ratio: Hidden width of the MLP, in multiples of ``embed_dim``.

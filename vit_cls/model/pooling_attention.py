@@ -210,15 +210,7 @@ class AttentionPool(Pooling):
         nn.init.trunc_normal_(self.latent, std=self.latent.shape[2] ** -0.5)
 
     def attention(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """How much each token weighs in each head.
-
-        Args:
-            tokens: As for `Pooling.forward`.
-            mask: As for `Pooling.forward`.
-
-        Returns:
-            Weights that sum to 1 over the tokens, shape ``(batch, heads, read tokens)``.
-        """
+        """Weight of each token in each head, ``(batch, heads, read tokens)``; they sum to 1."""
         q = rearrange(self.q(self.latent), "b 1 (h d) -> b h 1 d", h=self.num_heads)
         k = rearrange(self.kv(tokens)[..., : tokens.shape[-1]], "b n (h d) -> b h n d", h=self.num_heads)
         scores = rearrange(q * q.shape[-1] ** -0.5 @ k.mT, "b h 1 n -> b n h")

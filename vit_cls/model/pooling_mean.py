@@ -34,12 +34,7 @@ def generalised_mean(
     Args:
         tokens: Shape ``(batch, tokens, dim)``. Values below ``eps`` count as ``eps``: what is negative is
             lost.
-        p: The exponent, above 0.
         mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
-        eps: The smallest value.
-
-    Returns:
-        Shape ``(batch, dim)``.
 
     Example:
         >>> generalised_mean(torch.tensor([[[1.0], [7.0]]]), 2.0)
@@ -59,11 +54,7 @@ def log_mean_exp(tokens: Tensor, r: float | Tensor, mask: Tensor | None = None) 
 
     Args:
         tokens: Shape ``(batch, tokens, dim)``, of any sign.
-        r: The sharpness, above 0.
         mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
-
-    Returns:
-        Shape ``(batch, dim)``.
 
     Source:
         LSE pooling, https://arxiv.org/abs/1411.6228, equation 6.

@@ -49,19 +49,11 @@ class TokenLayout:
 
 
 def causal_mask(layout: TokenLayout, class_position: str, device: torch.device | None = None) -> Tensor:
-    """Who may attend to whom when each token sees itself and what comes before it.
+    """Who may attend to whom when each token sees itself and what comes before it, ``(tokens, tokens)``.
 
     The tensors keep their order, class tokens first: without a mask the encoder treats all places alike, so
-    that only here it matters where class tokens stand.
-
-    Args:
-        layout: The tokens.
-        class_position: Class tokens stand ``first``, in the ``middle`` of the patches, or ``last``; registers
-            stand before all patches.
-        device: Where the mask is made.
-
-    Returns:
-        True where the row's token may attend to the column's, bool, shape ``(tokens, tokens)``.
+    that only here it matters where class tokens stand: ``first``, in the ``middle`` of the patches, or
+    ``last``; registers stand before all patches.
 
     Example:
         >>> causal_mask(TokenLayout(True, 0, (1, 2)), "last").int().tolist()
@@ -86,13 +78,6 @@ def add_prefix_and_positions(
         prefix: Learned tokens in order, each of shape ``(1, tokens, dim)``; may be empty.
         pos_embed: Positions, shape ``(1, tokens, dim)``, or ``(1, patches, dim)`` with
             ``no_embed_class``; None adds none.
-
-    Example:
-        >>> import torch
-        >>> tokens = add_prefix_and_positions(
-        ...     torch.zeros(2, 4, 8), [torch.ones(1, 1, 8)], torch.ones(1, 5, 8), no_embed_class=False)
-        >>> tokens[0, :, 0].tolist()
-        [2.0, 1.0, 1.0, 1.0, 1.0]
     """
     batch = patches.shape[0]
     if pos_embed is not None and no_embed_class:
@@ -104,15 +89,11 @@ def add_prefix_and_positions(
 
 
 def sincos_2d_positions(grid_size: tuple[int, int], dim: int, *, temperature: float = 10_000.0) -> Tensor:
-    """Fixed two-dimensional sine-cosine positions.
+    """Fixed two-dimensional sine-cosine positions, in raster order, ``(rows * cols, dim)``, in [-1, 1].
 
     Args:
-        grid_size: Patch rows and columns.
         dim: Width of a token, divisible by 4. The first half encodes the column, the second the row.
         temperature: Longest wavelength, in units of 2 pi patches.
-
-    Returns:
-        Positions in raster order, shape ``(rows * cols, dim)``, float32, in [-1, 1].
 
     Example:
         >>> sincos_2d_positions((1, 2), 4)
