@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from vit_cls.data.datamodule import NAMES, ImageDataModule
-from vit_cls.data.dataset import Batch
 from vit_cls.data.decode import decode_image
 from vit_cls.data.digits import load_digits
 from vit_cls.data.sampler import sample_seed
@@ -171,27 +170,6 @@ def test_processes_share_the_images_and_too_few_images_are_refused(split_folder)
     data.trainer.world_size = 7
     with pytest.raises(DataError, match=r"6 training image\(s\) cannot be shared by 7 processes"):
         data.train_dataloader()
-
-
-def _failed(index: int) -> Batch:
-    empty = torch.empty(0, dtype=torch.int64)
-    return Batch(torch.empty(0, dtype=torch.uint8), empty, empty, [(index, "it is torn"), (0, "never mind")])
-
-
-@pytest.mark.parametrize(("training", "expected"), [(True, "train/a/t3.png"), (False, "val/b/v1.png")])
-def test_failed_batch_stops_the_run_with_path_and_reason(split_folder, training, expected):
-    data = _configured(root=str(split_folder))
-    data.trainer = SimpleNamespace(training=training)
-    with pytest.raises(
-        ImageError, match=rf"{split_folder}/{expected} cannot be read as an image: it is torn\. Repair"
-    ):
-        data.on_before_batch_transfer(_failed(3), 0)
-
-
-def test_batch_without_failures_passes_as_it_is(split_folder):
-    data = _configured(root=str(split_folder))
-    batch = next(iter(data.train_dataloader()))
-    assert data.on_before_batch_transfer(batch, 0) is batch
 
 
 class _Idle(LightningModule):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import pickletools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from vit_cls.data import loader as loader_module
 from vit_cls.data.dataset import Batch, FolderSource, ImageDataset, Sample, collate
 from vit_cls.data.decode import decode_image
-from vit_cls.data.index import ImageIndex, PathTable, index_folder
+from vit_cls.data.index import index_folder
 from vit_cls.data.loader import default_num_workers, make_loader
 from vit_cls.data.sampler import EpochSampler, sample_seed
 from vit_cls.data.transforms import Reader, eval_reader, keyed, train_reader
@@ -203,23 +202,6 @@ def test_mistake_in_a_transform_is_an_error_not_a_failed_file(folder):
     dataset = ImageDataset(FolderSource(index_folder(folder)), Reader(broken, (12, 12), (0, 0, 0), ""))
     with pytest.raises(ZeroDivisionError):
         next(iter(_loader(dataset)))
-
-
-def test_dataset_reaches_a_worker_process_as_a_few_arrays():
-    count = 50_000
-    index = ImageIndex(
-        Path("root"),
-        PathTable([f"a/{i:06d}.png" for i in range(count)]),
-        np.zeros(count, np.int64),
-        ["a", "b"],
-    )
-    dataset = ImageDataset(FolderSource(index), train_reader(12), seed=0)
-    data = pickle.dumps(dataset)
-    # an object a path would be copied into every worker as its reference count is touched
-    assert sum(1 for _ in pickletools.genops(data)) < 3_000
-    there = pickle.loads(data)
-    assert len(there) == count
-    assert there.source.index.path(777) == Path("root/a/000777.png")
 
 
 def test_pickled_dataset_makes_the_same_samples(folder):

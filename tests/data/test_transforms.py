@@ -72,41 +72,35 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    "shape", [(50, 50), (61, 83), (90, 41), (300, 200), (33, 32), (7, 5), (20, 140), (20, 300)]
-)
-@pytest.mark.parametrize(
-    ("size", "crop_pct", "crop_mode", "interpolation"),
+    "shape",
     [
-        (32, 0.9, "center", "bicubic"),
-        (32, 1.0, "center", "bicubic"),
-        (33, 0.875, "center", "bilinear"),
-        (32, 0.9, "squash", "bicubic"),
-        ((24, 40), 0.9, "center", "bicubic"),
-        ((40, 24), 1.0, "center", "bilinear"),
-        ((24, 40), 0.9, "squash", "bicubic"),
+        (50, 50),
+        (61, 83),
+        (90, 41),
+        (300, 200),
+        (33, 32),
+        (7, 5),
+        (20, 140),
+        (20, 300),
+        (1, 1),
+        (1, 9),
+        (2, 3),
     ],
 )
-def test_evaluation_agrees_with_timm(shape, size, crop_pct, crop_mode, interpolation):
-    image = _picture(*shape)
-    ours = eval_reader(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)(image)
-    reference = _reference_timm_eval(image, size, crop_pct, crop_mode, interpolation)
-    assert ours.shape == (3, *((size, size) if isinstance(size, int) else size))
-    assert _difference(ours, reference) <= MAX_DIFFERENCE
-
-
-@pytest.mark.parametrize("shape", [(50, 50), (61, 83), (90, 41), (300, 200), (7, 5), (20, 300)])
-@pytest.mark.parametrize("size", [32, (24, 40), (40, 24)])
+@pytest.mark.parametrize("size", [32, 33, (24, 40), (40, 24)])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_exact_evaluation_is_timms_pixel_for_pixel(shape, size, crop_mode, interpolation):
+def test_exact_evaluation_is_timms_pixel_for_pixel_and_the_fast_one_nearly(
+    shape, size, crop_mode, interpolation
+):
     # full contrast, unlike `_picture`: here no rounding is excused
-    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image, gentle = torch.from_numpy(noise(0, *shape)).permute(2, 0, 1), _picture(*shape)
     for crop_pct in (0.875, 0.9, 1.0):
         settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-        exact = eval_reader(size, **settings, exact=True)
+        exact, fast = (eval_reader(size, **settings, exact=each) for each in (True, False))
         assert torch.equal(exact(image), _reference_timm_eval(image, size, *settings.values())), crop_pct
-        fast, gentle = eval_reader(size, **settings), _picture(*shape)
-        assert _difference(fast(gentle), exact(gentle)) <= MAX_DIFFERENCE, crop_pct
+        reference = _reference_timm_eval(gentle, size, *settings.values())
+        assert _difference(fast(gentle), reference) <= MAX_DIFFERENCE, crop_pct
 
 
 @pytest.mark.filterwarnings("ignore:.*unclosed file:pytest.PytestUnraisableExceptionWarning")  # timm's
@@ -135,25 +129,6 @@ def test_exact_evaluation_of_a_folder_of_jpegs_is_that_of_timms_loader(tmp_path)
         assert _difference(ours, theirs) <= (0 if exact else MAX_DIFFERENCE)
 
 
-def test_crop_pct_is_the_share_of_the_side_that_is_kept():
-    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
-    image[:, 25:75, 25:75] = 200
-    assert (eval_reader(50, crop_pct=0.5)(image) == 200).all()  # resized to 100, which changes nothing
-    whole = eval_reader(50, crop_pct=1.0)(image)
-    assert (whole[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
-    assert (whole[:, 15:35, 15:35] == 200).all()
-
-
-def test_center_keeps_the_aspect_ratio_where_squash_keeps_the_borders():
-    image = torch.zeros(3, 40, 120, dtype=torch.uint8)
-    image[:, :, 40:80] = 200  # the middle third is a square
-    assert (eval_reader(20, crop_pct=1.0, crop_mode="center")(image)[:, :, 2:-2] == 200).all()
-    squashed = eval_reader(20, crop_pct=1.0, crop_mode="squash")(image)
-    assert (squashed[:, :, :4] == 0).all()
-    assert (squashed[:, :, -4:] == 0).all()
-    assert (squashed[:, :, 9:11] == 200).all()
-
-
 def test_nearest_makes_no_new_values_and_the_smooth_filters_do():
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     image[:, :, 21:] = 200
@@ -165,21 +140,6 @@ def test_nearest_makes_no_new_values_and_the_smooth_filters_do():
     assert len(values["bilinear"]) > 2
     assert max(values["bicubic"]) > 200  # it overshoots at an edge; bilinear cannot
     assert max(values["bilinear"]) == 200
-
-
-def test_shrinking_is_antialiased():
-    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::2] = 200
-    small = eval_reader(16, crop_pct=1.0)(stripes)
-    assert (small.int() - 100).abs().max() <= 10
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 3), (5, 4)])
-def test_tiny_images_are_enlarged_to_the_full_size(shape):
-    image = torch.full((3, *shape), 77, dtype=torch.uint8)
-    out = eval_reader(24)(image)
-    assert out.shape == (3, 24, 24)
-    assert (out == 77).all()
 
 
 @pytest.mark.parametrize("size", [224, (160, 224)])
@@ -233,18 +193,6 @@ def _flipped(image: torch.Tensor) -> bool:
     columns = image[0, image.shape[1] // 2].float()
     third = len(columns) // 3
     return bool(columns[third] > columns[-third - 1])
-
-
-def test_crop_flip_flips_about_half_of_the_images_and_crops_them_at_varied_places():
-    transform = train_reader(24)
-    outs = [transform(_ramp(), key) for key in range(200)]
-    assert 70 <= sum(map(_flipped, outs)) <= 130
-    darkest = torch.tensor([int(out.min()) for out in outs])
-    brightest = torch.tensor([int(out.max()) for out in outs])
-    assert (darkest > 80).float().mean() > 0.3  # the left part of the ramp is cut off
-    assert (brightest < 230).float().mean() > 0.3  # the right part
-    assert len(darkest.unique()) > 30
-    assert (brightest - darkest).min() < 95  # some crops are less than half as wide as the image
 
 
 @pytest.mark.parametrize("size", [24, (16, 30)])

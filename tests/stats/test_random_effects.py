@@ -251,14 +251,6 @@ def test_where_hardly_an_image_differs_the_interval_is_wide_rather_than_narrow()
     assert all(_share(covers, seeds=s, same=same, **how) >= 0.94 for s in (3, 5) for same in (0, 0.5, 1))
 
 
-@pytest.mark.parametrize("same", [0, 0.5, 1])
-@pytest.mark.parametrize("seed_sd", [0, 0.01, 0.02])
-def test_no_difference_is_called_one_in_no_more_than_5_of_100(seed_sd, same):
-    share = _share(lambda a, b: paired_difference(a, b).p <= 0.05, seed=1, seeds=3, images=540,
-                   discordance=0.08, seed_sd=seed_sd, same=same)  # fmt: skip
-    assert share <= 0.055 + 2 / 3 * SLACK
-
-
 @pytest.mark.parametrize(("discordance", "seed_sd"), [(0.03, 0), (0.06, 0.003), (0.1, 0.01)])
 @pytest.mark.parametrize("seeds", [1, 3, 5])
 def test_a_difference_of_the_margin_is_called_equivalent_in_no_more_than_5_of_100(
@@ -269,35 +261,6 @@ def test_a_difference_of_the_margin_is_called_equivalent_in_no_more_than_5_of_10
         images=800, discordance=discordance, difference=0.01, seed_sd=seed_sd if seeds > 1 else 0,
     )  # fmt: skip
     assert share <= 0.055 + 2 / 3 * SLACK
-
-
-def _percentile_bootstrap(d, rng, *, seeds_too, draws=300):
-    """The naive hierarchical bootstrap, or of images alone."""
-    seeds, images = d.shape
-    columns = d[:, rng.integers(0, images, (draws, images))].mean(axis=2)  # (seeds, draws)
-    rows = rng.integers(0, seeds, (seeds, draws)) if seeds_too else np.arange(seeds)[:, None]
-    means = np.take_along_axis(columns, np.broadcast_to(rows, (seeds, draws)), axis=0).mean(axis=0)
-    return np.quantile(means, [0.025, 0.975])
-
-
-def test_seeds_taken_for_images_or_resampled_as_if_there_were_many_cover_too_little():
-    rng = np.random.default_rng(9)
-    hits = dict.fromkeys(("ours", "more images", "images alone", "naive bootstrap"), 0)
-    repeats = 150
-    for _ in range(repeats):
-        a, b = _scores(rng, 3, 300, discordance=0.05, seed_sd=0.03)
-        d = b.astype(float) - a
-        intervals = {
-            "ours": paired_difference(a, b).ci95,
-            "more images": paired_difference(a.ravel(), b.ravel(), resamples=300).ci95,
-            "images alone": _percentile_bootstrap(d, rng, seeds_too=False),
-            "naive bootstrap": _percentile_bootstrap(d, rng, seeds_too=True),
-        }
-        for name, (low, high) in intervals.items():
-            hits[name] += low <= 0 <= high
-    shares = {name: count / repeats for name, count in hits.items()}
-    assert shares.pop("ours") > 0.93 - SLACK
-    assert all(share < 0.89 for share in shares.values()), shares
 
 
 def test_the_difference_said_to_be_detectable_is_detected_in_80_of_100():
