@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import sys
 
@@ -66,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + error.signum if isinstance(error, Stopped) else 2
     except BrokenPipeError:
         return 0
-    if not outcome.silent:
-        print(json.dumps(outcome.data) if as_json else outcome.text)
+    outcome.print(sys.stdout, as_json=as_json)
     return outcome.code
 
 

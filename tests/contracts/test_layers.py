@@ -36,7 +36,7 @@ RESULTS = {"data.doctor", "evaluation", "lab.results", "stats"}
 # library: where it may be imported, as prefixes of paths in the package
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "timm": ("weights/", "export/"),
-    "lightning": ("training/", "data/datamodule.py", "commands/fit.py"),
+    "lightning": ("training/", "data/datamodule.py", "commands/fit_parser.py"),
     "matplotlib": ("reports/",),
     "jinja2": ("reports/",),
     "jsonargparse": ("commands/", "cli.py"),

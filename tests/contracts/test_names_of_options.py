@@ -31,7 +31,7 @@ WITHOUT_PARSER = {"json", "debug", "help", "version", "print_config"}
 """What every verb takes before its parser sees the words, and what parsers have of their own."""
 NO_OPTIONS = {"model.safetensors", "data.pkl", "key"}
 """Files, and the word that stands for any key."""
-OTHER_PROGRAMS = {"environment.py": {"error", "porcelain"}, "figures.py": {"line", "series"}}
+OTHER_PROGRAMS = {"environment.py": {"error", "porcelain"}, "svg.py": {"line", "series"}}
 """Options of git, and variables of CSS."""
 
 

@@ -19,8 +19,9 @@ from vit_cls.evaluation.comparison import (
     disagreements,
 )
 from vit_cls.evaluation.predictions import Predictions
-from vit_cls.evaluation.results import evaluate_predictions, write_tables
+from vit_cls.evaluation.results import evaluate_predictions, tables
 from vit_cls.evaluation.row_formats import read_predictions
+from vit_cls.files import write_text
 from vit_cls.stats.verdicts import CANNOT_TELL
 
 HEAD = "path,label,prediction,probability,correct,error\n"
@@ -146,7 +147,8 @@ def test_what_evaluate_writes_is_read_back_whatever_the_names(tmp_path):
     index = ImageIndex(tmp_path, paths, np.array([0, 1, 1]), names)
     probs = np.array([[0.75, 0.25], [0.5, 0.5], [np.nan, np.nan]])
     predictions = Predictions(index, probs, {2: "truncated, \r it is"}, 1.0)
-    write_tables(tmp_path, predictions, evaluate_predictions(predictions))
+    for name, text in tables(predictions, evaluate_predictions(predictions)):
+        write_text(tmp_path / name, text)
     assert read_predictions(str(tmp_path)) == list(predictions.rows())
 
 

@@ -14,8 +14,9 @@ import sklearn.metrics
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
 from vit_cls.evaluation.predictions import Predictions, Scoring
-from vit_cls.evaluation.results import Evaluation, evaluate_predictions, to_dict, to_text
-from vit_cls.reports.html import write_evaluation_report
+from vit_cls.evaluation.results import Evaluation, evaluate_predictions
+from vit_cls.reports.folder import write_folder
+from vit_cls.reports.terminal import text
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.stats.metrics import METRICS, Estimate, Metric
 
@@ -151,19 +152,17 @@ def test_a_metric_is_a_function_and_a_row(monkeypatch, tmp_path):
         "mistakes", "wrong over scored", lambda scored: Estimate(1 - scored.right.mean(), (0.0, 0.75))
     )
     monkeypatch.setitem(METRICS, "mistakes", mistakes)
-    result = evaluate_predictions(_predictions())
-    assert to_dict(result)["mistakes"] == 1 - result.top1.value
-    assert to_dict(result)["mistakes_ci95"] == [0.0, 0.75]
-    assert re.search(
-        r"^mistakes +0\.\d{4}   95 % interval 0\.0000 to 0\.7500$", to_text(result), re.MULTILINE
-    )
-    page = tmp_path / "report.html"
-    write_evaluation_report(page, result, model="m", data="d", failures=[], versions={})
-    assert "wrong over scored" in page.read_text(encoding="utf-8")
+    predictions = _predictions()
+    result = evaluate_predictions(predictions)
+    assert result.to_dict()["mistakes"] == 1 - result.top1.value
+    assert result.to_dict()["mistakes_ci95"] == [0.0, 0.75]
+    assert re.search(r"^mistakes +0\.\d{4}   95 % interval 0\.0000 to 0\.7500$", text(result), re.MULTILINE)
+    write_folder(tmp_path, result, predictions=predictions, model="m", data="d")
+    assert "wrong over scored" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_json_keeps_the_keys_that_scripts_read_in_their_order():
-    keys = to_dict(evaluate_predictions(_predictions(images=40)))
+    keys = evaluate_predictions(_predictions(images=40)).to_dict()
     assert " ".join(keys) == (
         "images failed scored correct top1 top1_ci95 top5 balanced_accuracy nll nll_ci95 brier brier_ci95 "
         "ece ece_ci95 ece_equal_mass ece_equal_mass_ci95 accuracy_at_coverage aurc most_confused calibrated "

@@ -20,7 +20,7 @@ from vit_cls.evaluation.predictions import (
     images_for_model,
     predict_index,
 )
-from vit_cls.evaluation.results import evaluate_predictions, write_tables
+from vit_cls.evaluation.results import evaluate_predictions, tables
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import Preprocess
 from vit_cls.weights.bundle import load_classifier, save_classifier
@@ -56,15 +56,14 @@ def test_an_unreadable_file_is_a_row_with_its_reason(image_root, tmp_path):
     assert predictions.errors == {1: "the file is empty"}
     others = [i for i in range(8) if i != 1]
     np.testing.assert_allclose(predictions.probs[others], clean.probs[others], atol=1e-6)
-    (tmp_path / "out").mkdir()
-    write_tables(tmp_path / "out", predictions, evaluate_predictions(predictions))
-    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    written = dict(tables(predictions, evaluate_predictions(predictions)))
+    rows = list(csv.DictReader(written["predictions.csv"].splitlines()))
     assert [row["path"] for row in rows] == list(predictions.index.paths)
     empty = dict.fromkeys(("prediction", "probability", "correct"), "")
     assert rows[1] == {"path": "blue/1.png", "label": "blue", "error": "the file is empty"} | empty
     correct = sum(int(row["correct"]) for row in rows if row["correct"])
     assert correct == evaluate_predictions(predictions).correct
-    per_class = csv.DictReader((tmp_path / "out/per_class.csv").read_text().splitlines())
+    per_class = csv.DictReader(written["per_class.csv"].splitlines())
     assert [row["class"] for row in per_class] == ["blue", "red"]
 
 

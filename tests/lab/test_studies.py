@@ -17,8 +17,8 @@ from vit_cls.lab.studies.recipe import RECIPES, Recipe
 from vit_cls.lab.studies.study import Control, Setup, Study, least_squares_slope
 from vit_cls.lab.studies.table import STUDIES
 from vit_cls.lab.studies.trials import Spread, run_trials
-from vit_cls.reports.lab import write_lab_report
-from vit_cls.reports.lab_words import lab_text
+from vit_cls.reports.folder import write_folder
+from vit_cls.reports.terminal import text
 from vit_cls.stats.verdicts import EQUAL, VERDICTS
 
 SMALL = Recipe(epochs=1, embed_dim=8, depth=1, num_heads=2)
@@ -69,8 +69,8 @@ def test_a_study_answers_its_question_once_and_the_same_again(name, tmp_path, fr
     assert len(told["predictions"]["paths"]) == len(told["predictions"]["targets"]) == 599
     assert told["values"]["top1"]
     assert result.notes
-    assert result.headline in lab_text(result)
-    write_lab_report(folder, result, versions={})
+    assert result.headline in text(result)
+    write_folder(folder, result, versions={})
 
     again = _study(name, folder)  # as of the same command
     assert not claim_folder(folder, again, {"test": "images"})

@@ -1,20 +1,43 @@
-"""Hand-made results for the pages, tame and hostile."""
+"""Results for the pages, tame and hostile, and a browser to look at the pages with."""
 
 from __future__ import annotations
 
 import html
+import io
+import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from vit_cls.evaluation.results import ClassMetrics, Evaluation
-from vit_cls.reports.html import write_evaluation_report, write_fit_report
-from vit_cls.stats.intervals import wilson_interval
-from vit_cls.stats.metrics import Estimate, Scored, calibration_of
+from tests.reports.outline import Outline
+from vit_cls.data.doctor.issues import ISSUE_TYPES, DatasetReport, Offender, Problem
+from vit_cls.data.index import ImageIndex
+from vit_cls.evaluation.comparison import Comparison, Disagreement, ModelScore, Pair
+from vit_cls.evaluation.predictions import Predictions, Scoring
+from vit_cls.evaluation.results import evaluate_predictions
+from vit_cls.lab.results import (
+    ForestChart,
+    HeatMap,
+    LabResult,
+    Line,
+    LineChart,
+    Pictures,
+    ScatterChart,
+    Table,
+)
+from vit_cls.reports.folder import write_folder
+from vit_cls.stats.verdicts import CANNOT_TELL, VERDICTS, Finding
+from vit_cls.training.fit import FitResult
+from vit_cls.training.runs import RunFolder
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -24,12 +47,9 @@ HOSTILE = [
     "שלום עולם",
     "many words in one name " * 8,
     "turned \u202e round",
+    "not utf-8: \udcff, control: \x01.jpg",
 ]
-FAILURES = [
-    ("cats/<img src=x onerror=alert(1)>.jpg", "image file is truncated"),
-    ("d/" + "y" * 200 + ".png", "cannot identify image file " + "z" * 150),
-    ("not utf-8: \udcff, control: \x01.jpg", "the file is empty"),
-]
+REASONS = ("image file is truncated", "cannot identify image file " + "z" * 150, "empty")
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -54,78 +74,114 @@ frame => {{
 VERSIONS = {"vit_cls": "0.1.0", "torch": "2.15.0"}
 
 
-def _evaluation(num_classes: int, *, failed: int = 0, names: list[str] | None = None) -> Evaluation:
-    """Class 1 has no images (where there are three or more), the last one is never predicted."""
-    rng = np.random.default_rng(num_classes)
-    confusion = np.zeros((num_classes, num_classes), dtype=int)
-    for i in range(num_classes):
-        if not (i == 1 and num_classes > 2):
-            confusion[i, i] = 20 + i
-            confusion[i, int(rng.integers(num_classes))] += 3
-    confusion[:, -1] = 0
-    confusion[-1, 0] = 4
-    names = [*(names or []), *(f"class {i}" for i in range(num_classes))][:num_classes]
-    images, correct = int(confusion.sum()), int(confusion.trace())
-    pairs = np.argwhere(confusion).repeat(confusion[confusion > 0], axis=0)  # true class, prediction
-    probs = np.full((images, num_classes), 0.2 / num_classes)
-    probs[np.arange(images), pairs[:, 1]] += 0.8
-    per_class = [
-        ClassMetrics(name, int(row.sum()), int(row[i]), int(confusion[:, i].sum()))
-        for i, (name, row) in enumerate(zip(names, confusion, strict=True))
+class Case(NamedTuple):
+    """A result, and what its files need besides."""
+
+    result: Any
+    about: dict[str, Any]
+
+
+def jpeg(colour: str = "teal") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 64), colour).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def every_second(paths) -> dict[str, bytes]:
+    """Pictures of half of the images."""
+    return dict.fromkeys(paths[::2], jpeg())
+
+
+def predictions_of(classes, images=120, *, failed=0, scoring=Scoring()) -> Predictions:  # noqa: B008, frozen
+    """Of three classes or more the second has no images, and the last is never predicted."""
+    names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else list(classes)
+    rng, n = np.random.default_rng(0), len(names)
+    labels = rng.choice([i for i in range(n) if i != 1 or n < 3], images)
+    logits = rng.normal(size=(images, n))
+    logits[np.arange(images), labels] += 1.5
+    logits[:, -1] -= 20 * (n > 2)
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    errors = {i: REASONS[i % len(REASONS)] for i in range(failed)}
+    probs[list(errors)] = np.nan
+    paths = [f"{names[k]}/{i}.png" for i, k in enumerate(labels)]
+    return Predictions(ImageIndex(Path("p"), paths, labels, names), probs, errors, 75.4, scoring)
+
+
+def evaluation_case(predictions: Predictions, **changes) -> Case:
+    about = {"predictions": predictions, "model": "runs/a", "data": "photos/test"} | changes
+    return Case(evaluate_predictions(predictions), about)
+
+
+def comparison_of(names: list[str], verdict: str = CANNOT_TELL) -> Comparison:
+    models = [ModelScore(name, 80 + i, 100, 0.8 + i / 100, (0.7, 0.9)) for i, name in enumerate(names)]
+    needed = 812 if verdict == CANNOT_TELL else None
+    numbers = (100, 3, 70, 8, 12, 10, 0.04, (-0.05, 0.13), 0.39, 1.0, 0.74, 0.01, 0.12, verdict, needed)
+    return Comparison(models, [Pair(a, b, *numbers) for a, b in itertools.combinations(names, 2)], 7)
+
+
+def disagreements_of(count: int, num_models: int = 2) -> list[Disagreement]:
+    """Kinds in turn: the first model alone right, the last alone, none."""
+    others = ["dog"] * (num_models - 1)
+    kinds = [("cat", *others), (*others, "cat"), ("owl", *others)]
+    return [
+        Disagreement(f"cat/{i}.jpg", "cat", kinds[i % 3], (0.5 + i / 1000,) * num_models)
+        for i in range(count)
     ]
-    return Evaluation(
-        images=images + failed,
-        failed=failed,
-        correct=correct,
-        metrics={
-            "top1": Estimate(correct / images, wilson_interval(correct, images)),
-            "top5": Estimate(0.9876),
-            "balanced_accuracy": Estimate(0.8765),
-            "nll": Estimate(0.4321),
-            "ece": Estimate(0.0567),
-        },
-        per_class=per_class,
-        confusion=confusion,
-        calibration=calibration_of(Scored(probs, pairs[:, 0])),
-        seconds=75.4,
+
+
+def lab_result(names: list[str] | None = None) -> LabResult:
+    """All verdicts, two tables, every kind of figure; names go wherever a name can."""
+    a, b, c, *_ = names or ["cls", "gap", "max"]
+    findings = [
+        Finding(f"{a} and {b} differ: {verdict}", verdict, f"{a} against {b}: {verdict}, so it is.")
+        for verdict in VERDICTS
+    ]
+    findings[3] = replace(
+        findings[3],
+        estimate=0.004,
+        ci95=(-0.009, 0.017),
+        p=0.41,
+        p_holm=1.0,
+        p_equivalence=1e-7,
+        margin=0.01,
+        smallest_detectable=0.021,
+        needed=f"about 4,300 images of {c}",
+        counts={"images": 5400, "seeds": 5},
+    )
+    lines = [Line(f"{name} {i}", [(0, 0.5), (1, math.nan), (2, 0.9)]) for i, name in enumerate([a, b, c] * 2)]
+    image = np.full((28, 28, 3), 90, np.uint8)
+    figures = [
+        LineChart(f"By layer {a}", a, b, lines, marks={c: 0.1}, note=f"note on {a}"),
+        ForestChart(f"Difference {a}", [(f"{a} minus {b}", 0.01, (-0.01, 0.03))], 0.01),
+        ScatterChart("Cost", "x", "y", [(a, 10, 0.5, (0.4, 0.6)), (b, 1e6, 0.9, None)]),
+        HeatMap("Entropy", [[0.5, math.nan]], [a], [b, c]),
+        HeatMap("Tokens", [[0.5] * 20] * 3),
+        HeatMap("Nothing", [[math.nan]]),
+        Pictures(f"Images of {a}", [a, b], [[image, None], [image, image]], [a, c]),
+    ]
+    wide = [f"{b} column {i} (%)" for i in range(12)]
+    heads = [[a, 0.93214, 5400, 0.02], [b, None, 7, 0.123]]
+    tables = [
+        Table(f"Heads {a}", ["head", "top-1 (%)", "images", "ece"], heads),
+        Table("Wide", ["head", *wide], [[name, *([0.5] * 12)] for name in (a, b, c)], f"{a} is read so."),
+    ]
+    return LabResult(
+        "study heads",
+        f"Which of {a}, {b}?",
+        f"{a} beats {b}",
+        findings,
+        tables,
+        figures,
+        settings={"model": {"name": a, "pool": "cls"}, "lr": 1e-3, "grid": list(range(100))},
+        data={"root": b, "test": 540, "failed": 0},
+        values={"x": math.inf, "seeds": np.arange(3)},
+        predictions={"cls": np.array([1.0, math.nan]), "path": [c]},
+        notes=[f"{a} was seen once."],
+        seconds=61.0,
     )
 
 
-@pytest.fixture
-def evaluation():
-    return _evaluation
-
-
-@pytest.fixture
-def hostile_names():
-    return HOSTILE
-
-
-@pytest.fixture
-def evaluation_page(tmp_path):
-    """A page as text, from an `Evaluation`."""
-
-    def write(result, **changes):
-        given = {"model": "runs/a", "data": "photos/test", "failures": [], "versions": VERSIONS} | changes
-        write_evaluation_report(tmp_path / "evaluation.html", result, **given)
-        return (tmp_path / "evaluation.html").read_text(encoding="utf-8")
-
-    return write
-
-
-@pytest.fixture
-def fit_page(tmp_path):
-    """A page as text, from a record and a history."""
-
-    def write(record, history):
-        write_fit_report(tmp_path / "report.html", record, history, (0.9012, 0.9634))
-        return (tmp_path / "report.html").read_text(encoding="utf-8")
-
-    return write
-
-
-@pytest.fixture
-def history():
+def history_of_four_epochs() -> list[dict[str, float]]:
     return [
         {
             "epoch": float(i),
@@ -144,8 +200,7 @@ def history():
     ]
 
 
-@pytest.fixture
-def record():
+def record_of_a_run() -> dict[str, Any]:
     return {
         "format_version": 1,
         "command": ["vit-cls", "fit", "--data.root", "my photos"],
@@ -189,19 +244,98 @@ def record():
     }
 
 
-@pytest.fixture(params=["fit", "one epoch", "2 classes", "30 classes", "120 classes"])
-def any_page(request, evaluation, evaluation_page, fit_page, record, history):
-    """Every kind of page, filled with names that do their worst."""
-    if request.param in ("fit", "one epoch"):
-        record["data"]["train_counts"] = {name: 10 + i for i, name in enumerate(HOSTILE)}
-        record["data"]["root"] = record["model"]["name"] = HOSTILE[0] + HOSTILE[2]
-        record["command"] = ["vit-cls", "fit", "--run_dir", HOSTILE[1], HOSTILE[2]]
-        rows = [{"fate": "dropped", "keys": name, "count": 2, "note": name} for name in HOSTILE]
-        record["model"]["load_report"] = {"source": HOSTILE[2], "counts": {"dropped": 14}, "rows": rows}
-        record["model"]["load_report"]["notes"] = HOSTILE
-        return fit_page(record, history if request.param == "fit" else history[:1])
-    result = evaluation(int(request.param.split()[0]), failed=len(FAILURES), names=HOSTILE)
-    return evaluation_page(result, model=HOSTILE[0] + HOSTILE[2], data=HOSTILE[4], failures=FAILURES)
+def fit_case(record=None, history=None) -> Case:
+    history = history_of_four_epochs() if history is None else history
+    result = FitResult(RunFolder(Path("runs/my run")), 4, 3, 113, 120, 1.0, 4125.2, 1763.9, history)
+    return Case(result, {"record": record_of_a_run() if record is None else record})
+
+
+@pytest.fixture
+def history():
+    return history_of_four_epochs()
+
+
+@pytest.fixture
+def record():
+    return record_of_a_run()
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """The folder of a result, whose files are those that were announced."""
+
+    def write(case, name="out", **changes) -> Path:
+        result, about = case if isinstance(case, Case) else (case, {})
+        folder = tmp_path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        files = write_folder(folder, result, **({"versions": VERSIONS} | about | changes))
+        assert sorted(files) == sorted(path for path in folder.rglob("*") if path.is_file())
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def outline_of(folder_of):
+    """The page of a result."""
+    return lambda case, **changes: Outline((folder_of(case, **changes) / "report.html").read_text("utf-8"))
+
+
+def _hostile_fit(num_epochs: int) -> Case:
+    record = record_of_a_run()
+    record["data"]["train_counts"] = {name: 10 + i for i, name in enumerate(HOSTILE)}
+    record["data"]["root"] = record["model"]["name"] = HOSTILE[0] + HOSTILE[2]
+    record["command"] = ["vit-cls", "fit", "--run_dir", HOSTILE[1], HOSTILE[2]]
+    rows = [{"fate": "dropped", "keys": name, "count": 2, "note": name} for name in HOSTILE]
+    told = {"source": HOSTILE[2], "counts": {"dropped": 14}, "rows": rows, "notes": HOSTILE}
+    record["model"]["load_report"] = told
+    return fit_case(record, history_of_four_epochs()[:num_epochs])
+
+
+def hostile_dataset() -> DatasetReport:
+    """Every kind of problem at once, with names that do their worst."""
+    problems = []
+    for kind in ISSUE_TYPES:
+        other = "train/other.jpg" if kind.startswith("near_") else None
+        problems.append(
+            Problem(kind, [Offender(f"{kind}/{name}.jpg", HOSTILE[2], other) for name in HOSTILE])
+        )
+    problems[0].offenders.extend(Offender(f"{i}.jpg", "reason") for i in range(24))
+    classes = dict.fromkeys([*HOSTILE, *(f"class {i}" for i in range(30))], 7)
+    return DatasetReport(
+        HOSTILE[0] + HOSTILE[2], 999, 31, {"train": classes, "val": {"one": 3}}, problems, 61
+    )
+
+
+def _hostile_evaluation(names) -> Case:
+    given = {
+        "model": HOSTILE[0] + HOSTILE[2],
+        "data": HOSTILE[4],
+        "licence": HOSTILE[0],
+        "source": HOSTILE[2],
+    }
+    return evaluation_case(predictions_of(names, 400, failed=8), thumbnails=every_second, **given)
+
+
+def _hostile_comparison(names, **given) -> Case:
+    answers = ((HOSTILE[0], HOSTILE[1], "") * 3)[: len(names)]
+    found = [Disagreement(name, HOSTILE[1], answers, (0.5,) * len(names)) for name in HOSTILE]
+    return Case(comparison_of(names), {"found": found} | given)
+
+
+HOSTILE_CASES = {
+    "fit": lambda: _hostile_fit(4),
+    "one epoch": lambda: _hostile_fit(1),
+    "2 classes": lambda: _hostile_evaluation(HOSTILE[:2]),
+    "few classes": lambda: _hostile_evaluation(HOSTILE),
+    "many classes": lambda: _hostile_evaluation([*HOSTILE, *(f"class {i}" for i in range(112))]),
+    "models": lambda: _hostile_comparison([*HOSTILE, "nine"], data=HOSTILE[2], thumbnails=every_second),
+    "files": lambda: _hostile_comparison([HOSTILE[0], HOSTILE[7]], data=None),
+    "dataset": lambda: Case(hostile_dataset(), {"thumbnails": every_second}),
+    "lab": lambda: Case(lab_result([HOSTILE[0], HOSTILE[7], HOSTILE[3]]), {}),
+    "lab of long names": lambda: Case(lab_result([HOSTILE[2], HOSTILE[5], HOSTILE[4]]), {}),
+}
+"""Every kind of result, filled with names that do their worst."""
 
 
 @pytest.fixture
@@ -214,7 +348,7 @@ def in_browser(tmp_path):
     if CHROMIUM is None:
         pytest.skip("needs chromium on PATH")
 
-    def measure(*pages, scheme="light", height=800):
+    def measure(*pages, scheme="light", height=400):
         frames = "".join(FRAME.format(html.escape(page), width, height) for page in pages for width in WIDTHS)
         (tmp_path / "measure.html").write_text(MEASURE.format(frames=frames, scheme=scheme), encoding="utf-8")
         dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []

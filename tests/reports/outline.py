@@ -50,5 +50,5 @@ class Outline(HTMLParser):
 
     def row(self, first: str) -> list[str]:
         """Cells of the first row that begins with this text."""
-        cells = next(row for row in self.rows if row and row[0].strip() == first)
-        return [" ".join(cell.split()) for cell in cells]
+        rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
+        return next(row for row in rows if row and row[0] == first)

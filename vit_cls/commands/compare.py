@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from functools import partial
 
 from jsonargparse import Namespace
 
 from vit_cls.checks import check_range
-from vit_cls.commands.outcome import Outcome, tell_unreadable, with_files
+from vit_cls.commands.outcome import Outcome, path_or_none, tell_unreadable
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_data_arguments,
@@ -20,12 +20,10 @@ from vit_cls.commands.parsing import (
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.folders import find_parts
 from vit_cls.data.thumbnails import reader_by_path, thumbnails
-from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
 from vit_cls.evaluation.comparison import (
     MARGIN,
     Answers,
-    Comparison,
     align,
     answers_of,
     compare_answers,
@@ -33,8 +31,9 @@ from vit_cls.evaluation.comparison import (
 )
 from vit_cls.evaluation.predictions import ScoredImages, images_for_model, predict_index
 from vit_cls.evaluation.row_formats import read_predictions
-from vit_cls.files import output_folder, writing
-from vit_cls.reports import compare as page
+from vit_cls.files import output_folder
+from vit_cls.reports.folder import write_folder
+from vit_cls.reports.html import no_pictures
 from vit_cls.weights.factory import load
 
 MOST_MODELS = 26
@@ -75,16 +74,16 @@ def run(words: list[str]) -> Outcome:
     answers = align(answers)
     result = compare_answers(answers, margin=args.margin, seed=args.seed)
     if output is not None:
-        _write(output, result, answers, source if images is None else images.source, args.data)
-    data = result.to_dict() | {
+        source = source if images is None else images.source
+        pictures = no_pictures if source is None else partial(thumbnails, reader_by_path(source))
+        found = disagreements(answers)
+        write_folder(output, result, found=found, data=args.data, thumbnails=pictures)
+    told = {
         "split": None if images is None else images.split,
         "origin": None if images is None else images.origin,
-        "output": None if output is None else str(output),
+        "output": path_or_none(output),
     }
-    text = (
-        page.comparison_text(result) if images is None else f"{images.words}\n{page.comparison_text(result)}"
-    )
-    return Outcome(data, with_files(text, output))
+    return Outcome.of(result, told, output, above=[] if images is None else [images.words])
 
 
 def _check(args: Namespace) -> None:
@@ -120,14 +119,3 @@ def _source(args: Namespace) -> ImageSource | None:
         return None
     parts = find_parts(args.data)
     return parts.read(parts.choose(args.split))
-
-
-def _write(
-    output: Path, result: Comparison, answers: list[Answers], source: ImageSource | None, data: str | None
-) -> None:
-    found = disagreements(answers)
-    pictures = {} if source is None else thumbnails(reader_by_path(source), page.pictures_wanted(found))
-    with writing(output):
-        page.write_disagreements(output / "comparison.csv", found, len(answers))
-        more = {"data": data, "thumbnails": pictures, "versions": environment()["versions"]}
-        page.write_compare_report(output / "report.html", result, found, **more)

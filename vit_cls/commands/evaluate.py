@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from jsonargparse import Namespace
-
 from vit_cls.checks import check_range
-from vit_cls.commands.outcome import Outcome, tell_unreadable, with_files
+from vit_cls.commands.outcome import Outcome, path_or_none, tell_unreadable
 from vit_cls.commands.parsing import (
     DATA_HELP,
     MODEL_HELP,
@@ -21,27 +19,11 @@ from vit_cls.commands.parsing import (
     parse,
 )
 from vit_cls.data.thumbnails import reader_by_path, thumbnails
-from vit_cls.environment import environment
 from vit_cls.evaluation.calibration import calibratable_file, calibrate, fit_text
-from vit_cls.evaluation.predictions import (
-    Predictions,
-    ScoredImages,
-    check_tta,
-    images_for_model,
-    predict_index,
-)
-from vit_cls.evaluation.results import (
-    Evaluation,
-    evaluate_predictions,
-    to_dict,
-    to_text,
-    uncertain_images,
-    worst_images,
-    write_tables,
-)
-from vit_cls.files import output_folder, writing
-from vit_cls.model.classifier import ImageClassifier
-from vit_cls.reports.html import MOST_PICTURES, ImageCases, write_evaluation_report
+from vit_cls.evaluation.predictions import check_tta, images_for_model, predict_index
+from vit_cls.evaluation.results import evaluate_predictions
+from vit_cls.files import output_folder
+from vit_cls.reports.folder import write_folder
 from vit_cls.weights.factory import load
 
 
@@ -85,42 +67,23 @@ def run(words: list[str]) -> Outcome:
     predictions = predict_index(classifier, images.source, config, restrict=args.restrict, tta=args.tta)
     result = evaluate_predictions(predictions, seed=args.seed)
     if output is not None:
-        _write(output, predictions, result, classifier, images, args)
+        write_folder(
+            output,
+            result,
+            predictions=predictions,
+            model=args.model,
+            data=images.origin,
+            thumbnails=partial(thumbnails, reader_by_path(images.source)),
+            licence=classifier.weights_licence,
+            source=classifier.weights_source,
+        )
     tell_unreadable(predictions)
     told = {
         "split": images.split,
         "origin": images.origin,
         "weights_licence": classifier.weights_licence,
         "calibration": None if fit is None else {"data": args.calibrate, **dataclasses.asdict(fit)},
-        "output": None if output is None else str(output),
+        "output": path_or_none(output),
     }
-    calibration = "" if fit is None else fit_text(fit, file, args.calibrate)
-    text = f"{calibration}{images.words}\n{to_text(result)}"
-    return Outcome(to_dict(result) | told, with_files(text, output))
-
-
-def _write(
-    output: Path,
-    predictions: Predictions,
-    result: Evaluation,
-    classifier: ImageClassifier,
-    images: ScoredImages,
-    args: Namespace,
-) -> None:
-    index = predictions.index
-    worst = worst_images(predictions, MOST_PICTURES)
-    uncertain = uncertain_images(predictions, MOST_PICTURES)
-    paths = dict.fromkeys(case.path for case in (*worst, *uncertain))
-    with writing(output):
-        write_tables(output, predictions, result)
-        write_evaluation_report(
-            output / "report.html",
-            result,
-            model=args.model,
-            data=images.origin,
-            failures=[(index.paths[position], reason) for position, reason in predictions.errors.items()],
-            versions=environment()["versions"],
-            cases=ImageCases(worst, uncertain, thumbnails(reader_by_path(images.source), paths)),
-            licence=classifier.weights_licence,
-            source=classifier.weights_source,
-        )
+    calibration = [] if fit is None else fit_text(fit, file, args.calibrate)
+    return Outcome.of(result, told, output, above=[*calibration, images.words])

@@ -56,11 +56,11 @@ def _timm(classifier: ImageClassifier, output: Path) -> Outcome:
         "architecture": export.architecture,
         "max_relative_difference": export.difference,
     }
-    text = (
-        f"timm's {export.architecture}, logits equal to {export.difference:.1e} of the largest: {output}\n"
-        f'Use: timm.create_model("local-dir:{output}", pretrained=True)'
-    )
-    return Outcome(data, text)
+    shown = [
+        f"timm's {export.architecture}, logits equal to {export.difference:.1e} of the largest: {output}",
+        f'Use: timm.create_model("local-dir:{output}", pretrained=True)',
+    ]
+    return Outcome(data, shown)
 
 
 def _safetensors(classifier: ImageClassifier, output: Path) -> Outcome:
@@ -70,4 +70,4 @@ def _safetensors(classifier: ImageClassifier, output: Path) -> Outcome:
     same = all((a == b).all() for a, b in zip(classifier.parameters(), again.parameters(), strict=True))
     assert same, "the file does not hold the weights that were written"
     data = {"output": str(file), "format": "safetensors", "max_relative_difference": 0.0}
-    return Outcome(data, f"{file}\nUse: vit-cls evaluate --model {file} --data FOLDER")
+    return Outcome(data, [str(file), f"Use: vit-cls evaluate --model {file} --data FOLDER"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from vit_cls.reports.terminal import render, terminal
 
 if TYPE_CHECKING:
     from vit_cls.evaluation.predictions import Predictions
@@ -18,15 +22,44 @@ class Outcome:
 
     Args:
         data: The JSON object of ``--json``.
-        text: The same for people.
+        shown: The same for people: lines and tables for `vit_cls.reports.terminal.render`.
         code: 0 done; 1 the work ran and the answer is bad.
         silent: Whether to print neither: another process of the same run speaks.
     """
 
     data: dict[str, Any]
-    text: str
+    shown: Sequence[Any]
     code: int = 0
     silent: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        result: Any,
+        told: dict[str, Any],
+        output: Path | None = None,
+        *,
+        above: Sequence[str] = (),
+        below: Sequence[str] = (),
+        code: int = 0,
+    ) -> Outcome:
+        """A result, with what the verb knows besides.
+
+        Args:
+            result: Has ``to_dict``, and is one of `vit_cls.reports.terminal.SHOWN`.
+            told: More keys of the JSON object.
+            output: Where its files are, if there are any.
+            above: Lines before the result.
+            below: Lines after it.
+            code: See `Outcome`.
+        """
+        files = [] if output is None else [f"files in {output}"]
+        return cls(result.to_dict() | told, [*above, *terminal(result), *below, *files], code)
+
+    def print(self, stream: TextIO, *, as_json: bool) -> None:
+        """Say it, unless another process does."""
+        if not self.silent:
+            print(json.dumps(self.data) if as_json else render(self.shown, stream), file=stream)
 
 
 @dataclass(frozen=True)
@@ -48,9 +81,9 @@ MOST_TOLD = 5
 """Files that could not be read which stderr names; reports list them all."""
 
 
-def with_files(text: str, output: Path | None) -> str:
-    """The text for people, and where the files are if there are any."""
-    return text if output is None else f"{text}\nfiles in {output}"
+def path_or_none(output: Path | None) -> str | None:
+    """A folder as JSON has it."""
+    return None if output is None else str(output)
 
 
 def tell_unreadable(predictions: Predictions) -> None:

@@ -1,14 +1,14 @@
-"""Words and YAML to checked options; a parser's complaint becomes one clear paragraph."""
+"""Words and YAML to checked options."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.commands.complaints import explain
+from vit_cls.errors import ConfigError
 
 if TYPE_CHECKING:
     from vit_cls.inference import InferenceConfig
@@ -95,7 +95,7 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     try:
         return parser.parse_args(words)
     except argparse.ArgumentError as error:
-        raise ConfigError(_explain(str(error), parser)) from error
+        raise ConfigError(explain(str(error), known_keys(parser))) from error
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
@@ -105,40 +105,3 @@ def known_keys(parser: ArgumentParser) -> list[str]:
         parser: Knows the options.
     """
     return sorted(str(key) for key in parser.get_defaults(skip_validation=True).keys())  # noqa: SIM118, no dict
-
-
-def _explain(message: str, parser: ArgumentParser) -> str:
-    keys = known_keys(parser)
-    if match := re.search(r"[Uu]nrecognized arguments: (.+)", message):
-        words = match[1].split()
-        flag = next((word for word in words if word.startswith("-")), None)
-        if flag is None:
-            return f"unexpected word(s): {match[1]}. Options are written --key value; see --help."
-        return _unknown(flag.lstrip("-").partition("=")[0], keys, written=flag.partition("=")[0])
-    if match := re.search(r"[Gg]roup '([^']+)' does not accept option '([^']+)'", message):
-        return _unknown(f"{match[1]}.{match[2]}", keys)
-    if match := re.search(r"[Oo]ption '([^']+)' is not accepted", message):
-        return _unknown(match[1], keys)
-    if match := re.search(r'Parser key "([^"]+)":(.*)', message, re.DOTALL):
-        return _wrong_value(match[1], match[2])
-    return f"{' '.join(message.split())} (see --help)"
-
-
-def _unknown(key: str, keys: list[str], *, written: str | None = None) -> str:
-    return f"unknown key {written or key}.{did_you_mean(key, keys)} `--help` lists every key."
-
-
-def _wrong_value(key: str, details: str) -> str:
-    """jsonargparse lists every type it tried; the user needs the types and the value."""
-    value = re.search(r"(?:Given value|Got value): (.*)", details)
-    types = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", details)))
-    words = {
-        "NoneType": "null",
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "str": "a text",
-    }
-    if value and types:
-        return f"{key} must be {' or '.join(words.get(t, t) for t in types)}; got {value[1].strip()!r}."
-    return f"{key}: {' '.join(details.split())}"

@@ -7,7 +7,7 @@ import sys
 from jsonargparse import Namespace
 
 from vit_cls.checks import check_choice
-from vit_cls.commands.outcome import CALLER, Outcome, with_files
+from vit_cls.commands.outcome import CALLER, Outcome
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_runtime_arguments,
@@ -73,15 +73,16 @@ def run(words: list[str]) -> Outcome:
     data = predict(
         load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json
     )
-    text = (
-        f"{data['images']} images, {data['failed']} of them could not be read; "
-        + (f"features in {output}" if args.features else _calibration(data["temperature"]))
-        + f"\n{data['images_per_second']:.0f} images/s"
-    )
-    if output is None and not caller.as_json:
-        print(text, file=sys.stderr)
-        return Outcome(data, "", silent=True)
-    return Outcome(data, with_files(text, output))
+    told = f"features in {output}" if args.features else _calibration(data["temperature"])
+    shown = [
+        f"{data['images']} images, {data['failed']} of them could not be read; {told}",
+        f"{data['images_per_second']:.0f} images/s",
+    ]
+    if output is not None:
+        return Outcome(data, [*shown, f"files in {output}"])
+    if not caller.as_json:
+        print("\n".join(shown), file=sys.stderr)  # the rows have stdout
+    return Outcome(data, shown, silent=not caller.as_json)
 
 
 def _calibration(temperature: float) -> str:

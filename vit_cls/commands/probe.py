@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from vit_cls.checks import check_range
-from vit_cls.commands.outcome import Outcome, with_files
+from vit_cls.commands.outcome import Outcome, path_or_none
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_data_arguments,
@@ -21,15 +21,13 @@ from vit_cls.commands.parsing import (
 )
 from vit_cls.commands.words import comma_lists, name_and_rest
 from vit_cls.data.partition import partition_data
-from vit_cls.environment import environment
 from vit_cls.errors import ConfigError
-from vit_cls.files import output_folder, writing
+from vit_cls.files import output_folder
 from vit_cls.lab.probes.base import Subject
 from vit_cls.lab.probes.common import described
 from vit_cls.lab.probes.overlap import find_record, overlap_note
 from vit_cls.lab.probes.table import PROBES
-from vit_cls.reports.lab import write_lab_report
-from vit_cls.reports.lab_words import lab_text
+from vit_cls.reports.folder import write_folder
 from vit_cls.weights.factory import load
 
 log = logging.getLogger("vit_cls")
@@ -87,12 +85,10 @@ def run(words: list[str]) -> Outcome:
     notes = [*result.notes, *overlap_note(find_record(args.model), parts, args.data)]
     seconds = time.perf_counter() - started
     result = replace(result, settings=settings, notes=notes, seconds=seconds)
-    text = f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}"
     if output is not None:
-        with writing(output):
-            write_lab_report(output, result, versions=environment()["versions"])
-    told = {"split": parts.split, "output": None if output is None else str(output)}
-    return Outcome(result.to_dict() | told, with_files(text, output))
+        write_folder(output, result)
+    told = {"split": parts.split, "output": path_or_none(output)}
+    return Outcome.of(result, told, output, below=[f"scored on {parts.split}: {parts.origin}"])
 
 
 def cache_folder(cache: str | None) -> Path | None:

@@ -12,19 +12,17 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from vit_cls.commands.outcome import Outcome, with_files
+from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import DATA_HELP, make_parser, parse
 from vit_cls.commands.words import comma_lists, name_and_rest
 from vit_cls.data.parts import PARTS
-from vit_cls.environment import environment
 from vit_cls.errors import VitClsError
 from vit_cls.lab.studies.folder import claim_folder
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.table import STUDIES
 from vit_cls.lab.studies.trials import Spread, Trial, default_jobs, is_done, run_trials
-from vit_cls.reports.lab import write_lab_report
-from vit_cls.reports.lab_words import lab_text
+from vit_cls.reports.folder import write_folder
 from vit_cls.signals import Stopped, StopSignals
 from vit_cls.training.trial import train_trial
 
@@ -67,14 +65,11 @@ def run(words: list[str]) -> Outcome:
     left = _train(trials, folder, spread, new=claim_folder(folder, study, images))
     if left:
         text = f"{left} of {len(trials)} trainings are left for other shards; their results merge in {folder}"
-        return Outcome({"kind": f"study {name}", "left": left, "trainings": len(trials)}, text)
+        return Outcome({"kind": f"study {name}", "left": left, "trainings": len(trials)}, [text])
     result = replace(study.analyse(Answers(folder)), seconds=time.perf_counter() - started)
-    write_lab_report(folder, result, versions=environment()["versions"])
+    write_folder(folder, result)
     told = {"split": parts.split, "output": str(folder)}
-    return Outcome(
-        result.to_dict() | told,
-        with_files(f"{lab_text(result)}\nscored on {parts.split}: {parts.origin}", folder),
-    )
+    return Outcome.of(result, told, folder, below=[f"scored on {parts.split}: {parts.origin}"])
 
 
 def _study(name: str, kind: type[Study], args: Namespace) -> tuple[Study, Path]:

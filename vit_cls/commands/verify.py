@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-from vit_cls import formatting as fmt
-from vit_cls.commands.outcome import Outcome, with_files
+from vit_cls.commands.outcome import Outcome
 from vit_cls.commands.parsing import MODEL_HELP, make_parser, parse
-from vit_cls.files import output_folder, write_text, writing
+from vit_cls.files import output_folder
 
 
 def run(words: list[str]) -> Outcome:
@@ -38,6 +33,7 @@ def run(words: list[str]) -> Outcome:
     # Here: these load for seconds, and --help needs none of them.
     from vit_cls.inference import choose_device
     from vit_cls.lab.verify import verify
+    from vit_cls.reports.folder import write_folder
     from vit_cls.weights.factory import load
 
     output = output_folder(args.output)
@@ -45,40 +41,6 @@ def run(words: list[str]) -> Outcome:
     found = verify(
         load(args.model), precision=args.precision, images=args.images, seed=args.seed, device=device
     )
-    data = {**found.to_dict(), "model": args.model}
-    text = _text(data)
     if output is not None:
-        _write(output, data)
-    return Outcome(data, with_files(text, output), code=0 if found.ok else 1)
-
-
-def _write(output: Path, data: dict[str, Any]) -> None:
-    with writing(output):
-        write_text(output / "verify.json", json.dumps(data, indent=2) + "\n")
-
-
-def _text(data: dict[str, Any]) -> str:
-    rows = data["identities"]
-    width = max(len(row["name"]) for row in rows)
-    lines = [
-        f"{'identity':<{width}}  {'residual':>9}  {'tolerance':>9}",
-        *(_line(row, width) for row in rows),
-    ]
-    failed = [row for row in rows if not row["ok"]]
-    lines += [f"does not hold: {row['name']}. {row['what']}" for row in failed]
-    lines.append(
-        f"{data['checked']} identities checked, {data['failed']} do not hold; "
-        f"{data['not_applicable']} do not apply; float{data['precision']} on {data['device']}, "
-        f"{data['images']} random images, seed {data['seed']}, {fmt.duration(data['seconds'])}"
-    )
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any], width: int) -> str:
-    if not row["applies"]:
-        return f"{row['name']:<{width}}  {'-':>9}  {'-':>9}  does not apply: {row['reason']}"
-    residual = "not finite" if row["residual"] is None else f"{row['residual']:.2g}"
-    bound = {"exact": "= 0", "relative": f"<= {row['tolerance']:.0e}", "greater": f"> {row['tolerance']:g}"}
-    return (
-        f"{row['name']:<{width}}  {residual:>9}  {bound[row['kind']]:>9}  {'ok' if row['ok'] else 'FAILED'}"
-    )
+        write_folder(output, found, model=args.model)
+    return Outcome.of(found, {"model": args.model}, output, code=0 if found.ok else 1)

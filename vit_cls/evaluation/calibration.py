@@ -167,16 +167,16 @@ def calibrate(
     return fit
 
 
-def fit_text(fit: TemperatureFit, file: Path | None, data: str) -> str:
-    """What was fitted, for people; what follows is about the images that are scored.
+def fit_text(fit: TemperatureFit, file: Path | None, data: str) -> list[str]:
+    """Lines on what was fitted, for people; what follows is about the images that are scored.
 
     Args:
         data: The validation images, as the user wrote them.
     """
-    return (
+    return [
         f"temperature {fmt.decimals(fit.temperature)} fitted on {fit.images} images of {data} ({fit.failed} "
-        f"could not be read), stored in {file}\n"
+        f"could not be read), stored in {file}",
         f"  NLL there {fmt.decimals(fit.nll_before)} -> {fmt.decimals(fit.nll_after)}, "
         f"ECE {fmt.decimals(fit.ece_before)} -> {fmt.decimals(fit.ece_after)}; on the images "
-        "that are scored:\n"
-    )
+        "that are scored:",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -202,6 +203,28 @@ class Comparison:
     models: list[ModelScore]
     pairs: list[Pair]
     seed: int
+
+    @property
+    def letters(self) -> dict[str, str]:
+        """A letter for each model, by its name: A, B and so on."""
+        return dict(zip((model.name for model in self.models), string.ascii_uppercase, strict=False))
+
+    @property
+    def sentence(self) -> str:
+        """The verdict on all pairs, as one sentence."""
+        if len(self.pairs) == 1:
+            return self.pairs[0].sentence
+        for model in self.models:
+            own = [pair for pair in self.pairs if model.name in (pair.a, pair.b)]
+            if all(pair.verdict == f"{model.name} is better" for pair in own):
+                return f"{model.name} is better than each of the others."
+        verdicts = [pair.verdict for pair in self.pairs]
+        same, unknown = verdicts.count(EQUIVALENT), verdicts.count(CANNOT_TELL)
+        return (
+            f"None is better than all others: of {len(verdicts)} pairs, {len(verdicts) - same - unknown} "
+            f"differ, {same} {'is' if same == 1 else 'are'} equivalent within the margin, {unknown} cannot "
+            "be told apart."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data, for JSON."""

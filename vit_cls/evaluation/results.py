@@ -1,18 +1,16 @@
-"""What ``evaluate`` finds: counts and metrics, as a dataclass, as JSON, as lines to read, as tables."""
+"""What ``evaluate`` finds: counts and metrics, as a dataclass, as JSON, as tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_cls import formatting as fmt
 from vit_cls.errors import DataError
 from vit_cls.evaluation.predictions import AS_IS, Predictions, Scoring
 from vit_cls.evaluation.row_formats import PREDICTION_COLUMNS, as_record, csv_line
-from vit_cls.files import write_text
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.stats.metrics import (
     METRICS,
@@ -129,6 +127,35 @@ class Evaluation:
             for i, j in zip(rows[order], columns[order], strict=True)
         ]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data that JSON can hold."""
+        scoring, calibration = self.scoring, self.calibration
+        told: dict[str, Any] = {
+            "images": self.images,
+            "failed": self.failed,
+            "scored": self.scored,
+            "correct": self.correct,
+        }
+        for key, estimate in self.metrics.items():
+            if key == "aurc":  # points of the curve stand before its area
+                told["accuracy_at_coverage"] = [vars(point) for point in calibration.coverage]
+            told[key] = estimate.value
+            if estimate.ci95 is not None:
+                told[f"{key}_ci95"] = list(estimate.ci95)
+        return told | {
+            "most_confused": [vars(pair) for pair in self.confused_pairs()[:MOST_CONFUSED]],
+            "calibrated": scoring.calibrated,
+            "temperature": scoring.temperature,
+            "restricted": scoring.restricted,
+            "tta": scoring.tta,
+            "exact": scoring.exact,
+            "seed": calibration.seed,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images / self.seconds, 1),
+            "classes": len(self.per_class),
+            "classes_present": self.classes_present,
+        }
+
 
 def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluation:
     """Compute every metric.
@@ -208,83 +235,16 @@ def _cases(predictions: Predictions, positions: np.ndarray) -> list[ImageCase]:
     return cases
 
 
-def to_dict(result: Evaluation) -> dict[str, Any]:
-    """The result as plain data that JSON can hold."""
-    scoring, calibration = result.scoring, result.calibration
-    told: dict[str, Any] = {
-        "images": result.images,
-        "failed": result.failed,
-        "scored": result.scored,
-        "correct": result.correct,
-    }
-    for key, estimate in result.metrics.items():
-        if key == "aurc":  # points of the curve stand before its area
-            told["accuracy_at_coverage"] = [vars(point) for point in calibration.coverage]
-        told[key] = estimate.value
-        if estimate.ci95 is not None:
-            told[f"{key}_ci95"] = list(estimate.ci95)
-    return told | {
-        "most_confused": [vars(pair) for pair in result.confused_pairs()[:MOST_CONFUSED]],
-        "calibrated": scoring.calibrated,
-        "temperature": scoring.temperature,
-        "restricted": scoring.restricted,
-        "tta": scoring.tta,
-        "exact": scoring.exact,
-        "seed": calibration.seed,
-        "seconds": round(result.seconds, 3),
-        "images_per_second": round(result.images / result.seconds, 1),
-        "classes": len(result.per_class),
-        "classes_present": result.classes_present,
-    }
-
-
-def to_text(result: Evaluation) -> str:
-    """The result as lines for people; counts first."""
-    scoring, calibration = result.scoring, result.calibration
-    missing = [row.name for row in result.per_class if not row.support]
-    coverage = f"; {result.classes_present} of the model's {len(result.per_class)} classes" if missing else ""
-
-    def line(name: str, value: float, bounds: tuple[float, float] | None) -> str:
-        return f"{name:<19}{fmt.decimals(value)}{f'   {fmt.interval(bounds)}' if bounds else ''}"
-
-    lines = [
-        f"{result.correct} of {result.scored} images right ({result.failed} could not be read{coverage})",
-        *(line(title, estimate.value, estimate.ci95) for _, title, _, estimate in result.named_metrics()),
-        "accuracy of the most confident: "
-        + ", ".join(f"{100 * p.coverage:g} %: {p.accuracy:.4f}" for p in calibration.coverage),
-    ]
-    if pairs := result.confused_pairs()[:3]:
-        told = (f"{pair.label} taken for {pair.prediction} {pair.images}x" for pair in pairs)
-        lines.append(f"most confused: {', '.join(told)}")
-    lines.append(
-        f"probabilities are {'' if scoring.calibrated else 'not '}calibrated"
-        + (f", temperature {scoring.temperature:.4f}" if scoring.calibrated else "")
-        + ("; predictions restricted to the folder's classes" if scoring.restricted else "")
-        + ("" if scoring.tta == "none" else f"; test-time augmentation: {scoring.tta}")
-        + ("; resized by Pillow" if scoring.exact else "")
-    )
-    lines.append(f"{result.images / result.seconds:.0f} images/s")
-    if missing:
-        lines.append(f"no images of: {', '.join(missing[:20])}{' ...' if len(missing) > 20 else ''}")
-    return "\n".join(lines)
-
-
-def write_tables(folder: Path, predictions: Predictions, result: Evaluation) -> None:
-    """Write ``predictions.csv`` and ``per_class.csv`` into a folder; files of those names are replaced.
+def tables(predictions: Predictions, result: Evaluation) -> Iterator[tuple[str, str]]:
+    """Name and text of ``predictions.csv`` and ``per_class.csv``.
 
     Args:
-        folder: Exists.
-
-    Raises:
-        OSError: If a file cannot be written; complete files stay.
+        result: Of these predictions.
     """
+    images = (as_record(row, top_k=1).values() for row in predictions.rows())
+    yield "predictions.csv", "".join(map(csv_line, [PREDICTION_COLUMNS, *images]))
     classes = (
         [r.name, r.support, r.correct, r.predicted, r.precision, r.recall, r.f1, *(r.recall_ci95 or ("", ""))]
         for r in result.per_class
     )
-    images = (as_record(row, top_k=1).values() for row in predictions.rows())
-    for name, columns, rows in (
-        ("predictions.csv", PREDICTION_COLUMNS, images),
-        ("per_class.csv", CLASS_COLUMNS, classes),
-    ):
-        write_text(folder / name, "".join(map(csv_line, [columns, *rows])))
+    yield "per_class.csv", "".join(map(csv_line, [CLASS_COLUMNS, *classes]))

@@ -2,180 +2,166 @@
 
 from __future__ import annotations
 
-import contextlib
-import html
-import io
 import math
-import re
-import textwrap
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vit_cls import formatting as fmt
-from vit_cls.files import write_text
-from vit_cls.lab.results import ForestChart
-from vit_cls.reports.lab_words import clean
+from vit_cls.lab.results import (
+    MOST_LINES,
+    ForestChart,
+    HeatMap,
+    LineChart,
+    ScatterChart,
+)
+from vit_cls.reports.svg import LINE, SERIES, TEXT, drawing, inline_svg, wrap, written
+from vit_cls.reports.text import clean, shorten
 from vit_cls.stats.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from vit_cls.stats.metrics import Bin
 
-# Drawn in colours that nothing else uses, then replaced: only the page knows whether it is light or dark.
-PAGE_COLOURS = {
-    "#010203": "currentColor",
-    "#010204": "var(--line, #8b949e)",
-    "#010205": "var(--series-1, #0b5cad)",
-    "#010206": "var(--series-2, #b3400b)",
-}
-# Only charts of the lab have more than two lines.
-MORE_COLOURS = {
-    "#010207": "var(--series-3, #1a7f37)",
-    "#010208": "var(--series-4, #7a3fd1)",
-    "#010209": "var(--series-5, #a3246b)",
-    "#01020a": "var(--series-6, #0a7580)",
-    "#01020b": "var(--series-7, #765800)",
-    "#01020c": "var(--series-8, #57606a)",
-}
-TEXT, LINE, *SERIES = PAGE_COLOURS
-DASHES = ("-", (0, (4, 2)))  # series differ without colour too: in print, and for the colour-blind
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vit_cls",
-    "text.parse_math": False,  # a name with two dollar signs stays a name
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.linewidth": 0.6,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "legend.borderpad": 0,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT),
-    **dict.fromkeys(("axes.edgecolor", "grid.color"), LINE),
-}
+# Series differ without colour too: in print, and for the colour-blind.
+DASHES = (
+    "-",
+    (0, (4, 2)),
+    (0, (1, 1.2)),
+    (0, (6, 1.5, 1, 1.5)),
+    (0, (9, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (2, 2.5)),
+    (0, (10, 1.5, 3, 1.5)),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MOST_MARKERS = 12
+"""On one line; on a longer one some points have none."""
+SMALL = 10
+"""Size of labels inside a chart, in points."""
+LEGEND = 54
+"""Characters of a label in a legend."""
 MOST_POINTS = 200
-NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+MOST_WRITTEN = 20
+"""Columns up to which the values are written into the cells of a heat map."""
+MOST_LABELS = 40
+MOST_SPOKEN = 12
+DARK, BRIGHT = "#111111", "#ffffff"
+Chart = LineChart | ForestChart | ScatterChart | HeatMap
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart.
+def draw(name: str, chart: Chart) -> str | None:
+    """A chart as an ``<svg>`` element as wide as its container, the same text for the same chart.
 
-    Args:
-        label: What it is, for the legend and for those who cannot see it.
-        points: ``(x, y)`` from left to right; a ``y`` that is not finite leaves a gap.
-    """
-
-    label: str
-    points: Sequence[tuple[float, float]]
-
-
-def line_chart(
-    name: str, title: str, series: Sequence[Series], *, percent: bool = False, mark: float | None = None
-) -> str:
-    """Draw one or two lines over the epochs.
+    Its title and its key values are said aloud. There is none where there is no finite value to draw.
 
     Args:
         name: Unique in the page, letters and digits alone: every id in the SVG begins with it.
-        title: What the chart shows; read aloud together with the first and last value of each line.
-        series: At most two, each with a point at least.
-        percent: Whether values are shares, written as percentages.
 
-    Returns:
-        An ``<svg>`` element as wide as its container, the same text for the same arguments. Labels are
-        escaped; colours are CSS variables with a fallback, text is the colour and font around it.
+    Raises:
+        ValueError: If a chart has more than eight lines, or rows and labels of a heat map do not fit.
 
     Example:
-        >>> svg = line_chart("loss", "Loss", [Series("training", [(0, 2.0), (1, 1.5)])])
-        >>> svg[: svg.index(">")]  # doctest: +ELLIPSIS
-        '<svg class="chart" viewBox="..." role="img" aria-label="Loss: training from 2 to 1.5"'
+        >>> from vit_cls.lab.results import Line
+        >>> chart = LineChart("Accuracy", "layer", "top-1", [Line("cls", [(1, 0.5), (2, 0.75)])])
+        >>> svg = draw("a", chart)
+        >>> svg[svg.index("aria-label") : svg.index(">")]
+        'aria-label="Accuracy: cls from 50 % at 1 to 75 % at 2"'
     """
+    return DRAWN[type(chart)](name, chart)
+
+
+def left_out(chart: Chart) -> list[str]:
+    """Labels of the lines, rows and points of a chart that have no finite value, and so are not drawn.
+
+    Example:
+        >>> left_out(ScatterChart("t", "x", "y", [("a", 1, math.nan, None), ("b", 1, 0.5, None)]))
+        ['a']
+    """
+    labels: list[str] = []  # a heat map leaves nothing out, for its empty cells are seen
+    if isinstance(chart, LineChart):
+        labels = [line.label for line in chart.lines if not any(math.isfinite(y) for _, y in line.points)]
+    elif isinstance(chart, ForestChart):
+        labels = [label for label, value, _ in chart.rows if not math.isfinite(value)]
+    elif isinstance(chart, ScatterChart):
+        labels = [label for label, x, y, _ in chart.points if not math.isfinite(x + y)]
+    return [clean(label) for label in labels]
+
+
+def line_chart(name: str, chart: LineChart, *, mark: float | None = None) -> str | None:
+    """Lines over a common axis, told apart without colour.
+
+    Args:
+        mark: Where a vertical line stands.
+    """
+    if len(chart.lines) > MOST_LINES:
+        raise ValueError(
+            f"the chart {chart.title!r} must have at most {MOST_LINES} lines, told apart without "
+            f"colour; got {len(chart.lines)}. Make two charts of it, or a table."
+        )
+    lines = [line for line in chart.lines if any(math.isfinite(y) for _, y in line.points)]
+    if not lines:
+        return None
     with drawing() as (figure, text):
-        axes = figure.subplots()
-        for line, colour, dashes in zip(series, SERIES, DASHES, strict=False):
+        axes, handles = figure.subplots(), []
+        for place, line in enumerate(lines):
             x, y = zip(*line.points, strict=True)
-            marker = "o" if len(x) == 1 else None
-            axes.plot(x, y, color=colour, linestyle=dashes, marker=marker, label=line.label)
+            colour, every = SERIES[place], math.ceil(len(x) / MOST_MARKERS)
+            style: dict[str, Any] = {"linestyle": DASHES[place], "marker": MARKERS[place], "markersize": 5}
+            style["markevery"] = (place % every, every)  # of long lines that coincide all markers are seen
+            handles += axes.plot(x, y, color=colour, markeredgewidth=0, **style)
+            if line.bands is not None:
+                low, high = zip(*line.bands, strict=True)
+                axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+        for i, value in enumerate(chart.marks.values()):
+            handles.append(axes.axhline(value, color=TEXT, linestyle=(":", "-.")[i % 2], linewidth=1))
         if mark is not None:
             axes.axvline(mark, color=TEXT, linestyle=":", linewidth=1)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        set_ticks(axes.yaxis, percent=percent)
-        if len(series) > 1:
-            axes.legend()
-    spoken = "; ".join(
-        f"{line.label} from {written(line.points[0][1], percent)} to {written(line.points[-1][1], percent)}"
-        for line in series
-    )
-    return inline_svg(text.getvalue(), name, f"{title}: {spoken}")
+        _label_axes(axes, chart, [x for line in lines for x, _ in line.points])
+        _legend(figure, handles, [line.label for line in lines] + list(chart.marks))
+    spoken = []
+    for line in lines:
+        ends = [f"{written(y, chart.percent)} at {written(x, False)}" for x, y in line.points]
+        spoken.append(f"{line.label} {ends[0] if len(ends) == 1 else f'from {ends[0]} to {ends[-1]}'}")
+    spoken += [f"{label} at {written(value, chart.percent)}" for label, value in chart.marks.items()]
+    return inline_svg(text.getvalue(), name, chart.title, spoken)
 
 
 def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
-    """Draw how often predictions of like confidence are right.
-
-    Args:
-        bins: Bins of confidence; at least one has images.
-
-    Returns:
-        An ``<svg>`` element like that of `line_chart`: a point with Wilson's 95 % interval for each bin with
-        images, bars for the share of the images in it, and the line where a calibrated model's points lie.
-
-    Example:
-        >>> from vit_cls.stats.metrics import Bin
-        >>> svg = reliability_diagram("r", [Bin(0.5, 1.0, 10, 0.8, 6)])
-        >>> svg[svg.index("aria-label") : svg.index(">")]
-        'aria-label="Reliability: at 80 % confidence 60 % of 10 are right"'
-    """
+    """How often predictions of like confidence are right, with Wilson's 95 % intervals."""
     full = [b for b in bins if b.images]
     images = sum(b.images for b in full)
-    shares = [b.correct / b.images for b in full]
-    bounds = [wilson_interval(b.correct, b.images) for b in full]
-    reach = [
-        [max(0.0, s - low) for s, (low, _) in zip(shares, bounds, strict=True)],
-        [max(0.0, high - s) for s, (_, high) in zip(shares, bounds, strict=True)],
-    ]
+    shares = np.array([b.correct / b.images for b in full])
+    bounds = np.array([wilson_interval(b.correct, b.images) for b in full])
+    reach = np.maximum(0, [shares - bounds[:, 0], bounds[:, 1] - shares])
     with drawing() as (figure, text):
         axes = figure.subplots()
         left, heights = [b.lower for b in full], [b.images / images for b in full]
-        widths = [b.upper - b.lower for b in full]
-        label = "share of images"
-        axes.bar(left, heights, widths, align="edge", color=LINE, alpha=0.6, linewidth=0, label=label)
+        bars = {"align": "edge", "color": LINE, "alpha": 0.6, "linewidth": 0, "label": "share of images"}
+        axes.bar(left, heights, [b.upper - b.lower for b in full], **bars)
         axes.plot([0, 1], [0, 1], color=TEXT, linestyle=":", linewidth=1, label="as it should be")
         x = [b.confidence for b in full]
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
         axes.errorbar(x, shares, reach, color=SERIES[0], label="right", **style)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
-        set_ticks(axes.xaxis, percent=True)
-        set_ticks(axes.yaxis, percent=True)
-        axes.legend(fontsize=9)
-    spoken = "; ".join(
+        _set_ticks(axes.xaxis, percent=True)
+        _set_ticks(axes.yaxis, percent=True)
+        _legend(figure, *axes.get_legend_handles_labels())
+    spoken = [
         f"at {written(b.confidence, True, 3)} confidence {written(share, True, 3)} of {b.images} are right"
-        for b, share in zip(full, shares, strict=True)
-    )
-    return inline_svg(text.getvalue(), name, f"Reliability: {spoken}")
+        for b, share in zip(full, shares.tolist(), strict=True)
+    ]
+    return inline_svg(text.getvalue(), name, "Reliability", spoken)
 
 
 def coverage_chart(name: str, curve: Sequence[float]) -> str:
-    """Draw the accuracy of the most confident images over the share of images that is answered.
-
-    Returns:
-        An ``<svg>`` element like that of `line_chart`.
-
-    Example:
-        >>> svg = coverage_chart("c", [1.0, 1.0, 0.75, 0.75])
-        >>> svg[svg.index("aria-label") : svg.index(">")]
-        'aria-label="Accuracy at coverage: 100 % of the most confident half, 75 % of all"'
-    """
+    """The accuracy of the most confident images over the share of images that is answered."""
     n = len(curve)
     kept = sorted({math.ceil(n * i / MOST_POINTS) for i in range(1, MOST_POINTS + 1)})
     with drawing() as (figure, text):
@@ -183,35 +169,27 @@ def coverage_chart(name: str, curve: Sequence[float]) -> str:
         marker = "o" if n == 1 else None
         axes.plot([k / n for k in kept], [curve[k - 1] for k in kept], color=SERIES[0], marker=marker)
         axes.set(xlim=(0, 1), xlabel="share of images answered", ylabel="accuracy")
-        set_ticks(axes.xaxis, percent=True)
-        set_ticks(axes.yaxis, percent=True)
+        _set_ticks(axes.xaxis, percent=True)
+        _set_ticks(axes.yaxis, percent=True)
     half, whole = (written(curve[k - 1], True) for k in (math.ceil(n / 2), n))
-    label = f"Accuracy at coverage: {half} of the most confident half, {whole} of all"
-    return inline_svg(text.getvalue(), name, label)
+    spoken = f"{half} of the most confident half, {whole} of all"
+    return inline_svg(text.getvalue(), name, "Accuracy at coverage", [spoken])
 
 
-def forest_chart(name: str, chart: ForestChart) -> str:
-    """Draw differences below each other, with their intervals and the margin within which none matters.
-
-    Args:
-        chart: At least one row with a finite difference.
-
-    Returns:
-        An ``<svg>`` element like that of `line_chart`.
-
-    Example:
-        >>> svg = forest_chart("f", ForestChart("Difference", [("B minus A", 0.04, (0.01, 0.07))], 0.01))
-        >>> svg[svg.index("aria-label") : svg.index(">")]
-        'aria-label="Difference: B minus A +4.00 points, 95 % interval +1.00 to +7.00"'
-    """
+def forest_chart(name: str, chart: ForestChart) -> str | None:
+    """Differences below each other, with their intervals and the margin within which none matters."""
     rows = [row for row in chart.rows if math.isfinite(row[1])]
+    if not rows:
+        return None
     with drawing(5.6, 1.0 + 0.38 * len(rows)) as (figure, text):
         axes = figure.subplots()
         axes.axvspan(-100 * chart.margin, 100 * chart.margin, color=LINE, alpha=0.45, linewidth=0)
         axes.axvline(0, color=TEXT, linestyle=":", linewidth=1)
-        for place, (_, value, bounds) in enumerate(rows):
-            axes.plot([100 * bound for bound in bounds], [place] * 2, color=SERIES[0], marker="|")
-            axes.plot([100 * value], [place], color=SERIES[0], marker="o")
+        values = 100 * np.array([value for _, value, _ in rows])
+        bounds = 100 * np.array([interval for _, _, interval in rows])
+        axes.hlines(range(len(rows)), *bounds.T, color=SERIES[0])
+        axes.plot(bounds.T, [range(len(rows))] * 2, color=SERIES[0], marker="|", linestyle="none")
+        axes.plot(values, range(len(rows)), color=SERIES[0], marker="o", linestyle="none")
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [wrap(label, 26) for label, _, _ in rows])
         axes.grid(visible=False, axis="y")
@@ -221,98 +199,192 @@ def forest_chart(name: str, chart: ForestChart) -> str:
     def points(value: float) -> str:
         return fmt.percent(value, 2, unit="", signed=True)
 
-    spoken = "; ".join(
-        f"{clean(label)} {points(value)} points, {fmt.interval(bounds, points)}"
-        for label, value, bounds in rows
+    spoken = [f"{label} {points(value)} points, {fmt.interval(ends, points)}" for label, value, ends in rows]
+    return inline_svg(text.getvalue(), name, chart.title, spoken)
+
+
+def scatter_chart(name: str, chart: ScatterChart) -> str | None:
+    """Named points; those on the Pareto front are filled, and a stair goes along it."""
+    points = [point for point in chart.points if math.isfinite(point[1]) and math.isfinite(point[2])]
+    if not points:
+        return None
+    front = pareto_front([(x, y) for _, x, y, _ in points])
+    steps = sorted((points[i][1], points[i][2]) for i in front)
+    steps.append((max(x for _, x, _, _ in points), steps[-1][1]))
+    with drawing() as (figure, text):
+        axes, handles = figure.subplots(), []
+        for i, (_, cost, gain, bounds) in enumerate(points):
+            colour, marker = SERIES[i % len(SERIES)], MARKERS[(i + i // len(MARKERS)) % len(MARKERS)]
+            if bounds is not None:
+                style = {"linewidth": 1, "alpha": 0.7, "marker": "_", "markersize": 5}
+                axes.plot([cost, cost], bounds, color=colour, **style)
+            style = {"marker": marker, "markersize": 7, "linestyle": "none"}
+            fill = colour if i in front else "none"
+            handles += axes.plot([cost], [gain], color=colour, markerfacecolor=fill, **style)
+        style = {"linestyle": ":", "drawstyle": "steps-post", "linewidth": 1.2, "zorder": 1}
+        handles += axes.plot(*zip(*steps, strict=True), color=TEXT, **style)
+        axes.margins(0.1, 0.12)
+        _label_axes(axes, chart, [cost for _, cost, _, _ in points])
+        _legend(figure, handles, [*(label for label, *_ in points), "Pareto front"])
+    spoken = [
+        f"{label} {written(gain, chart.percent)} at {written(cost, False)}"
+        + (", on the front" if i in front else "")
+        for i, (label, cost, gain, _) in enumerate(points)
+    ]
+    return inline_svg(text.getvalue(), name, chart.title, spoken)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Indices of the points that no other one beats: none costs as little or less and gives as much or more.
+
+    Example:
+        >>> sorted(pareto_front([(1, 0.5), (2, 0.4), (3, 0.9), (3, 0.8)]))
+        [0, 2]
+    """
+    front, best = set(), -math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if points[i][1] > best:
+            front.add(i)
+            best = points[i][1]
+    return front
+
+
+def heat_map(name: str, chart: HeatMap) -> str | None:
+    """Colours with a bar that tells what they mean, and the numbers where there is room for them."""
+    _check_sizes(chart)
+    values = np.array([list(row) for row in chart.values], dtype=float)
+    values[~np.isfinite(values)] = np.nan
+    if np.isnan(values).all():
+        return None
+    rows, cols = values.shape
+    low, high = chart.limits or (float(np.nanmin(values)), float(np.nanmax(values)))
+    cell = 5.4 / cols if cols > MOST_WRITTEN else max(0.34, min(0.8, 3.6 / cols))  # inches
+    width, height = cols * cell, max(1.0, rows * min(max(0.72 * cell, 0.3 if rows <= 30 else 0.0), 0.5))
+    with drawing(width, height, layout="none") as (figure, text):
+        axes = figure.add_axes((0, 0, 1, 1))  # labels and bar hang out of it
+        scale = Normalize(low, high if high > low else low + 1e-9)
+        shown = axes.imshow(values, cmap="viridis", norm=scale, interpolation="none", aspect="auto")
+        if cols <= MOST_WRITTEN:
+            _write_values(axes, values, scale, chart.percent, 72 * cell)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.xaxis.tick_top()
+        row_names = [wrap(label, 22) for label in chart.row_labels or ()]
+        axes.set_yticks(*_thinned(row_names), fontsize=SMALL)
+        column_names = [shorten(clean(label), 24) for label in chart.column_labels or ()]
+        turned = 0.085 * max(map(len, column_names), default=0) > cell  # they would run into each other
+        axes.set_xticks(*_thinned(column_names), fontsize=SMALL, rotation=90 if turned else 0)
+        bar = figure.colorbar(shown, cax=figure.add_axes((1 + 0.15 / width, 0, 0.12 / width, 1)))
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=SMALL)
+        bar.locator = MaxNLocator(4) if high > low else FixedLocator([low])
+        bar.formatter = FuncFormatter(lambda v, _: written(float(f"{v:.6g}"), chart.percent))
+        bar.update_ticks()
+    return inline_svg(text.getvalue(), name, chart.title, _spoken_map(chart, values))
+
+
+def _check_sizes(chart: HeatMap) -> None:
+    lengths = {len(row) for row in chart.values}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the rows of the heat map {chart.title!r} must have one length; got {sorted(lengths)}. "
+            "Fill cells without a value with NaN."
+        )
+    for name, size in zip(("row_labels", "column_labels"), (len(chart.values), *lengths), strict=False):
+        labels = getattr(chart, name)
+        if labels is not None and len(labels) != size:
+            raise ValueError(f"{name} of the heat map {chart.title!r} must be {size}; got {len(labels)}.")
+
+
+def _thinned(names: Sequence[str]) -> tuple[range, Sequence[str]]:
+    every = math.ceil(len(names) / MOST_LABELS) or 1
+    return range(0, len(names), every), names[::every]
+
+
+def _write_values(axes: Axes, values: np.ndarray, scale: Normalize, percent: bool, width: float) -> None:
+    """Write each value into its cell, dark on the bright half of the colours, bright on the dark one."""
+    shown = 100 * values if percent else values
+    largest = float(np.nanmax(np.abs(values)))
+    decimals = 1 if percent else max(0, 2 - int(math.log10(max(largest, 1))))
+    texts = {
+        ij: f"{v + 0.0:.{decimals}f}" for ij, v in np.ndenumerate(shown.round(decimals)) if math.isfinite(v)
+    }
+    size = round(min(SMALL, width / (0.62 * max(map(len, texts.values())))), 1)
+    for (i, j), text in texts.items():
+        ink = DARK if scale(values[i, j]) > 0.5 else BRIGHT
+        axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=size)
+
+
+def _spoken_map(chart: HeatMap, values: np.ndarray) -> list[str]:
+    """Every value where there are few, else the smallest and the largest."""
+    rows, columns = (
+        labels or [f"{what} {i + 1}" for i in range(size)]
+        for what, labels, size in zip(
+            ("row", "column"), (chart.row_labels, chart.column_labels), values.shape, strict=True
+        )
     )
-    return inline_svg(text.getvalue(), name, f"{clean(chart.title)}: {spoken}")
+    places = {(i, j): f"{row}, {column}" for i, row in enumerate(rows) for j, column in enumerate(columns)}
+    if values.size <= MOST_SPOKEN:
+        return [f"{place}: {written(float(values[ij]), chart.percent)}" for ij, place in places.items()]
+    spoken = [f"{values.shape[0]} rows, {values.shape[1]} columns"]
+    for what, flat in (("smallest", np.nanargmin(values)), ("largest", np.nanargmax(values))):
+        i, j = divmod(int(flat), values.shape[1])
+        spoken.append(f"{what} {written(float(values[i, j]), chart.percent)} at {places[i, j]}")
+    missing = int(np.isnan(values).sum())
+    return [*spoken, *([f"{missing} without a value"] if missing else [])]
 
 
-@contextlib.contextmanager
-def styled() -> Iterator[None]:
-    """Matplotlib as all charts have it, whatever the user's own settings are."""
-    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
-        # The font that matplotlib measures with lacks some scripts; the page's own fonts have them.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
-        # Labels of the widest letters alone can leave the axes no room; the words around them still tell.
-        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
-        yield
+DRAWN: dict[type, Callable[[str, Any], str | None]] = {
+    LineChart: line_chart,
+    ForestChart: forest_chart,
+    ScatterChart: scatter_chart,
+    HeatMap: heat_map,
+}
+"""How each kind of chart is drawn."""
 
 
-@contextlib.contextmanager
-def drawing(width: float = 4.8, height: float = 3.0) -> Iterator[tuple[Figure, io.StringIO]]:
-    """A figure to draw on, its sides in inches, and the text that holds the SVG afterwards."""
-    text = io.StringIO()
-    with styled():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, text
-        figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
+def _label_axes(axes: Axes, chart: LineChart | ScatterChart, x: Sequence[float]) -> None:
+    axes.set(xlabel=wrap(chart.x_label, 44), ylabel=wrap(chart.y_label, 26))
+    _set_ticks(axes.yaxis, percent=chart.percent)
+    _set_ticks(axes.xaxis, percent=False)
+    if chart.log_x and min(x) > 0:
+        axes.set_xscale("log")
+        _set_log_ticks(axes.xaxis, sorted(set(x)))
+    elif all(float(value).is_integer() for value in x):
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
-def set_ticks(axis: Axis, *, percent: bool) -> None:
+def _set_ticks(axis: Axis, *, percent: bool) -> None:
     """Six ticks at most, written like all numbers of a chart."""
     axis.set_major_locator(MaxNLocator(6))
     axis.set_major_formatter(FuncFormatter(lambda v, _: written(float(f"{v:.9g}"), percent, digits=6)))
 
 
-def written(value: float, percent: bool, digits: int = 4) -> str:
-    """A number as charts write and say it; what is not finite has no value.
-
-    Example:
-        >>> written(0.5, True), written(1250000, False), written(float("nan"), True)
-        ('50 %', '1.25M', 'no value')
-    """
-    if not math.isfinite(value):
-        return "no value"
-    return f"{fmt.compact(100 * value, digits)} %" if percent else fmt.compact(value, digits)
-
-
-def wrap(label: str, width: int) -> str:
-    """A label on two lines of so many characters at most.
-
-    Example:
-        >>> wrap("the mean of all patch tokens of the last block", 20)
-        'the mean of all\\npatch tokens of the…'
-    """
-    return textwrap.fill(clean(label), width, max_lines=2, placeholder="…")
+def _set_log_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """At the values themselves where they are few and lie apart."""
+    formatter = FuncFormatter(lambda v, _: written(float(f"{v:.9g}"), False))
+    steps = np.diff(np.log(values))
+    axis.set_minor_locator(NullLocator())
+    if len(values) <= 8 and (steps > 0.08 * steps.sum()).all():
+        axis.set_major_locator(FixedLocator(values))
+    elif max(values) < 20 * min(values):  # hardly a power of ten is on the axis
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(10, numticks=7))
+    axis.set_major_formatter(formatter)
 
 
-def inline_svg(svg: str, name: str, label: str) -> str:
-    """What matplotlib writes for a file of its own, made fit for a page that holds several."""
-    view_box = re.search(r'viewBox="[^"]*"', svg)
-    assert view_box is not None
-    body = svg[svg.index("</defs>") + len("</defs>") :]  # the first defs is a style sheet for all elements
-    body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", body)
-    body = re.sub(r" font-family: [^;]*;", "", body)
-    for drawn, shown in (PAGE_COLOURS | MORE_COLOURS).items():
-        body = body.replace(drawn, shown)
-    label = html.escape(label)
-    return f'<svg class="chart" {view_box[0]} role="img" aria-label="{label}">{body.strip()}'
-
-
-def write_figures(folder: Path, charts: Iterable[tuple[str, str]]) -> list[Path]:
-    """Write charts as SVG files of their own, in dark colours on white.
-
-    Args:
-        folder: Is made if it does not exist; files of the same name are replaced.
-        charts: Title, of which the file's name is made, and the ``<svg>`` element of a page.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: If the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for title, svg in charts:
-        for shown in (PAGE_COLOURS | MORE_COLOURS).values():
-            alone = re.search(r"#[0-9a-f]{6}", shown)
-            svg = svg.replace(shown, alone[0] if alone else "#1f2328")
-        head = 'svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        style = "background: #fff; font-family: sans-serif"
-        name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
-        files.append(folder / f"{name}.svg")
-        write_text(files[-1], f'<?xml version="1.0"?>\n{svg.replace("svg", f"{head} style={style!r}", 1)}\n')
-    return files
+def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """Below the axes; one label alone needs none."""
+    if len(labels) < 2:
+        return
+    texts = [shorten(clean(label), LEGEND) for label in labels]
+    figure.legend(
+        handles,
+        [f" {text}" if text.startswith("_") else text for text in texts],  # matplotlib hides these
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        ncols=2 if max(map(len, texts)) <= LEGEND // 2 - 3 else 1,
+        fontsize=SMALL,
+        handlelength=3.6,
+    )

@@ -1,14 +1,12 @@
-"""What a probe or a study found, as files: JSON for scripts, a page, Markdown, and figures of their own."""
+"""What a probe or a study found, as files: JSON for programs, a page, and figures of their own."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +14,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from vit_cls.files import replacing, write_text
 from vit_cls.lab.results import Figure, HeatMap, LabResult, Pictures
-from vit_cls.reports.figures import styled, wrap, write_figures
-from vit_cls.reports.html import render
-from vit_cls.reports.lab_figures import draw, left_out
-from vit_cls.reports.lab_words import (
-    clean,
-    facts,
-    finding_facts,
-    lab_markdown,
-    shorten,
-    table_cells,
-)
+from vit_cls.reports.figures import draw, left_out
+from vit_cls.reports.html import Files, file_stem, render
+from vit_cls.reports.svg import styled, svg_file, wrap
+from vit_cls.reports.text import clean, shorten
+from vit_cls.reports.words import facts, finding_facts, table_cells
 
 SIDE = 96
 """Pixels; smaller images are magnified by a whole number to about this."""
@@ -44,33 +35,15 @@ class _Drawn:
 
     title: str
     note: str
-    path: str
     svg: Markup | None = None
     wide: bool = False
     pictures: Mapping[str, Any] | None = None
 
 
-def write_lab_report(folder: Path, result: LabResult, *, versions: Mapping[str, str]) -> list[Path]:
-    """Write everything about a probe or a study.
-
-    Args:
-        folder: Is made if it does not exist; files of the same name are replaced.
-        result: Its findings, tables and figures may hold any text.
-        versions: Version by package.
-
-    Returns:
-        ``results.json`` with the per-image predictions, written first so that a figure that cannot be drawn
-        loses no number; ``report.html``; ``report.md``; then ``figures/*.svg``, and ``figures/*.png`` for
-        pictures.
-
-    Raises:
-        ValueError: If a table or a figure contradicts itself, such as rows of different lengths.
-        OSError: If a file cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("results.json", "report.html", "report.md")]
-    write_text(files[0], _json({**result.to_dict(predictions=True), "versions": dict(versions)}))
-    drawn = [_draw(i, figure) for i, figure in enumerate(result.figures, start=1)]
+def lab_files(result: LabResult, *, versions: Mapping[str, str]) -> Files:
+    """``results.json`` with the per-image predictions, the page, and its charts and pictures."""
+    yield "results.json", _json({**result.to_dict(predictions=True), "versions": dict(versions)})
+    drawn = [_draw(f"figure{i}", figure) for i, figure in enumerate(result.figures, start=1)]
     tables = []
     for table in result.tables:
         cells, texts = table_cells(table)
@@ -81,21 +54,15 @@ def write_lab_report(folder: Path, result: LabResult, *, versions: Mapping[str, 
         "figures": drawn,
         "tables": tables,
         "sections": [("Settings", facts(result.settings)), ("Data", facts(result.data))],
-        "versions": versions,
     }
-    write_text(files[1], render("lab.html", context))
-    words = lab_markdown(result, [(one.title, one.note, one.path) for one in drawn], versions)
-    write_text(files[2], words)
-    charts = [(Path(one.path).stem, str(one.svg)) for one in drawn if one.svg is not None]
-    if charts:
-        files += write_figures(folder / "figures", charts)
-    for one, figure in zip(drawn, result.figures, strict=True):
-        if isinstance(figure, Pictures) and one.path:
-            files.append(folder / one.path)
-            files[-1].parent.mkdir(exist_ok=True)
-            with replacing(files[-1]) as temporary:
-                temporary.write_bytes(picture_sheet(figure))
-    return files
+    yield "report.html", render("lab.html", context, versions)
+    for i, (shown, figure) in enumerate(zip(drawn, result.figures, strict=True), start=1):
+        name = f"figures/{i}_{file_stem(shown.title)}".rstrip("_")
+        if shown.svg is not None:
+            yield f"{name}.svg", svg_file(shown.svg)
+        elif shown.pictures is not None:
+            assert isinstance(figure, Pictures)
+            yield f"{name}.png", picture_sheet(figure)
 
 
 def _kind(text: bool, cells: Sequence[str]) -> str:
@@ -114,21 +81,17 @@ def _json(found: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _draw(place: int, figure: Figure) -> _Drawn:
+def _draw(name: str, figure: Figure) -> _Drawn:
     title, note = clean(figure.title), clean(figure.note)
-    name = re.sub(r"[^a-z0-9]+", "_", title.lower())[:60].strip("_")
-    path = f"figures/{place}_{name}".rstrip("_")
     if isinstance(figure, Pictures):
-        if not check_pictures(figure):
-            return _Drawn(title, note, "")
-        return _Drawn(title, note, f"{path}.png", pictures=_cells(figure))
-    svg = draw(f"figure{place}", figure)
+        return _Drawn(title, note, pictures=_cells(figure) if check_pictures(figure) else None)
+    svg = draw(name, figure)
     if svg is None:
-        return _Drawn(title, note, "")
+        return _Drawn(title, note)
     if missing := left_out(figure):
         note = f"{note} Not drawn, for lack of a value: {', '.join(missing)}.".strip()
     wide = isinstance(figure, HeatMap) and len(figure.values[0]) > WIDE_COLUMNS
-    return _Drawn(title, note, f"{path}.svg", svg=Markup(svg), wide=wide)
+    return _Drawn(title, note, svg=Markup(svg), wide=wide)
 
 
 def _cells(pictures: Pictures) -> dict[str, Any]:
@@ -172,10 +135,6 @@ def check_pictures(pictures: Pictures) -> bool:
     Raises:
         ValueError: If an image is not uint8 of shape ``(height, width, 3)``, or rows, columns and labels do
             not fit together.
-
-    Example:
-        >>> check_pictures(Pictures("p", ["a"], [[None]]))
-        False
     """
     sizes = {len(pictures.columns), *map(len, pictures.rows)}
     num_labels = len(pictures.rows) if pictures.row_labels is None else len(pictures.row_labels)
@@ -197,24 +156,14 @@ def check_pictures(pictures: Pictures) -> bool:
 
 
 def picture_uri(image: np.ndarray) -> str:
-    """An image, uint8 of shape ``(height, width, 3)``, as a ``data:`` address that a page can show.
-
-    Example:
-        >>> picture_uri(np.zeros((2, 2, 3), np.uint8))[:27]
-        'data:image/png;base64,iVBOR'
-    """
+    """An image, uint8 of shape ``(height, width, 3)``, as a ``data:`` address that a page can show."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def picture_sheet(pictures: Pictures) -> bytes:
-    """All images of a grid on one sheet, a PNG, with the title and the labels of columns and rows.
-
-    Example:
-        >>> picture_sheet(Pictures("p", ["a", "b"], [[np.zeros((96, 96, 3), np.uint8), None]]))[1:4]
-        b'PNG'
-    """
+    """All images of a grid on one sheet, a PNG, with the title and the labels of columns and rows."""
     rows, cols = len(pictures.rows), len(pictures.columns)
     buffer = io.BytesIO()
     with styled():

@@ -25,6 +25,7 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
+from vit_cls.stats.intervals import wilson_interval
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import AUTO, FitOptions
@@ -78,6 +79,32 @@ class FitResult:
     seconds: float
     train_images_per_second: float
     history: list[dict[str, float]]
+
+    @property
+    def top1(self) -> float:
+        """Correct over images."""
+        return self.correct / self.images
+
+    @property
+    def top1_ci95(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of it."""
+        return wilson_interval(self.correct, self.images)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data that JSON can hold."""
+        return {
+            "run_dir": str(self.folder.path),
+            "top1": self.top1,
+            "top1_ci95": list(self.top1_ci95),
+            "top5": self.top5,
+            "correct": self.correct,
+            "images": self.images,
+            "epochs": self.epochs,
+            "best_epoch": self.best_epoch,
+            "seconds": round(self.seconds, 3),
+            "train_images_per_second": round(self.train_images_per_second, 1),
+            "model": str(self.folder.model_file),
+        }
 
 
 def fit(

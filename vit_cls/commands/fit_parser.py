@@ -1,0 +1,75 @@
+"""LightningCLI's parser in front of `vit_cls.training.fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from vit_cls.commands.parsing import EPILOG, parse
+from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.training.fit import TRAINER_DEFAULTS
+from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
+from vit_cls.training.task import ClassificationTask
+
+FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile")
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with our keys: ``model``, ``optim`` and the run's own are dataclasses, built by `fit`.
+
+    Args:
+        words: The words after ``fit``.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(
+            ClassificationTask,
+            ImageDataModule,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "vit-cls fit",
+                "description": "Train a classifier; a run folder comes out.",
+                "epilog": EPILOG,
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+            args=words,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys of the run itself."""
+        parser.add_class_arguments(FitOptions, None, skip={"model", "optim"})
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``model``, ``data``, ``optim`` and Lightning's ``trainer``."""
+        parser.add_class_arguments(ModelOptions, "model")
+        parser.add_lightning_class_args(ImageDataModule, "data")
+        parser.add_class_arguments(OptimOptions, "optim")
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words; complaints are ours."""
+        self.config = parse(parser, args)
+
+    def _set_seed(self) -> None:
+        """`fit` seeds, from the key ``seed``."""
+
+    def instantiate_classes(self) -> None:
+        """Build the options and the data; the model needs the class names, so `fit` builds it."""
+        built = self.parser.instantiate(self.config)
+        self.datamodule = built.data
+        run = {key: built[key] for key in FIT_KEYS}
+        self.options = FitOptions(model=built.model, optim=built.optim, **run)
+        self.trainer_options = dict(built.trainer)
+
+    def config_yaml(self) -> str:
+        """The resolved configuration, in a form that ``--config`` takes back, for this run or another."""
+        config = self.config.clone()
+        for key in ("config", "run_dir", "resume"):
+            config.pop(key, None)
+        return self.parser.dump(config, skip_unset=False)

@@ -1,0 +1,87 @@
+"""The page of a finished training run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from vit_cls.errors import RunError
+from vit_cls.lab.results import Line, LineChart
+from vit_cls.reports.figures import line_chart
+from vit_cls.reports.html import FORMS, Files, figure_files, render
+
+CURVES = (
+    ("loss", "Loss", {"val/loss": "validation", "train/loss": "training"}, False),
+    ("accuracy", "Validation accuracy", {"val/acc1": "top-1", "val/acc5": "top-{k}"}, True),
+    ("lr", "Learning rate at the end of the epoch", {"lr": "learning rate"}, False),
+)
+"""Name, title, column of each line with its label, whether they are shares."""
+
+EPOCH_COLUMNS = {
+    "epoch": ("epoch", "count"),
+    "step": ("step", "count"),
+    "lr": ("learning rate", "significant"),
+    "train/loss": ("training loss", "decimals"),
+    "val/loss": ("validation loss", "decimals"),
+    "val/acc1": ("top-1", "percent"),
+    "val/acc5": ("top-{k}", "percent"),
+    "val/balanced_acc1": ("balanced accuracy", "percent"),
+    "data_wait": ("waiting for images", "percent"),
+    "val/correct": ("correct", "count"),
+    "val/images": ("images", "count"),
+    "seconds": ("time", "duration"),
+    "train_images_per_second": ("training images/s", "count"),
+}
+"""Heading and form of the columns of the epoch table; another one keeps its name."""
+
+
+def fit_files(result: Any, *, versions: Mapping[str, str], record: Mapping[str, Any]) -> Files:
+    """The page for the run folder, which tells how to use the model that lies beside it, and its curves.
+
+    Args:
+        record: What ``run.json`` holds, the versions included; a value that it lacks is shown as a dash.
+
+    Raises:
+        RunError: If the run has no result, for it has not finished.
+    """
+    if "result" not in record:
+        raise RunError(
+            f"a report needs a finished run, whose record has a result; this one's status is "
+            f"{record.get('status', 'unknown')!r}. Continue it with --resume."
+        )
+    counts: Mapping[str, int] = record.get("data", {}).get("train_counts", {})
+    k = min(5, len(counts)) if counts else 5
+    columns = []
+    for name in dict.fromkeys(name for row in result.history for name in row):
+        heading, form = EPOCH_COLUMNS.get(name, (name, "significant"))
+        columns.append((name, heading.replace("{k}", str(k)), FORMS[form]))
+    charts = _charts(result.history, k, record["result"].get("best_epoch"))
+    context = {
+        "record": record,
+        "result": record["result"],
+        "bounds": result.top1_ci95,
+        "charts": charts,
+        "columns": columns,
+        "history": result.history,
+        "counts": counts,
+        "most": max(counts.values(), default=0) or 1,
+        "run": shlex.quote(str(result.folder.path)),
+        "words": [shlex.quote(word) for word in record.get("command") or []],
+    }
+    yield "report.html", render("fit.html", context, versions)
+    yield from figure_files(charts)
+
+
+def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) -> list[tuple[str, Markup]]:
+    """Title and chart of each of `CURVES` that the history has values for."""
+    charts = []
+    for name, title, labels, percent in CURVES:
+        points = {c: [(row["epoch"], row[c]) for row in history if c in row] for c in labels}
+        lines = [Line(labels[c].format(k=k), points[c]) for c in labels if points[c]]
+        chart = line_chart(name, LineChart(title, "epoch", "", lines, percent=percent), mark=mark)
+        if chart is not None:
+            charts.append((title, Markup(chart)))
+    return charts
