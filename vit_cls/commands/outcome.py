@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,11 @@ class Outcome:
         """
         files = [] if output is None else [f"files in {output}"]
         return cls(result.to_dict() | told, [*above, *terminal(result), *below, *files], code)
+
+    @property
+    def text(self) -> str:
+        """What people are told, as it stands in a pipe."""
+        return render(self.shown, io.StringIO())
 
     def print(self, stream: TextIO, *, as_json: bool) -> None:
         """Say it, unless another process does."""
