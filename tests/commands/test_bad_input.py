@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands.conftest import ON_CPU
 from vit_cls.cli import main
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import save_classifier
 
-PICO = ["--model.name", "vit_pico_patch7_28", "--trainer.max_epochs", "1", "--run_dir", "run"]
-ON_CPU = [*PICO, "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
+PICO = "--model.name vit_pico_patch7_28 --trainer.max_epochs 1 --run_dir run "
+TINY = f"{PICO} --trainer.accelerator cpu --data.num_workers 0 "
+GOOD = f"{TINY} --data.root good "
 
 
 @pytest.fixture
@@ -46,129 +48,69 @@ def place(image_root, tiny, tmp_path, monkeypatch):
 
 
 FIT_CASES = {
-    "missing folder": (["--data.root", "nowhere", *ON_CPU], r"data.root nowhere does not exist"),
-    "a file as folder": (
-        ["--data.root", "typo.yaml", *ON_CPU],
-        r"data.root typo.yaml is a file, but no manifest",
-    ),
-    "no words": ([], r"data.root is missing"),
-    "no root": (ON_CPU, r"data.root is missing.*--data.name digits"),
-    "no classes": (["--data.root", "no_classes", *ON_CPU], r"no_classes has no class folders"),
-    "one class": (["--data.root", "one_class", *ON_CPU], r"only one class folder \(cat\)"),
-    "empty class": (["--data.root", "empty_class", *ON_CPU], r"class folder without images: dog"),
-    "unknown in val": (["--data.root", "unknown_in_val", *ON_CPU], r"crimson.*Known classes: blue, red"),
-    "unreadable image": (["--data.root", "broken", *ON_CPU], r"broken/train/blue/3.png cannot be read"),
-    "flag typo": (
-        ["--data.root", "good", *ON_CPU, "--model.pol", "gap"],
-        r"--model.pol.*Did you mean `model.pool`",
-    ),
-    "yaml typo": (["--config", "typo.yaml", *ON_CPU], r"unknown key model.pol. Did you mean `model.pool`"),
-    "yaml section": (
-        ["--config", "section.yaml", *ON_CPU],
-        r"unknown key modle.pool. Did you mean `model.pool`",
-    ),
-    "no yaml": (["--config", "no_yaml.yaml", *ON_CPU], r"[Pp]roblems parsing config"),
-    "no config file": (["--config", "nowhere.yaml", *ON_CPU], r"config.*nowhere.yaml"),
-    "wrong type": (
-        ["--data.root", "good", *ON_CPU, "--model.depth", "two"],
-        r"model.depth must be a whole number",
-    ),
-    "stray word": (["--data.root", "good", *ON_CPU, "stray"], r"unexpected word\(s\): stray"),
-    "img_size": (
-        ["--data.root", "good", *ON_CPU, "--model.img_size", "30"],
-        r"got 30 and 7. Use .* 28 or 35",
-    ),
-    "num_heads": (["--data.root", "good", *ON_CPU, "--model.num_heads", "5"], r"5 heads and width 96"),
-    "pool": (["--data.root", "good", *ON_CPU, "--model.pool", "mean"], r"model.pool must be one of cls, gap"),
-    "name": (
-        ["--data.root", "good", *PICO, "--model.name", "vit_tny_patch16_224"],
-        r"mean `vit_tiny_patch16_224`",
-    ),
-    "batch size": (
-        ["--data.root", "good", *ON_CPU, "--data.batch_size", "0"],
-        r"data.batch_size must be at least 1",
-    ),
-    "device": (["--data.root", "good", *ON_CPU, "--trainer.devices", "0"], r"Lightning's trainer refuses"),
-    "resume": (
-        ["--data.root", "good", "--resume", "nowhere"],
-        r"resume nowhere: there is no nowhere/checkpoints",
-    ),
+    "missing folder": (f"{TINY} --data.root nowhere", r"data.root nowhere does not exist"),
+    "a file as folder": (f"{TINY} --data.root typo.yaml", r"data.root typo.yaml is a file, but no manifest"),
+    "no words": ("", r"data.root is missing"),
+    "no root": (TINY, r"data.root is missing.*--data.name digits"),
+    "no classes": (f"{TINY} --data.root no_classes", r"no_classes has no class folders"),
+    "one class": (f"{TINY} --data.root one_class", r"only one class folder \(cat\)"),
+    "empty class": (f"{TINY} --data.root empty_class", r"class folder without images: dog"),
+    "unknown in val": (f"{TINY} --data.root unknown_in_val", r"crimson.*Known classes: blue, red"),
+    "unreadable image": (f"{TINY} --data.root broken", r"broken/train/blue/3.png cannot be read"),
+    "flag typo": (f"{GOOD} --model.pol gap", r"--model.pol.*Did you mean `model.pool`"),
+    "yaml typo": (f"--config typo.yaml {TINY}", r"unknown key model.pol. Did you mean `model.pool`"),
+    "yaml section": (f"--config section.yaml {TINY}", r"unknown key modle.pool. Did you mean `model.pool`"),
+    "no yaml": (f"--config no_yaml.yaml {TINY}", r"[Pp]roblems parsing config"),
+    "no config file": (f"--config nowhere.yaml {TINY}", r"config.*nowhere.yaml"),
+    "wrong type": (f"{GOOD} --model.depth two", r"model.depth must be a whole number"),
+    "stray word": (f"{GOOD} stray", r"unexpected word\(s\): stray"),
+    "img_size": (f"{GOOD} --model.img_size 30", r"got 30 and 7. Use .* 28 or 35"),
+    "num_heads": (f"{GOOD} --model.num_heads 5", r"5 heads and width 96"),
+    "pool": (f"{GOOD} --model.pool mean", r"model.pool must be one of cls, gap"),
+    "name": (f"{PICO} --data.root good --model.name vit_tny_patch16_224", r"mean `vit_tiny_patch16_224`"),
+    "batch size": (f"{GOOD} --data.batch_size 0", r"data.batch_size must be at least 1"),
+    "device": (f"{GOOD} --trainer.devices 0", r"Lightning's trainer refuses"),
+    "resume": ("--data.root good --resume nowhere", r"resume nowhere: there is no nowhere/checkpoints"),
 }
-
+MODEL = "--model model.safetensors "
 EVALUATE_CASES = {
-    "no model": (["--data", "good/val"], r"required.*model"),
-    "missing model": (["--model", "nowhere", "--data", "good/val"], r"no file or folder 'nowhere'"),
-    "not a model": (["--model", "not_a_model.safetensors", "--data", "good/val"], r"not a model file"),
-    "folder without model": (
-        ["--model", "good", "--data", "good/val"],
-        r"good is a folder without a model.safetensors",
-    ),
-    "missing folder": (
-        ["--model", "model.safetensors", "--data", "nowhere"],
-        r"--data nowhere does not exist",
-    ),
+    "no model": ("--data good/val", r"required.*model"),
+    "missing model": ("--model nowhere --data good/val", r"no file or folder 'nowhere'"),
+    "not a model": ("--model not_a_model.safetensors --data good/val", r"not a model file"),
+    "folder without model": ("--model good --data good/val", r"good is a folder without a model.safetensors"),
+    "missing folder": (f"{MODEL} --data nowhere", r"--data nowhere does not exist"),
     "part that is not there": (
-        ["--model", "model.safetensors", "--data", "good", "--split", "test"],
+        f"{MODEL} --data good --split test",
         r"--split test: --data good has only train, val\.",
     ),
     "part of undivided data": (
-        ["--model", "model.safetensors", "--data", "good/val", "--split", "val"],
+        f"{MODEL} --data good/val --split val",
         r"--split val: --data good/val has no parts, so leave --split out\.",
     ),
-    "unknown class": (
-        ["--model", "other.safetensors", "--data", "good/val"],
-        r"red.*Known classes: blue, green",
+    "unknown class": ("--model other.safetensors --data good/val", r"red.*Known classes: blue, green"),
+    "batch size": (f"{MODEL} --data good/val --batch_size 0", r"batch_size must be"),
+    "flag typo": (f"{MODEL} --data good/val --devise cpu", r"mean `device`"),
+    "output": (f"{MODEL} --data good/val --output typo.yaml", r"is a file"),
+}
+OTHER_CASES = {
+    "verb": ("evalute", "Did you mean `evaluate`"),
+    "architecture": (
+        "models vit_tinny_patch16_224",
+        "no architecture matches .*Did you mean `vit_tiny_patch16_224`",
     ),
-    "batch size": (
-        ["--model", "model.safetensors", "--data", "good/val", "--batch_size", "0"],
-        r"batch_size must be",
-    ),
-    "flag typo": (
-        ["--model", "model.safetensors", "--data", "good/val", "--devise", "cpu"],
-        r"mean `device`",
-    ),
-    "output": (["--model", "model.safetensors", "--data", "good/val", "--output", "typo.yaml"], r"is a file"),
+    "stray word": ("models a b", r"unexpected word\(s\): b"),
+}
+CASES = {
+    **{f"fit: {case}": (f"fit {words}", message) for case, (words, message) in FIT_CASES.items()},
+    **{f"evaluate: {case}": (f"evaluate {words}", told) for case, (words, told) in EVALUATE_CASES.items()},
+    **OTHER_CASES,
 }
 
 
-def _refused(words, message, capsys):
-    before = sorted(os.listdir("."))
-    assert main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    paragraphs = [line for line in err.splitlines() if line.startswith("vit-cls: ")]
-    assert len(paragraphs) == 1
-    assert re.search(message, paragraphs[0]), err
-    assert "Traceback" not in err
-    assert sorted(os.listdir(".")) == before
-
-
-@pytest.mark.parametrize("case", FIT_CASES)
-def test_fit_refuses(case, place, capsys):
-    words, message = FIT_CASES[case]
-    _refused(["fit", *words], message, capsys)
-
-
-@pytest.mark.parametrize("case", EVALUATE_CASES)
-def test_evaluate_refuses(case, place, capsys):
-    words, message = EVALUATE_CASES[case]
-    _refused(["evaluate", *words], message, capsys)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["evalute"], "Did you mean `evaluate`"),
-        (
-            ["models", "vit_tinny_patch16_224"],
-            "no architecture matches .*Did you mean `vit_tiny_patch16_224`",
-        ),
-        (["models", "a", "b"], r"unexpected word\(s\): b"),
-    ],
-    ids=str,
-)
-def test_other_verbs_refuse(words, message, place, capsys):
-    _refused(words, message, capsys)
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_request_is_refused(case, place, refused):
+    words, message = CASES[case]
+    refused(words.split(), message)
 
 
 def test_debug_shows_the_traceback(place):
@@ -176,49 +118,25 @@ def test_debug_shows_the_traceback(place):
         main(["evaluate", "--model", "model.safetensors", "--data", "nowhere", "--debug"])
 
 
-def test_a_folder_that_lacks_classes_of_the_model_is_scored_and_says_so(place, capsys):
-    words = [
-        "evaluate",
-        "--model",
-        "model.safetensors",
-        "--data",
-        "good/val",
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
-    ]
-    assert main(words) == 0
-    out, _ = capsys.readouterr()
+def test_a_folder_that_lacks_classes_of_the_model_is_scored_and_says_so(place, cli):
+    code, out, _ = cli("evaluate", "--model", "model.safetensors", "--data", "good/val", *ON_CPU)
+    assert code == 0
     assert "2 of the model's 3 classes" in out
     assert "no images of: green" in out
 
 
-def test_an_unreadable_image_is_scored_around_and_named(place, capsys):
-    os.makedirs("test")
-    for name in ("blue", "red"):
-        shutil.copytree(f"good/val/{name}", f"test/{name}")
+def test_an_unreadable_image_is_scored_around_and_named(place, cli):
+    shutil.copytree("good/val", "test")
     Path("test/red/2.png").write_bytes(b"")
-    words = [
-        "evaluate",
-        "--model",
-        "model.safetensors",
-        "--data",
-        "test",
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
-    ]
-    assert main(words) == 0
-    out, err = capsys.readouterr()
+    code, out, err = cli("evaluate", "--model", "model.safetensors", "--data", "test", *ON_CPU)
+    assert code == 0
     assert "of 7 images right (1 could not be read" in out
     assert "could not be read: test/red/2.png: the file is empty" in err
 
 
-def test_models_lists_and_filters(place, capsys):
-    assert main(["models", "*tiny*"]) == 0
-    out, _ = capsys.readouterr()
+def test_models_lists_and_filters(cli):
+    code, out, _ = cli("models", "*tiny*")
+    assert code == 0
     assert re.search(r"vit_tiny_patch16_224 +native +5\.7 M +224 +16 +197 +cls +0\.5 +2 +apache", out)
     assert re.search(
         r"deit_tiny_distilled_patch16_224 +adapter +5\.9 M +224 +16 +198 +distilled +imagenet", out
@@ -226,13 +144,10 @@ def test_models_lists_and_filters(place, capsys):
     assert "vit_small" not in out
 
 
-def test_models_tells_all_about_one(place, capsys):
-    assert main(["models", "vit_base_patch32_clip_224"]) == 0
-    out, _ = capsys.readouterr()
-    assert (
-        "88,250,368 parameters, 224 pixels in patches of 32" in out
-        or "parameters, 224 pixels in patches of 32" in out
-    )
+def test_models_tells_all_about_one(cli):
+    code, out, _ = cli("models", "vit_base_patch32_clip_224")
+    assert code == 0
+    assert "parameters, 224 pixels in patches of 32" in out
     assert "50 tokens (class token), width 768, 12 blocks of 12 heads, pool cls" in out
     assert re.search(
         r"metaclip_400m +224 +512 projection +clip +\S+ +center .*cc-by-nc-4.0 \(non-commercial\)", out
@@ -241,10 +156,7 @@ def test_models_tells_all_about_one(place, capsys):
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate", "export", "models"])
-def test_help_of_a_verb_is_on_stdout(verb, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([verb, "--help"])
-    assert stopped.value.code == 0
-    out, _ = capsys.readouterr()
+def test_help_of_a_verb_is_on_stdout(verb, help_of):
+    out = help_of(verb)
     assert out.startswith(f"usage: vit-cls {verb}")
     assert "--json" in out

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
-from vit_cls.cli import main
+from tests.commands.conftest import ON_CPU
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -20,7 +21,6 @@ PAIR_KEYS = (
     "a b images failed both_right only_a only_b both_wrong difference difference_ci95 p_mcnemar_mid p_holm "
     "p_equivalence margin smallest_detectable verdict images_needed"
 )
-IN_PROCESS = ["--num_workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -44,22 +44,16 @@ def folder(tmp_path, monkeypatch, tiny, image_root):
     return tmp_path
 
 
-def _run(capsys, *words: str) -> tuple[int, str, str]:
-    code = main(["compare", *words])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 def _models(*more: str) -> list[str]:
-    return ["--model", "0.safetensors", "--model", "1.safetensors", "--data", "data", *IN_PROCESS, *more]
+    return ["--model", "0.safetensors", "--model", "1.safetensors", "--data", "data", *ON_CPU, *more]
 
 
 def _files(*names: str) -> list[str]:
     return [word for name in names for word in ("--predictions", f"{name}.csv")]
 
 
-def test_models_agree_with_what_evaluate_says_of_each(folder, capsys):
-    code, out, err = _run(capsys, *_models("--json", "--output", "out"))
+def test_models_agree_with_what_evaluate_says_of_each(folder, cli):
+    code, out, err = cli("compare", *_models("--json", "--output", "out"))
     assert code == 0
     assert err.count("could not be read: data/red/1.png: ") == 2
     result = json.loads(out)
@@ -69,8 +63,7 @@ def test_models_agree_with_what_evaluate_says_of_each(folder, capsys):
         ["name", "correct", "scored", "top1", "top1_ci95"]
     ] * 2
     for model in result["models"]:
-        assert main(["evaluate", "--model", model["name"], "--data", "data", *IN_PROCESS, "--json"]) == 0
-        alone = json.loads(capsys.readouterr().out)
+        alone = json.loads(cli("evaluate", "--model", model["name"], "--data", "data", *ON_CPU, "--json").out)
         assert {key: alone[key] for key in ("correct", "scored", "top1")} == {
             key: model[key] for key in ("correct", "scored", "top1")
         }
@@ -90,13 +83,12 @@ def test_models_agree_with_what_evaluate_says_of_each(folder, capsys):
     assert (folder / "out/report.html").read_text().count("<img ") == len(rows)
 
 
-def test_files_that_evaluate_wrote_give_the_same_as_the_models(folder, capsys):
-    _, out, _ = _run(capsys, *_models("--json"))
+def test_files_that_evaluate_wrote_give_the_same_as_the_models(folder, cli):
+    _, out, _ = cli("compare", *_models("--json"))
     for seed in "01":
-        words = ["--model", f"{seed}.safetensors", "--data", "data", *IN_PROCESS, "--output", seed]
-        assert main(["evaluate", *words]) == 0
-    capsys.readouterr()
-    _, again, _ = _run(capsys, "--predictions", "0", "--predictions", "1/predictions.csv", "--json")
+        words = ["--model", f"{seed}.safetensors", "--data", "data", *ON_CPU, "--output", seed]
+        assert cli("evaluate", *words).code == 0
+    _, again, _ = cli("compare", "--predictions", "0", "--predictions", "1/predictions.csv", "--json")
     for ours, theirs in zip(json.loads(out)["pairs"], json.loads(again)["pairs"], strict=True):
         names = {"a", "b"}
         assert {k: v for k, v in ours.items() if k not in names} == {
@@ -104,8 +96,8 @@ def test_files_that_evaluate_wrote_give_the_same_as_the_models(folder, capsys):
         }
 
 
-def test_a_clear_difference_has_a_winner_by_name(folder, capsys):
-    code, out, err = _run(capsys, *_files("a", "b"))
+def test_a_clear_difference_has_a_winner_by_name(folder, cli):
+    code, out, err = cli("compare", *_files("a", "b"))
     assert code == 0
     assert err == ""
     lines = out.splitlines()
@@ -114,8 +106,8 @@ def test_a_clear_difference_has_a_winner_by_name(folder, capsys):
     assert lines[5].startswith("difference B - A       +0.1500   95 % bootstrap interval +0.1")
 
 
-def test_three_files_are_three_pairs_and_the_margin_and_the_seed_are_used(folder, capsys):
-    _, out, _ = _run(capsys, *_files("a", "b", "c"), "--json", "--margin", "0.03", "--seed", "3")
+def test_three_files_are_three_pairs_and_the_margin_and_the_seed_are_used(folder, cli):
+    _, out, _ = cli("compare", *_files("a", "b", "c"), "--json", "--margin", "0.03", "--seed", "3")
     result = json.loads(out)
     assert [pair["verdict"] for pair in result["pairs"]] == [
         "b.csv is better",
@@ -124,12 +116,12 @@ def test_three_files_are_three_pairs_and_the_margin_and_the_seed_are_used(folder
     ]
     assert {pair["margin"] for pair in result["pairs"]} == {0.03}
     assert result["seed"] == 3
-    _, out, _ = _run(capsys, *_files("a", "c"), "--json")
+    _, out, _ = cli("compare", *_files("a", "c"), "--json")
     assert json.loads(out)["pairs"][0]["images_needed"] == 268
 
 
-def test_files_of_pictures_that_are_not_there_become_a_table(folder, capsys):
-    code, out, _ = _run(capsys, *_files("a", "b"), "--output", "deep/out")
+def test_files_of_pictures_that_are_not_there_become_a_table(folder, cli):
+    code, out, _ = cli("compare", *_files("a", "b"), "--output", "deep/out")
     assert code == 0
     assert out.endswith("files in deep/out\n")
     assert "Table of images they disagree on" in (folder / "deep/out/report.html").read_text()
@@ -158,33 +150,24 @@ def test_files_of_pictures_that_are_not_there_become_a_table(folder, capsys):
     (["--model", "0.safetensors", "--model", "1.safetensors", "--data", "birds"], "birds"),
     (["--model", "none.safetensors", *_models()], "none.safetensors"),
 ])  # fmt: skip
-def test_a_bad_request_is_one_paragraph_and_leaves_nothing(folder, capsys, words, message):
+def test_a_bad_request_is_one_paragraph_and_leaves_nothing(folder, refused, words, message):
     (folder / "other.csv").write_text(f"{HEAD}x/0.jpg,x,x,0.9,1,\n")
     (folder / "labels.csv").write_text((folder / "a.csv").read_text().replace(",y,", ",w,", 10**6))
     shutil.copytree(folder / "data/red", folder / "birds/robin")
     shutil.copytree(folder / "data/red", folder / "birds/wren")
-    if "--output" not in words:
-        words = [*words, "--output", "out"]
-    before = sorted(folder.rglob("*"))
-    code, out, err = _run(capsys, *words)
-    assert code == 2
-    assert out == ""
-    assert message in err
-    paragraphs = [line for line in err.splitlines() if line.startswith("vit-cls: ")]
-    assert len(paragraphs) == 1
-    assert "Traceback" not in err
-    assert sorted(folder.rglob("*")) == before
+    output = [] if "--output" in words else ["--output", "out"]
+    refused(["compare", *words, *output], re.escape(message))
 
 
-def test_a_full_disk_is_one_paragraph_and_the_old_files_stay(folder, capsys, monkeypatch):
-    _run(capsys, *_files("a", "b"), "--output", "out")
+def test_a_full_disk_is_one_paragraph_and_the_old_files_stay(folder, cli, monkeypatch):
+    cli("compare", *_files("a", "b"), "--output", "out")
     old = {path.name: path.read_bytes() for path in (folder / "out").rglob("*.*")}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vit_cls.files.os.fsync", full)
-    code, out, err = _run(capsys, *_files("a", "c"), "--output", "out")
+    code, out, err = cli("compare", *_files("a", "c"), "--output", "out")
     assert code == 2
     assert out == ""
     assert err == "vit-cls: --output out cannot be written: No space left on device.\n"

@@ -9,18 +9,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vit_cls.cli import COMMANDS, main
+from tests.commands.conftest import command, loaded_by, until
+from vit_cls.cli import COMMANDS
 
-IN_PROCESS = ["--num_workers", "0"]
+DOCTOR = ("doctor", "--num_workers", "0", "--data")
 
 
 def _photo(seed: int) -> bytes:
@@ -43,14 +41,8 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def _run(capsys, *words: str) -> tuple[int, str, str]:
-    code = main(["doctor", *words])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_a_clean_folder_ends_with_0(data, capsys):
-    code, out, err = _run(capsys, "--data", "data", *IN_PROCESS)
+def test_a_clean_folder_ends_with_0(data, cli):
+    code, out, err = cli(*DOCTOR, "data")
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "24 images of 2 classes (train 20, val 4); 0 could not be read"
@@ -59,14 +51,14 @@ def test_a_clean_folder_ends_with_0(data, capsys):
     assert err == ""
 
 
-def test_a_warning_ends_with_0_and_an_error_with_1(data, capsys):
+def test_a_warning_ends_with_0_and_an_error_with_1(data, cli):
     (data / "train/cat/copy.png").write_bytes((data / "train/cat/1.png").read_bytes())
-    code, out, _ = _run(capsys, "--data", "data", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "data")
     assert code == 0
     assert "1 warning;" in out
     (data / "train/cat/a.jpg").write_bytes(b"")
     (data / "train/cat/b.jpg").write_bytes(b"")
-    code, out, _ = _run(capsys, "--data", "data", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "data")
     assert code == 1
     lines = out.splitlines()
     assert lines[0] == "27 images of 2 classes (train 23, val 4); 2 could not be read"
@@ -80,9 +72,9 @@ def test_a_warning_ends_with_0_and_an_error_with_1(data, capsys):
     assert lines[-1].startswith("1 error, 1 warning; ")
 
 
-def test_json_is_one_object_with_the_documented_keys(data, capsys):
+def test_json_is_one_object_with_the_documented_keys(data, cli):
     (data / "val/cat/a.png").write_bytes((data / "train/cat/1.png").read_bytes())
-    code, out, _ = _run(capsys, "--data", "data", "--json", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "data", "--json")
     assert code == 1
     answer = json.loads(out)
     assert answer.pop("seconds") > 0
@@ -99,22 +91,22 @@ def test_json_is_one_object_with_the_documented_keys(data, capsys):
     }
 
 
-def test_near_duplicates_are_an_option(data, capsys):
+def test_near_duplicates_are_an_option(data, cli):
     with Image.open(data / "train/cat/1.png") as image:
         image.resize((128, 96)).save(data / "val/cat/a.jpg")
-    assert json.loads(_run(capsys, "--data", "data", "--json", *IN_PROCESS)[1])["problems"] == []
-    code, out, _ = _run(capsys, "--data", "data", "--near_duplicates", "--json", *IN_PROCESS)
+    assert json.loads(cli(*DOCTOR, "data", "--json").out)["problems"] == []
+    code, out, _ = cli(*DOCTOR, "data", "--near_duplicates", "--json")
     (problem,) = json.loads(out)["problems"]
     assert (problem["kind"], problem["examples"]) == ("near_leakage", ["val/cat/a.jpg"])
     assert code == 0
 
 
-def test_output_has_a_row_for_every_offender_and_a_page(data, capsys):
+def test_output_has_a_row_for_every_offender_and_a_page(data, cli):
     for i in range(30):
         (data / f"train/cat/x{i:02d}.jpg").write_bytes(b"")
     (data / 'train/cat/comma, "quote".jpg').write_bytes(b"no image")
     before = sorted(os.listdir("."))
-    code, out, _ = _run(capsys, "--data", "data", "--output", "out/doctor", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "data", "--output", "out/doctor")
     assert code == 1
     assert out.splitlines()[-1] == "files in out/doctor"
     assert sorted(os.listdir(".")) == [*before, "out"]
@@ -140,55 +132,51 @@ def test_output_has_a_row_for_every_offender_and_a_page(data, capsys):
     assert page.count("<figure>") == 24 + 1
 
 
-def test_page_shows_images_as_small_jpegs_of_what_training_sees(data, capsys):
+def test_page_shows_images_as_small_jpegs_of_what_training_sees(data, cli):
     (data / "val/cat/a.png").write_bytes((data / "train/cat/1.png").read_bytes())
-    _run(capsys, "--data", "data", "--output", "out", *IN_PROCESS)
+    cli(*DOCTOR, "data", "--output", "out")
     page = (data.parent / "out/report.html").read_text()
     assert re.findall(r'alt="([^"]*)"', page) == ["Thumbnail of val/cat/a.png"]
     assert 'src="data:image/jpeg;base64,/9j/' in page
 
 
 REFUSED = {
-    "no data": ([], r"required.*data"),
-    "missing folder": (["--data", "nowhere"], r"--data nowhere does not exist"),
-    "a file": (["--data", "file"], r"--data file cannot be read as a folder: Not a directory"),
-    "workers": (["--data", "data", "--num_workers", "-1"], r"--num_workers must be at least 0; got -1"),
-    "workers in words": (["--data", "data", "--num_workers", "two"], r"num_workers must be a whole number"),
-    "typo": (["--data", "data", "--near_duplicate"], r"Did you mean `near_duplicates`"),
-    "stray word": (["--data", "data", "more"], r"unexpected word\(s\): more"),
-    "output is a file": (["--data", "data", "--output", "file"], r"--output file is a file"),
+    "no data": ("", r"required.*data"),
+    "missing folder": ("--data nowhere", r"--data nowhere does not exist"),
+    "a file": ("--data file", r"--data file cannot be read as a folder: Not a directory"),
+    "workers": ("--data data --num_workers -1", r"--num_workers must be at least 0; got -1"),
+    "workers in words": ("--data data --num_workers two", r"num_workers must be a whole number"),
+    "typo": ("--data data --near_duplicate", r"Did you mean `near_duplicates`"),
+    "stray word": ("--data data more", r"unexpected word\(s\): more"),
+    "output is a file": ("--data data --output file", r"--output file is a file"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_request_ends_with_2_and_one_paragraph(case, data, capsys):
+def test_a_wrong_request_ends_with_2_and_one_paragraph(case, data, refused):
     words, message = REFUSED[case]
     (data.parent / "file").write_text("")
-    code, out, err = _run(capsys, *words)
-    assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    assert re.search(message, err), err
-    assert sorted(os.listdir(".")) == ["data", "file"]
+    refused(["doctor", *words.split()], message)
 
 
-def test_names_that_a_terminal_cannot_show_are_escaped(data, capsys):
+def test_names_that_a_terminal_cannot_show_are_escaped(data, cli):
     for name in ("\x1b[31mred", "new\nline", os.fsdecode(b"not \xff utf-8"), "猫", "\u202eturned"):
         (data / "train" / name).mkdir()
-    code, out, _ = _run(capsys, "--data", "data", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "data")
     assert code == 1
     assert not [c for c in out if not c.isprintable() and c != "\n"]
     (data / "train/cat" / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
-    code, out, _ = _run(capsys, "--data", "data", "--output", "out", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "data", "--output", "out")
     assert "train/cat/\\udcff.jpg: 0 bytes" in out
     assert b"train/cat/\xff.jpg,empty_file" in (data.parent / "out/problems.csv").read_bytes()
     (data.parent / "out/report.html").read_text(encoding="utf-8")
-    json.loads(_run(capsys, "--data", "data", "--json", *IN_PROCESS)[1])
+    json.loads(cli(*DOCTOR, "data", "--json").out)
 
 
 def test_command_line_works_in_processes_and_in_a_plain_locale(data):
     (data / "train/cat/猫.jpg").write_bytes(b"")
     done = subprocess.run(
-        [sys.executable, "-m", "vit_cls", "doctor", "--data", "data", "--num_workers", "2"],
+        command("doctor", "--data", "data", "--num_workers", "2"),
         capture_output=True,
         encoding="ascii",
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -200,45 +188,31 @@ def test_command_line_works_in_processes_and_in_a_plain_locale(data):
 
 
 def test_libraries_of_metrics_and_charts_are_loaded_for_files_alone(data):
-    code = (
-        "import sys; from vit_cls.cli import main; main(['doctor', '--data', 'data']); "
-        "sys.exit(any(name in sys.modules for name in ('torchmetrics', 'matplotlib', 'timm', 'torchvision')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert not {"torchmetrics", "matplotlib", "timm", "torchvision"} & loaded_by("doctor", "--data", "data")
 
 
-def test_help_and_the_table_of_verbs_name_it(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["doctor", "--help"])
-    assert stopped.value.code == 0
-    out, _ = capsys.readouterr()
+def test_help_and_the_table_of_verbs_name_it(help_of):
+    out = help_of("doctor")
     assert out.startswith("usage: vit-cls doctor")
     assert all(f"--{key}" in out for key in ("data", "output", "near_duplicates", "num_workers", "json"))
     assert "doctor" in COMMANDS
 
 
-def test_the_embedded_digits_are_looked_at_as_files_and_named_as_what_they_are(data, capsys):
-    code, out, _ = _run(capsys, "--data", "digits", "--split", "test", "--json", *IN_PROCESS)
+def test_the_embedded_digits_are_looked_at_as_files_and_named_as_what_they_are(data, cli):
+    code, out, _ = cli(*DOCTOR, "digits", "--split", "test", "--json")
     result = json.loads(out)
     assert (code, result["images"], result["classes"]) == (0, 599, 10)
     assert (result["split"], result["origin"]) == ("test", "digits")
 
 
-def test_a_manifest_is_examined_and_the_part_stands_in_the_result(data, capsys):
+def test_a_manifest_is_examined_and_the_part_stands_in_the_result(data, cli):
     rows = [f"data/train/{label}/{i}.png,{label}" for label in ("cat", "dog") for i in range(10)]
     (data.parent / "m.csv").write_text("\n".join(["path,label", *rows, "data/none.png,cat"]))
-    code, out, _ = _run(capsys, "--data", "m.csv", "--output", "out", "--json", *IN_PROCESS)
+    code, out, _ = cli(*DOCTOR, "m.csv", "--output", "out", "--json")
     result = json.loads(out)
     assert (code, result["images"], result["split"], result["origin"]) == (1, 20, None, "m.csv")
     assert [problem["kind"] for problem in result["problems"]] == ["missing_file"]
     assert "data/none.png" in (data.parent / "out/problems.csv").read_text()
-
-
-def _until(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return holds()
 
 
 def _group_is_empty(group: int) -> bool:
@@ -253,13 +227,13 @@ def _group_is_empty(group: int) -> bool:
 def test_sigterm_ends_with_143_and_a_message_and_leaves_no_process(data):
     for i in range(2000):
         os.link(data / "train/cat/1.png", data / f"train/cat/link{i}.png")
-    command = [sys.executable, "-m", "vit_cls", "doctor", "--data", "data", "--num_workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    words = command("doctor", "--data", "data", "--num_workers", "2")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    assert _until(lambda: len(children.read_text().split()) >= 3)  # two and multiprocessing's own
+    until(lambda: len(children.read_text().split()) >= 3, process)  # two and multiprocessing's own
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "vit-cls: stopped by SIGTERM" in err
     assert "Traceback" not in err
-    assert _until(lambda: _group_is_empty(process.pid))
+    until(lambda: _group_is_empty(process.pid))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,35 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vit_cls.cli import main
+from tests.commands.conftest import ON_CPU, PRESENT_KEYS, files_here
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.stats.intervals import wilson_interval
 from vit_cls.weights.bundle import load_classifier, read_metadata, save_classifier
 
-ON_CPU = ["--device", "cpu", "--num_workers", "0"]
 NAMES = ("ant", "bee", "cow")
 EXTRA = {"metrics": {"val/acc1": 0.75}, "versions": {"vit_cls": "0.0.9"}}
-PRESENT_KEYS = {
-    *(
-        "images",
-        "failed",
-        "scored",
-        "correct",
-        "top1",
-        "top1_ci95",
-        "top5",
-        "balanced_accuracy",
-        "nll",
-        "ece",
-    ),
-    *("seconds", "images_per_second", "classes", "classes_present", "output"),
-}
-NEW_KEYS = {
-    *("brier", "ece_equal_mass", "ece_ci95", "brier_ci95", "accuracy_at_coverage", "most_confused"),
-    *("calibrated", "temperature", "restricted", "tta", "exact", "seed"),
-}
 
 
 def _pixels(rng) -> np.ndarray:
@@ -101,24 +80,19 @@ def _rows(path) -> list[dict[str, str]]:
     return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
-def _evaluate(capsys, *words, code=0, data="test"):
-    assert main(["evaluate", "--model", "run", "--data", data, *ON_CPU, "--json", *words]) == code
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def evaluate(json_of):
+    """What ``evaluate`` says of ``run`` on ``test``."""
+    return lambda *words, data="test": json_of("evaluate", "--model", "run", "--data", data, *ON_CPU, *words)
 
 
-def test_json_has_the_keys_it_had_and_the_new_ones(place, capsys):
-    result = _evaluate(capsys)
-    assert result.keys() >= PRESENT_KEYS | NEW_KEYS
+def test_json_has_the_keys_that_scripts_read(place, evaluate):
+    result = evaluate()
+    assert result.keys() >= PRESENT_KEYS
     assert (result["images"], result["failed"], result["scored"]) == (18, 0, 18)
     assert (result["classes"], result["classes_present"]) == (4, 3)
-    assert [result[k] for k in ("calibrated", "temperature", "restricted", "tta", "exact", "seed")] == [
-        False,
-        1.0,
-        False,
-        "none",
-        False,
-        0,
-    ]
+    told = [result[k] for k in ("calibrated", "temperature", "restricted", "tta", "exact", "seed")]
+    assert told == [False, 1.0, False, "none", False, 0]
     assert [p["coverage"] for p in result["accuracy_at_coverage"]] == [0.5, 0.8, 0.9, 0.95, 1.0]
     assert result["accuracy_at_coverage"][-1]["accuracy"] == pytest.approx(result["top1"])
     pairs = result["most_confused"]
@@ -129,10 +103,10 @@ def test_json_has_the_keys_it_had_and_the_new_ones(place, capsys):
         assert low <= result[name] <= high
 
 
-def test_batch_size_and_workers_change_no_number(place, capsys):
+def test_batch_size_and_workers_change_no_number(place, evaluate):
     drop = {"seconds", "images_per_second"}
     first, *others = (
-        {k: v for k, v in _evaluate(capsys, *words).items() if k not in drop}
+        {k: v for k, v in evaluate(*words).items() if k not in drop}
         for words in ([], ["--batch_size", "1"], ["--batch_size", "7", "--num_workers", "2"])
     )
     for other in others:
@@ -143,10 +117,10 @@ def test_batch_size_and_workers_change_no_number(place, capsys):
             assert other[name] == pytest.approx(first[name], abs=1e-5)
 
 
-def test_calibrating_changes_the_temperature_in_the_file_and_nothing_else(place, capsys):
-    before = _evaluate(capsys)
+def test_calibrating_changes_the_temperature_in_the_file_and_nothing_else(place, evaluate):
+    before = evaluate()
     tensors, metadata = load_file("run/model.safetensors"), read_metadata("run/model.safetensors")
-    fitted = _evaluate(capsys, "--calibrate", "val")
+    fitted = evaluate("--calibrate", "val")
     after = load_file("run/model.safetensors")
     assert tensors.keys() == after.keys()
     assert all(torch.equal(tensors[k], after[k]) for k in tensors)
@@ -166,20 +140,20 @@ def test_calibrating_changes_the_temperature_in_the_file_and_nothing_else(place,
     assert fitted["most_confused"] == before["most_confused"]
     assert fitted["nll"] < before["nll"]  # this model is far too sure on noise
 
-    again = _evaluate(capsys)
+    again = evaluate()
     assert again["calibrated"] is True
     assert again["calibration"] is None
     for name in ("temperature", "nll", "ece", "correct"):
         assert again[name] == pytest.approx(fitted[name])
     # A second fit begins at 1, not at what the first one stored.
-    second = _evaluate(capsys, "--calibrate", "val")
+    second = evaluate("--calibrate", "val")
     assert second["calibration"] == pytest.approx(fitted["calibration"])
 
 
-def test_people_are_told_what_calibration_did(place, capsys):
+def test_people_are_told_what_calibration_did(place, cli):
     Path("val/ant/0.png").write_bytes(b"")
-    assert main(["evaluate", "--model", "run", "--data", "test", "--calibrate", "val", *ON_CPU]) == 0
-    out = capsys.readouterr().out
+    code, out, _ = cli("evaluate", "--model", "run", "--data", "test", "--calibrate", "val", *ON_CPU)
+    assert code == 0
     assert re.search(
         r"temperature \d+\.\d+ fitted on 29 images of val \(1 could not be read\), stored in", out
     )
@@ -187,9 +161,9 @@ def test_people_are_told_what_calibration_did(place, capsys):
     assert "probabilities are calibrated, temperature" in out
 
 
-def test_restricting_leaves_only_the_folders_classes_and_says_so(place, capsys):
-    free = _evaluate(capsys, "--output", "free")
-    bound = _evaluate(capsys, "--output", "bound", "--restrict")
+def test_restricting_leaves_only_the_folders_classes_and_says_so(place, evaluate):
+    free = evaluate("--output", "free")
+    bound = evaluate("--output", "bound", "--restrict")
     predicted = [
         {row["prediction"] for row in _rows(f"{name}/predictions.csv")} for name in ("free", "bound")
     ]
@@ -203,8 +177,8 @@ def test_restricting_leaves_only_the_folders_classes_and_says_so(place, capsys):
     assert "restricted" not in Path("free/report.html").read_text()
 
 
-def test_the_class_table_has_wilsons_interval_of_recall(place, capsys):
-    _evaluate(capsys, "--output", "out")
+def test_the_class_table_has_wilsons_interval_of_recall(place, evaluate):
+    evaluate("--output", "out")
     rows = {row["class"]: row for row in _rows("out/per_class.csv")}
     assert (rows["dog"]["recall"], rows["dog"]["recall_ci95_low"]) == ("", "")
     for name in NAMES:
@@ -213,9 +187,9 @@ def test_the_class_table_has_wilsons_interval_of_recall(place, capsys):
         assert float(rows[name]["recall_ci95_high"]) == pytest.approx(high, abs=1e-6)
 
 
-def test_flipping_is_the_mean_of_both_views_and_is_named(place, capsys):
-    _evaluate(capsys, "--output", "one")
-    flipped = _evaluate(capsys, "--tta", "flip", "--output", "both")
+def test_flipping_is_the_mean_of_both_views_and_is_named(place, evaluate):
+    evaluate("--output", "one")
+    flipped = evaluate("--tta", "flip", "--output", "both")
     assert flipped["tta"] == "flip"
     classifier = load_classifier("run/model.safetensors")
     rows = _rows("both/predictions.csv")
@@ -228,41 +202,39 @@ def test_flipping_is_the_mean_of_both_views_and_is_named(place, capsys):
         assert float(row["probability"]) == pytest.approx(float(probs.max()), abs=1e-5)
 
 
-def test_mirror_images_give_the_same_answer_when_flipped(place, capsys):
-    first = _evaluate(capsys, "--tta", "flip")
+def test_mirror_images_give_the_same_answer_when_flipped(place, evaluate):
+    first = evaluate("--tta", "flip")
     for path in Path("test").rglob("*.png"):
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
-    second = _evaluate(capsys, "--tta", "flip")
+    second = evaluate("--tta", "flip")
     assert second["correct"] == first["correct"]
     assert second["nll"] == pytest.approx(first["nll"], abs=1e-5)
 
 
-def test_folders_with_imagenet_names_are_the_models_wordnet_ids(place, tiny, capsys):
+def test_folders_with_imagenet_names_are_the_models_wordnet_ids(place, tiny, json_of, refused):
     _save(Path("imagenet.safetensors"), tiny, ["n01440764", "n01443537", "n02012849", "n03126707"])
     os.rename("test/ant", "test/Tinca_tinca")
     os.rename("test/bee", "test/n01443537")
     shutil.rmtree("test/cow")
     words = ["evaluate", "--model", "imagenet.safetensors", "--data", "test", *ON_CPU]
-    assert main([*words, "--json", "--output", "out"]) == 0
-    assert json.loads(capsys.readouterr().out)["classes_present"] == 2
+    assert json_of(*words, "--output", "out")["classes_present"] == 2
     labels = {row["label"] for row in _rows("out/predictions.csv")}
     assert labels == {"n01440764", "n01443537"}
     os.rename("test/Tinca_tinca", "test/crane")
-    _refused(words, r"the folder crane may be any of the classes n02012849, n03126707", capsys)
+    refused(words, r"the folder crane may be any of the classes n02012849, n03126707")
     os.rename("test/crane", "test/goldfish")
-    _refused(words, r"folders goldfish and n01443537 are one class of the model, n01443537", capsys)
+    refused(words, r"folders goldfish and n01443537 are one class of the model, n01443537")
 
 
-def test_what_fit_logged_is_what_evaluate_finds(image_root, tmp_path, monkeypatch, capsys):
+def test_what_fit_logged_is_what_evaluate_finds(image_root, tmp_path, monkeypatch, json_of, evaluate):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(image_root, "data")
     os.rename("data/val/red/0.png", "data/val/blue/red.png")  # so that not every image is right
     words = ["--model.name", "vit_pico_patch7_28", "--trainer.max_epochs", "2", "--run_dir", "run"]
     words += ["--model.depth", "1", "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
-    assert main(["fit", "--data.root", "data", *words, "--json"]) == 0
-    fitted = json.loads(capsys.readouterr().out)
+    fitted = json_of("fit", "--data.root", "data", *words)
     rows = _rows("run/metrics.csv")
-    result = _evaluate(capsys, data="data/val")
+    result = evaluate(data="data/val")
     assert (result["correct"], result["images"]) == (fitted["correct"], 8)
     assert 0 < result["correct"] < 8
     assert result["top1"] == fitted["top1"]
@@ -272,72 +244,47 @@ def test_what_fit_logged_is_what_evaluate_finds(image_root, tmp_path, monkeypatc
 
 
 CASES = {
-    "empty folder": (["--model", "run", "--data", "empty"], r"--data empty has no class folders"),
-    "no common class": (["--model", "run", "--data", "other"], r"zebra.*Known classes: ant, bee, cow, dog"),
+    "empty folder": ("--model run --data empty", r"--data empty has no class folders"),
+    "no common class": ("--model run --data other", r"zebra.*Known classes: ant, bee, cow, dog"),
     "no head": (
-        ["--model", "headless.safetensors", "--data", "test"],
+        "--model headless.safetensors --data test",
         r"the model has no head.*configs/linear_probe.yaml",
     ),
-    "wrong file": (["--model", "page.html", "--data", "test"], r"page.html is not a model file"),
-    "tta": (["--model", "run", "--data", "test", "--tta", "rotate"], r"--tta must be one of none, flip"),
-    "seed": (["--model", "run", "--data", "test", "--seed", "-1"], r"--seed must be at least 0; got -1"),
-    "output": (
-        ["--model", "run", "--data", "test", "--output", "page.html"],
-        r"--output page.html is a file",
-    ),
-    "output below a file": (
-        ["--model", "run", "--data", "test", "--output", "page.html/out"],
-        r"cannot be written",
-    ),
+    "wrong file": ("--model page.html --data test", r"page.html is not a model file"),
+    "tta": ("--model run --data test --tta rotate", r"--tta must be one of none, flip"),
+    "seed": ("--model run --data test --seed -1", r"--seed must be at least 0; got -1"),
+    "output": ("--model run --data test --output page.html", r"--output page.html is a file"),
+    "output below a file": ("--model run --data test --output page.html/out", r"cannot be written"),
     "calibrate nowhere": (
-        ["--model", "run", "--data", "test", "--calibrate", "nowhere"],
+        "--model run --data test --calibrate nowhere",
         r"--calibrate nowhere does not exist",
     ),
     "calibrate on the test folder": (
-        ["--model", "run", "--data", "test", "--calibrate", "test/"],
+        "--model run --data test --calibrate test/",
         r"--calibrate test/ are the images of --data",
     ),
-    "calibrate an unknown class": (
-        ["--model", "run", "--data", "test", "--calibrate", "other"],
-        r"zebra.*Known classes",
-    ),
+    "calibrate an unknown class": ("--model run --data test --calibrate other", r"zebra.*Known classes"),
     "calibrate a checkpoint": (
-        ["--model", "last.ckpt", "--data", "test", "--calibrate", "val"],
+        "--model last.ckpt --data test --calibrate val",
         r"--model last.ckpt has none that can hold it. Give a run folder",
     ),
     "calibrate a name": (
-        ["--model", "vit_tiny_patch16_224", "--data", "test", "--calibrate", "val"],
+        "--model vit_tiny_patch16_224 --data test --calibrate val",
         r"has none that can hold it",
     ),
 }
 
 
-def _refused(words, message, capsys):
-    before = _files()
-    assert main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    paragraphs = [line for line in err.splitlines() if line.startswith("vit-cls: ")]
-    assert len(paragraphs) == 1
-    assert re.search(message, paragraphs[0]), err
-    assert "Traceback" not in err
-    assert _files() == before
-
-
-def _files():
-    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_evaluate_refuses(case, place, capsys):
+def test_evaluate_refuses(case, place, refused):
     words, message = CASES[case]
-    _refused(["evaluate", *words, *ON_CPU], message, capsys)
+    refused(["evaluate", *words.split(), *ON_CPU], message)
 
 
 @pytest.mark.parametrize("full", ["predictions.csv", "per_class.csv", "report.html", "model.safetensors"])
-def test_a_full_disk_leaves_the_old_file(full, place, capsys, monkeypatch):
-    _evaluate(capsys, "--output", "out")
-    moved = os.replace
+def test_a_full_disk_leaves_the_old_file(full, place, evaluate, cli, monkeypatch):
+    evaluate("--output", "out")
+    moved, old = os.replace, files_here()
 
     def replace(source, target):
         if Path(target).name == full:
@@ -345,15 +292,13 @@ def test_a_full_disk_leaves_the_old_file(full, place, capsys, monkeypatch):
         moved(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    old = _files()
-    words = ["--model", "run", "--data", "test", "--output", "out", "--calibrate", "val"]
-    if full != "model.safetensors":
-        words = words[:-2]
-    assert main(["evaluate", *words, *ON_CPU]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    calibrate = ["--calibrate", "val"] if full == "model.safetensors" else []
+    code, out, err = cli(
+        "evaluate", "--model", "run", "--data", "test", "--output", "out", *calibrate, *ON_CPU
+    )
+    assert (code, out) == (2, "")
     assert re.search(r"vit-cls: .*(cannot be|could not be) (written|stored).*No space left", err)
-    new = _files()
+    new = files_here()
     assert new.keys() == old.keys()  # nothing half-written beside it
     target = next(path for path in old if path.endswith(full))
     assert new[target] == old[target]

@@ -7,24 +7,24 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from tests.commands.conftest import ON_CPU, command, loaded_by, until
 from vit_cls.cli import main
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.bundle import save_classifier
 
-ON_CPU = ["--device", "cpu", "--num_workers", "0"]
 MODEL = ["predict", "--model", "model.safetensors", *ON_CPU]
 
 
@@ -66,13 +66,8 @@ def test_rows_go_to_stdout_as_csv_and_a_missing_file_is_a_row(place, capsys):
 
 
 def test_metrics_and_their_libraries_are_not_loaded_to_predict(place):
-    code = (
-        "import sys; from vit_cls.cli import main; assert main(sys.argv[1:]) == 0; "
-        "print(*sorted({'scipy', 'sklearn', 'timm', 'torchmetrics'} & set(sys.modules)))"
-    )
-    words = [*MODEL, "images/val", "--output", "out"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == ""
+    loaded = loaded_by(*MODEL, "images/val", "--output", "out")
+    assert not {"scipy", "sklearn", "timm", "torchmetrics"} & loaded
 
 
 def test_the_same_file_as_evaluate_writes_but_for_the_truth(place, capsys):
@@ -167,64 +162,47 @@ def test_features_of_a_model_without_a_head(place, capsys):
 
 
 REFUSED = {
-    "no path": ([], r"PATH is missing. Give image files"),
-    "empty folder": (["hollow"], r"folder hollow holds no image file"),
-    "empty glob": (["images/*.gif"], r"glob images/\*.gif matches no file"),
-    "empty stdin": (["-"], r"stdin holds no path"),
-    "format": (
-        ["images", "--format", "xml"],
-        r"--format must be one of csv, jsonl, parquet, table; got 'xml'",
-    ),
-    "features": (["images", "--features", "mop", "--output", "new"], r"--features must be one of cls, gap"),
+    "no path": ("", r"PATH is missing. Give image files"),
+    "empty folder": ("hollow", r"folder hollow holds no image file"),
+    "empty glob": ("images/*.gif", r"glob images/\*.gif matches no file"),
+    "empty stdin": ("-", r"stdin holds no path"),
+    "format": ("images --format xml", r"--format must be one of csv, jsonl, parquet, table; got 'xml'"),
+    "features": ("images --features mop --output new", r"--features must be one of cls, gap"),
     "features by weights that nobody trained": (
-        ["images", "--features", "map", "--output", "new"],
+        "images --features map --output new",
         r"--features map has weights of its own, which this model has not trained",
     ),
-    "output is a file": (["images", "--output", "file"], r"--output file is a file"),
-    "output below a file": (["images", "--output", "file/new"], r"cannot be written"),
-    "output in a place without files": (["images", "--output", "/proc/new"], r"--output /proc/new cannot be"),
-    "resume without output": (["images", "--resume"], r"--resume needs --output"),
-    "features without output": (["images", "--features", "cls"], r"--features needs --output"),
+    "output is a file": ("images --output file", r"--output file is a file"),
+    "output below a file": ("images --output file/new", r"cannot be written"),
+    "output in a place without files": ("images --output /proc/new", r"--output /proc/new cannot be"),
+    "resume without output": ("images --resume", r"--resume needs --output"),
+    "features without output": ("images --features cls", r"--features needs --output"),
     "features as jsonl": (
-        ["images", "--features", "cls", "--output", "new", "--format", "jsonl"],
+        "images --features cls --output new --format jsonl",
         r"leave --format and --top_k out",
     ),
-    "top_k of features": (
-        ["images", "--features", "cls", "--output", "new", "--top_k", "2"],
-        r"leave --format and --top_k out",
-    ),
-    "parquet without output": (["images", "--format", "parquet"], r"parquet needs --output"),
-    "table with output": (["images", "--format", "table", "--output", "new"], r"table is for the terminal"),
-    "headless": (["images", "--model", "headless.safetensors", "--output", "new"], r"no head.*linear_probe"),
+    "top_k of features": ("images --features cls --output new --top_k 2", r"leave --format and --top_k out"),
+    "parquet without output": ("images --format parquet", r"parquet needs --output"),
+    "table with output": ("images --format table --output new", r"table is for the terminal"),
+    "headless": ("images --model headless.safetensors --output new", r"no head.*linear_probe"),
     "no class token": (
-        ["images", "--model", "gap.safetensors", "--features", "cls", "--output", "new"],
+        "images --model gap.safetensors --features cls --output new",
         r"--features cls reads the class token, but the model has none",
     ),
-    "top_k": (
-        ["images", "--top_k", "4", "--output", "new"],
-        r"--top_k must be from 1 to the model's 3 classes",
-    ),
-    "top_k zero": (["images", "--top_k", "0"], r"--top_k must be from 1"),
-    "batch size": (["images", "--batch_size", "0"], r"batch_size must be at least 1"),
-    "device": (["images", "--device", "tpu"], r"--device must be one of"),
-    "missing model": (["images", "--model", "nowhere"], r"no file or folder 'nowhere'"),
-    "typo": (["images", "--topk", "2"], r"mean `top_k`"),
+    "top_k": ("images --top_k 4 --output new", r"--top_k must be from 1 to the model's 3 classes"),
+    "top_k zero": ("images --top_k 0", r"--top_k must be from 1"),
+    "batch size": ("images --batch_size 0", r"batch_size must be at least 1"),
+    "device": ("images --device tpu", r"--device must be one of"),
+    "missing model": ("images --model nowhere", r"no file or folder 'nowhere'"),
+    "typo": ("images --topk 2", r"mean `top_k`"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_predict_refuses(case, place, capsys, monkeypatch):
+def test_predict_refuses(case, place, refused, monkeypatch):
     words, message = REFUSED[case]
     _stdin(monkeypatch, b"")
-    before = sorted(os.listdir("."))
-    assert main([*MODEL, *words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    paragraphs = [line for line in err.splitlines() if line.startswith("vit-cls: ")]
-    assert len(paragraphs) == 1
-    assert re.search(message, paragraphs[0]), err
-    assert "Traceback" not in err
-    assert sorted(os.listdir(".")) == before
+    refused([*MODEL, *words.split()], message)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(place, capsys, monkeypatch):
@@ -240,51 +218,40 @@ def test_parquet_without_pyarrow_says_what_to_install(place, capsys, monkeypatch
     [(signal.SIGINT, 130, "0"), (signal.SIGTERM, 143, "2")],
     ids=["int", "term"],
 )
-def test_a_signal_keeps_the_rows_and_resume_completes_them(signum, code, workers, place, capsys, monkeypatch):
+def test_a_signal_keeps_the_rows_and_resume_completes_them(
+    signum, code, workers, place, json_of, monkeypatch
+):
     paths = [str(path) for path in sorted(Path("images").rglob("*.png"))] * 40
     words = ["predict", "--model", "model.safetensors", "--device", "cpu", "-", "--batch_size", "8"]
     words += ["--num_workers", workers]
-    command = [sys.executable, "-m", "vit_cls", *words]
-
-    process = subprocess.Popen(
-        [*command, "--output", "out"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    process.stdin.write("\n".join(paths[:200]) + "\n")
-    process.stdin.flush()  # and left open: the signal comes while it waits for more
-    part = Path("out/.predictions.csv.part")
-    for _ in range(2400):
-        if (part / "000000").exists():  # the first rows
-            break
-        time.sleep(0.05)
-    os.killpg(process.pid, signum)  # the loading processes get it too
-    assert process.wait(timeout=60) == code
-    assert process.stderr is not None
-    err = process.stderr.read()
-    process.stdin.close()
-    process.stderr.close()
-    assert re.search(
-        r"vit-cls: stopped by \w+; \d+ rows are kept in out/.predictions.csv.part.*--resume", err
-    )
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        command(*words, "--output", "out"), text=True, start_new_session=True, **pipes
+    ) as process:
+        process.stdin.write("\n".join(paths[:200]) + "\n")
+        process.stdin.flush()  # and left open: the signal comes while it waits for more
+        until((Path("out/.predictions.csv.part") / "000000").exists, process)  # the first rows
+        os.killpg(process.pid, signum)  # the loading processes get it too
+        assert process.wait(timeout=60) == code
+        err = process.stderr.read()
+    kept = r"vit-cls: stopped by \w+; \d+ rows are kept in out/.predictions.csv.part.*--resume"
+    assert re.search(kept, err)
     # multiprocessing's own thread may complain of a worker that the signal ended, too
     assert "vit_cls/" not in err
     assert not Path("out/predictions.csv").exists()
 
     for folder, more in (("out", ["--resume"]), ("whole", [])):
         _stdin(monkeypatch, "\n".join(paths).encode())
-        assert main([*words, "--output", folder, *more, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["images"] == len(paths)
+        assert json_of(*words, "--output", folder, *more)["images"] == len(paths)
         assert os.listdir(folder) == ["predictions.csv"]
     assert Path("out/predictions.csv").read_bytes() == Path("whole/predictions.csv").read_bytes()
 
 
 def test_a_reader_that_has_enough_is_no_error(place):
-    command = f"{sys.executable} -m vit_cls {' '.join(MODEL)} --batch_size 1 images | head -n 2"
-    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
-    assert result.stdout.count("\n") == 2
-    assert "Traceback" not in result.stderr
-    assert "BrokenPipe" not in result.stderr
+    words = shlex.join(command(*MODEL, "--batch_size", "1", "images"))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} | head -n 2"], capture_output=True, text=True
+    )
+    assert done.stdout.count("\n") == 2
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import vit_cls.lab.features as features
-from vit_cls.cli import main
 from vit_cls.commands.words import comma_lists
 from vit_cls.data.partition import partition_data
 from vit_cls.lab.probes.head_fits import LEARNING_RATES, HeadRecipe
@@ -75,18 +74,13 @@ def _words(name, *more, model="model.safetensors", data="photos"):
     return ["probe", name, "--model", model, "--data", data, "--num_workers", "0", *more]
 
 
-def _json(capsys, words):
-    assert main([*words, "--json"]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)  # exactly one object, or this raises
-
-
 def test_every_probe_is_tried_here_and_all_but_one_with_all_of_its_defaults():
     assert len(PROBES) == 8
     assert list(QUICK) == ["attentive"]
 
 
-def test_the_attentive_probe_trains_its_default_heads_by_its_default_recipe(capsys):
-    found = _json(capsys, _words("attentive"))
+def test_the_attentive_probe_trains_its_default_heads_by_its_default_recipe(json_of):
+    found = json_of(*_words("attentive"))
     # Queries that do not divide the width of 16 are left out.
     assert found["settings"]["heads"] == ["cls", "gap", "ep:1", "ep:2", "ep:4", "ep:8", "ep:16"]
     assert found["settings"]["epochs"] == HeadRecipe().epochs
@@ -96,10 +90,10 @@ def test_the_attentive_probe_trains_its_default_heads_by_its_default_recipe(caps
 
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_says_one_object_writes_its_files_and_computes_nothing_twice(
-    name, place, capsys, forward_passes
+    name, place, json_of, forward_passes
 ):
     words = _words(name, *QUICK.get(name, ()))
-    found = _json(capsys, [*words, "--output", "out"])
+    found = json_of(*words, "--output", "out")
     assert set(found) >= KEYS
     assert found["kind"] == f"probe {name}"
     assert found["output"] == "out"
@@ -118,7 +112,7 @@ def test_a_probe_says_one_object_writes_its_files_and_computes_nothing_twice(
     kept = {path: path.stat().st_mtime_ns for path in (place / "xdg/vit_cls/tokens").rglob("*")}
     assert kept
     forward_passes.clear()
-    again = _json(capsys, words)
+    again = json_of(*words)
     assert not forward_passes
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert again["output"] is None
@@ -127,41 +121,41 @@ def test_a_probe_says_one_object_writes_its_files_and_computes_nothing_twice(
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_tokens_go_to_the_cache_that_was_named_and_nowhere_else(name, place, capsys):
-    _json(capsys, _words(name, *QUICK.get(name, ()), "--cache", "kept"))
+def test_tokens_go_to_the_cache_that_was_named_and_nowhere_else(name, place, json_of):
+    json_of(*_words(name, *QUICK.get(name, ()), "--cache", "kept"))
     assert any((place / "kept").iterdir())
     assert not (place / "xdg").exists()
 
 
 @pytest.mark.parametrize("name", ["linear", "layers"])
-def test_another_model_and_other_files_are_not_taken_from_the_cache(name, place, capsys, forward_passes):
-    _json(capsys, _words(name))
+def test_another_model_and_other_files_are_not_taken_from_the_cache(name, place, json_of, forward_passes):
+    json_of(*_words(name))
     assert len(forward_passes) == 3
     _save(place / "other.safetensors", seed=8)
-    _json(capsys, _words(name, model="other.safetensors"))
+    json_of(*_words(name, model="other.safetensors"))
     assert len(forward_passes) == 6
     (place / "photos/red/0.png").write_bytes((place / "photos/blue/0.png").read_bytes())
-    _json(capsys, _words(name))
+    json_of(*_words(name))
     assert len(forward_passes) == 7  # the part that the file is in
 
 
-def test_the_random_encoder_is_not_mistaken_for_the_model(place, capsys):
-    values = _json(capsys, _words("invert"))["values"]
-    again = _json(capsys, _words("invert", "--seed", "0"))["values"]
-    other = _json(capsys, _words("invert", "--cache", "empty"))["values"]
+def test_the_random_encoder_is_not_mistaken_for_the_model(place, json_of):
+    values = json_of(*_words("invert"))["values"]
+    again = json_of(*_words("invert", "--seed", "0"))["values"]
+    other = json_of(*_words("invert", "--cache", "empty"))["values"]
     assert values == again == other
     assert values["random"] != values["cls"]
 
 
-def test_a_cache_that_cannot_be_written_by_default_is_a_warning_and_no_end(place, capsys, caplog):
+def test_a_cache_that_cannot_be_written_by_default_is_a_warning_and_no_end(place, json_of, caplog):
     (place / "xdg").write_text("a file")
-    assert _json(capsys, _words("tokens"))["kind"] == "probe tokens"
+    assert json_of(*_words("tokens"))["kind"] == "probe tokens"
     assert "tokens are not kept" in caplog.text
 
 
 @pytest.mark.parametrize("name", PROBES)
 @pytest.mark.parametrize("kind", ["other classes", "no head", "no class token"])
-def test_the_classes_are_those_of_the_data_whatever_the_model_has(name, kind, place, capsys):
+def test_the_classes_are_those_of_the_data_whatever_the_model_has(name, kind, place, json_of):
     changes = {
         "other classes": {"classes": [str(i) for i in range(10)]},
         "no head": {"classes": ()},
@@ -169,7 +163,7 @@ def test_the_classes_are_those_of_the_data_whatever_the_model_has(name, kind, pl
     }[kind]
     _save(place / "other.safetensors", **changes)
     words = _words(name, *QUICK.get(name, ()), "--output", "out", model="other.safetensors")
-    found = _json(capsys, words)
+    found = json_of(*words)
     results = json.loads((place / "out/results.json").read_text())["predictions"]
     if "class_names" in results:
         assert results["class_names"] == sorted(CLASSES)
@@ -182,11 +176,11 @@ def test_the_classes_are_those_of_the_data_whatever_the_model_has(name, kind, pl
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_a_broken_file_is_a_reason_in_the_result_and_no_row(name, place, capsys):
+def test_a_broken_file_is_a_reason_in_the_result_and_no_row(name, place, json_of):
     parts = partition_data("photos")
     broken = parts.train.index.paths[3]
     (place / "photos" / broken).write_bytes((place / "photos" / broken).read_bytes()[:40])
-    found = _json(capsys, _words(name, *QUICK.get(name, ())))
+    found = json_of(*_words(name, *QUICK.get(name, ())))
     assert re.search(rf'"{broken}": "[^"]+"', json.dumps(found["data"]))
     assert "Files that could not be read are in no number here: 1 of train;" in " ".join(found["notes"])
     counts = found["data"].get("images", found["data"])
@@ -244,46 +238,31 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, capsys, place):
-    words, message = CASES[case]
+def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, place, refused):
     _save(place / "gap.safetensors", class_token=False, pool="gap")
     for name in CLASSES:
         (place / "few" / name).mkdir(parents=True)
         shutil.copy(place / "photos" / name / "0.png", place / "few" / name)
-    before = sorted(place.rglob("*"))
-    assert main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = err.splitlines()
-    assert len(lines) == 1, err
-    assert re.search(message, lines[0]), err
-    assert "Traceback" not in err
-    assert [path for path in place.rglob("*") if path.is_file() and path not in before] == []
+    refused(*CASES[case])
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_parts_that_are_too_small_are_refused_by_every_probe(name, place, capsys):
+def test_parts_that_are_too_small_are_refused_by_every_probe(name, place, cli):
     for part, classes in (("train", ("red", "blue")), ("val", ("red",)), ("test", ("red",))):
-        for one in classes:
-            (place / "split" / part / one).mkdir(parents=True)
-            shutil.copy(place / f"photos/{one}/0.png", place / "split" / part / one / f"{part}.png")
-    assert main(_words(name, *QUICK.get(name, ()), data="split")) == 2
-    err = capsys.readouterr().err
+        for label in classes:
+            (place / "split" / part / label).mkdir(parents=True)
+            shutil.copy(place / f"photos/{label}/0.png", place / "split" / part / label / f"{part}.png")
+    code, _, err = cli(*_words(name, *QUICK.get(name, ()), data="split"))
+    assert code == 2
     assert re.search(r"the test part has 1 image; a comparison needs at least two", err), err
     assert len(err.splitlines()) == 1
 
 
-def test_help_lists_every_probe_and_the_options_of_one(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["probe", "--help"])
-    assert not end.value.code
-    out = capsys.readouterr().out
+def test_help_lists_every_probe_and_the_options_of_one(help_of):
+    out = help_of("probe")
     for name, probe in PROBES.items():
         assert re.search(rf"^  {name} +{re.escape(probe.question)}$", out, re.MULTILINE)
-    with pytest.raises(SystemExit) as end:
-        main(["probe", "linear", "--help"])
-    assert not end.value.code
-    out = capsys.readouterr().out
+    out = help_of("probe", "linear")
     for option in ("--model", "--data", "--cache", "--pools", "--protocol", "--margin", "--seed", "--output"):
         assert option in out
 
@@ -312,11 +291,11 @@ def _record(place, root, **more):
     ],
 )
 @pytest.mark.parametrize("model", ["run", "run/model.safetensors"])
-def test_the_result_says_whether_the_model_may_have_seen_the_images(root, note, model, place, capsys):
+def test_the_result_says_whether_the_model_may_have_seen_the_images(root, note, model, place, json_of):
     _record(place, root or "photos")
     if root is None:
         (place / "run/run.json").unlink()
-    notes = " ".join(_json(capsys, _words("linear", model=model))["notes"])
+    notes = " ".join(json_of(*_words("linear", model=model))["notes"])
     assert (note in notes) if note else ("trained on this data" not in notes and UNKNOWN not in notes)
 
 

@@ -9,13 +9,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from vit_cls.cli import main
+from tests.commands.conftest import command, until
 from vit_cls.lab.studies.table import STUDIES
 
 QUICK = ["--recipe.epochs", "1", "--recipe.embed_dim", "8", "--recipe.depth", "1", "--recipe.num_heads", "2"]
@@ -57,43 +55,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, capsys, place):
-    words, message = CASES[case]
-    assert main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ trainings to do", line)]
-    assert len(lines) == 1, err
-    assert re.search(message, lines[0]), err
-    assert "Traceback" not in err
-    assert not [path for path in place.rglob("*") if path.is_file()]
+def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, refused):
+    refused(*CASES[case])
 
 
 @pytest.mark.parametrize("taken", ["a folder of something else", "a file", "a damaged record"])
-def test_an_output_taken_by_something_else_is_left_alone(taken, place, capsys):
+def test_an_output_taken_by_something_else_is_left_alone(taken, place, refused):
     output = place / "taken"
     file = {"a file": output, "a damaged record": output / "study.json"}.get(taken, output / "thesis.tex")
     file.parent.mkdir(exist_ok=True)
     file.write_text("{")
-    assert main([*SMALL, "--output", "taken"]) == 2
-    err = capsys.readouterr().err
-    assert "taken" in err
-    assert "Give a new" in err
-    assert [path for path in place.rglob("*") if path.is_file()] == [file]
-    assert file.read_text() == "{"
+    refused([*SMALL, "--output", "taken"], "taken.*Give a new")
 
 
-def test_a_study_prints_one_json_object_goes_on_and_refuses_other_settings(place, capsys):
+def test_a_study_prints_one_json_object_goes_on_and_refuses_other_settings(place, json_of, refused):
     words = [*SMALL, "--output", "out"]
-    assert main([*words, "--shard", "1/2", "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)
+    first = json_of(*words, "--shard", "1/2")
     assert (first["left"], first["trainings"]) == (1, 2)
     assert not (place / "out/results.json").exists()
     done = {path: path.stat().st_mtime_ns for path in place.rglob("trial.json")}
     assert len(done) == 1
 
-    assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)  # exactly one object
+    found = json_of(*words)
     assert found["kind"] == "study heads"
     assert found["settings"]["heads"] == ["cls", "gap"]
     assert found["settings"]["recipe"]["epochs"] == 1
@@ -102,32 +85,28 @@ def test_a_study_prints_one_json_object_goes_on_and_refuses_other_settings(place
     assert set(results["predictions"]["predictions"]) == {"cls", "gap"}
     assert (place / "out/report.html").is_file()
 
-    for change, key, before, now in (
-        (["--recipe.epochs", "2"], "recipe.epochs", "1", "2"),
-        (["--seeds", "2"], "seeds", "[0]", "[0, 1]"),
-        (["--heads", "gap,cls"], "heads", "['cls', 'gap']", "['gap', 'cls']"),
+    for change, other in (
+        (["--recipe.epochs", "2"], "another recipe.epochs: 1 there, 2 now"),
+        (["--seeds", "2"], "another seeds: [0] there, [0, 1] now"),
+        (["--heads", "gap,cls"], "another heads: ['cls', 'gap'] there, ['gap', 'cls'] now"),
     ):
-        assert main([*words, *change]) == 2
-        err = capsys.readouterr().err
-        assert f"--output out holds a study with another {key}: {before} there, {now} now" in err
-    assert main(["study", "causal", "--data", "digits", "--output", "out"]) == 2
-    assert "another study: 'heads' there, 'causal' now" in capsys.readouterr().err
-    assert json.loads((place / "out/results.json").read_text()) == results
+        refused([*words, *change], re.escape(f"--output out holds a study with {other}"))
+    causal = ["study", "causal", "--data", "digits", "--output", "out"]
+    refused(causal, "another study: 'heads' there, 'causal' now")
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_trains_answers_and_reports_with_all_of_its_own_defaults(name, place, capsys):
+def test_a_study_trains_answers_and_reports_with_all_of_its_own_defaults(name, place, json_of):
     """The models are small, trained in two steps under one seed; all else is what a user gets."""
     sizes = {"epochs": 1, "batch_size": 512, "embed_dim": 8, "depth": 1, "num_heads": 2}
     if name == "depth":
         del sizes["depth"]
     small = [word for key, size in sizes.items() for word in (f"--recipe.{key}", str(size))]
-    assert main(["study", name, "--data", "digits", "--seeds", "1", "--jobs", "1", *small, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json_of("study", name, "--data", "digits", "--seeds", "1", "--jobs", "1", *small)
     assert found["kind"] == f"study {name}"
     assert found["output"] == f"studies/{name}_digits"
     assert found["findings"]
-    assert all(one["claim"] and one["verdict"] for one in found["findings"])
+    assert all(finding["claim"] and finding["verdict"] for finding in found["findings"])
     notes = [json.loads(path.read_text()) for path in place.rglob("trial.json")]
     assert notes
     assert [note["error"] for note in notes if "error" in note] == []
@@ -137,29 +116,24 @@ def test_a_study_trains_answers_and_reports_with_all_of_its_own_defaults(name, p
         assert found["headline"] in text, file
 
 
-def test_commas_make_a_list_of_each_option_of_a_study_that_is_one(capsys):
+def test_commas_make_a_list_of_each_option_of_a_study_that_is_one(cli):
     found = 0
     for name, kind in STUDIES.items():
-        for option, one in inspect.signature(kind).parameters.items():
-            if str(one.annotation).startswith("Sequence"):
-                main(["study", name, "--data", "nowhere", f"--{option}", "1,2"])
-                assert "Expected a" not in capsys.readouterr().err, (name, option)
+        for option, parameter in inspect.signature(kind).parameters.items():
+            if str(parameter.annotation).startswith("Sequence"):
+                ran = cli("study", name, "--data", "nowhere", f"--{option}", "1,2")
+                assert "Expected a" not in ran.err, (name, option)
                 found += 1
     assert found >= 8
 
 
-def test_help_lists_every_study_and_the_options_of_one(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["study", "--help"])
-    assert not end.value.code
-    out = capsys.readouterr().out
+def test_help_lists_every_study_and_the_options_of_one(help_of):
+    out = help_of("study")
     assert len(STUDIES) >= 4
     for name, kind in STUDIES.items():
         assert f"  {name} " in out
         assert kind.question in out
-    with pytest.raises(SystemExit):
-        main(["study", "heads", "--help"])
-    out = capsys.readouterr().out
+    out = help_of("study", "heads")
     for option in ("--heads", "--lr_grid", "--seeds", "--margin", "--recipe.lr", "--jobs", "--shard"):
         assert option in out
 
@@ -191,7 +165,7 @@ def _processes_of(session: int) -> list[str]:
 def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs, to_group, signum):
     words = [*HEADS, *QUICK, "--recipe.epochs", "100000", "--jobs", str(jobs), "--output", "out"]
     with subprocess.Popen(
-        [sys.executable, "-m", "vit_cls", *words],
+        command(*words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -199,11 +173,7 @@ def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs,
         # A suite that a shell runs in the background ignores Ctrl-C, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        deadline = time.monotonic() + 250
-        while len(list(place.glob("out/trials/*/run/checkpoints/last.ckpt"))) < jobs:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: len(list(place.glob("out/trials/*/run/checkpoints/last.ckpt"))) >= jobs, process)
         assert len(_processes_of(process.pid)) >= jobs
         (os.killpg if to_group else os.kill)(process.pid, signum)
         try:
@@ -211,11 +181,7 @@ def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs,
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    for _ in range(200):
-        if not _processes_of(process.pid):
-            break
-        time.sleep(0.05)
-    assert _processes_of(process.pid) == []
+    until(lambda: not _processes_of(process.pid), seconds=10)
     assert out == ""
     assert len(list(place.glob("out/trials/*/run/checkpoints/last.ckpt"))) == jobs
     if signum == signal.SIGKILL:
@@ -225,16 +191,16 @@ def test_a_signal_ends_a_study_keeps_its_work_and_leaves_no_process(place, jobs,
     assert "Traceback" not in errors
 
 
-def test_a_study_does_not_go_on_with_other_images(place, image_root, capsys):
+def test_a_study_does_not_go_on_with_other_images(place, image_root, cli, refused):
     shutil.copytree(image_root, place / "photos")
     quick = [*QUICK, "--recipe.img_size", "16", "--recipe.patch_size", "8"]
     words = ["photos" if word == "digits" else word for word in [*HEADS, *quick]]
-    assert main(words) == 0
+    assert cli(*words).code == 0
     first = json.loads((place / "studies" / "heads_photos" / "results.json").read_text())
-    rows = next(one for one in first["tables"] if one["title"] == "Every pair")["rows"]
+    rows = next(table for table in first["tables"] if table["title"] == "Every pair")["rows"]
     assert [row[:2] for row in rows] == [["gap", "cls"]]
-    assert main(words) == 0  # the same images: nothing to train
-    assert "trainings to do" not in capsys.readouterr().err.rpartition("2 of 2:")[2]
+    again = cli(*words)  # the same images: nothing to train
+    assert again.code == 0
+    assert "trainings to do" not in again.err
     (place / "photos/train/red/0.png").rename(place / "photos/train/red/other.png")
-    assert main(words) == 2
-    assert "holds a study of other images: in the train part" in " ".join(capsys.readouterr().err.split())
+    refused(words, "holds a study of other images: in the train part")

@@ -143,7 +143,13 @@ def reliability_diagram(name: str, bins: Sequence[Bin]) -> str:
     with drawing() as (figure, text):
         axes = figure.subplots()
         left, heights = [b.lower for b in full], [b.images / images for b in full]
-        bars = {"align": "edge", "color": LINE, "alpha": 0.6, "linewidth": 0, "label": "share of images"}
+        bars: dict[str, Any] = {
+            "align": "edge",
+            "color": LINE,
+            "alpha": 0.6,
+            "linewidth": 0,
+            "label": "share of images",
+        }
         axes.bar(left, heights, [b.upper - b.lower for b in full], **bars)
         axes.plot([0, 1], [0, 1], color=TEXT, linestyle=":", linewidth=1, label="as it should be")
         x = [b.confidence for b in full]
@@ -211,6 +217,7 @@ def scatter_chart(name: str, chart: ScatterChart) -> str | None:
     front = pareto_front([(x, y) for _, x, y, _ in points])
     steps = sorted((points[i][1], points[i][2]) for i in front)
     steps.append((max(x for _, x, _, _ in points), steps[-1][1]))
+    style: dict[str, Any]
     with drawing() as (figure, text):
         axes, handles = figure.subplots(), []
         for i, (_, cost, gain, bounds) in enumerate(points):

@@ -20,28 +20,11 @@ UNLIMITED = 100_000
 """Columns of what is no terminal: nothing is wrapped there."""
 MOST_MISSING = 20
 
-MODEL_COLUMNS = {
-    "name": "name",
-    "kind": "kind",
-    "parameters": "params",
-    "img_size": "input",
-    "patch_size": "patch",
-    "tokens": "tokens",
-    "pool": "pool",
-    "normalisation": "mean/std",
-    "tags": "tags",
-    "licence": "licence",
-}
-TAG_COLUMNS = {
-    "tag": "tag",
-    "img_size": "input",
-    "head": "head",
-    "normalisation": "mean/std",
-    "crop_pct": "crop",
-    "crop_mode": "mode",
-    "family": "family",
-    "licence": "licence",
-}
+# Keys of the catalogue, and what stands above them.
+MODEL_KEYS = "name kind parameters img_size patch_size tokens pool normalisation tags licence"
+MODEL_HEADS = "name kind params     input    patch      tokens pool mean/std      tags licence"
+TAG_KEYS = "tag img_size head normalisation crop_pct crop_mode family licence"
+TAG_HEADS = "tag input   head mean/std      crop     mode      family licence"
 NO_LICENCE = "not stated"
 
 
@@ -277,15 +260,15 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     Args:
         rows: What the catalogue tells of each.
     """
-    cells = []
+    shown = []
     for row in rows:
         licences = dict.fromkeys(tag["licence"] or NO_LICENCE for tag in row["tags"])
         parameters = f"{fmt.decimals(row['parameters'] / 1e6, 1)} M"
-        shown = {**row, "parameters": parameters, "tags": len(row["tags"]), "licence": ", ".join(licences)}
-        cells.append([str(shown[key]) for key in MODEL_COLUMNS])
+        cells = {"parameters": parameters, "tags": len(row["tags"]), "licence": ", ".join(licences)}
+        shown.append({**row, **cells})
     weights = sum(len(row["tags"]) for row in rows)
     return [
-        _table(list(MODEL_COLUMNS.values()), cells, [True] * len(MODEL_COLUMNS)),
+        _keyed(shown, MODEL_KEYS, MODEL_HEADS),
         f"{len(rows)} architectures, {weights} tags with weights. native: our "
         "blocks; adapter: timm's, with the same poolings and tokens. `vit-cls models NAME` tells more.",
     ]
@@ -299,22 +282,25 @@ def model_details(row: Mapping[str, Any]) -> list[RenderableType]:
     """
     prefix = "class token" if row["class_token"] else "no class token"
     registers = f", {row['reg_tokens']} registers" if row["reg_tokens"] else ""
-    shown: list[RenderableType] = [
+    lines: list[RenderableType] = [
         f"{row['name']} ({row['kind']}): {fmt.count(row['parameters'])} parameters, {row['img_size']} pixels "
         f"in patches of {row['patch_size']}",
         f"{row['tokens']} tokens ({prefix}{registers}), width {row['embed_dim']}, {row['depth']} blocks of "
         f"{row['num_heads']} heads, pool {row['pool']}",
     ]
     if not row["tags"]:
-        return [*shown, "no published weights"]
-    cells = []
+        return [*lines, "no published weights"]
+    shown = []
     for tag in row["tags"]:
         head = f"{tag['num_classes']} {tag['head']}" if tag["num_classes"] else "headless"
         licence = f"{tag['licence'] or NO_LICENCE}{' (non-commercial)' if tag['non_commercial'] else ''}"
-        told = {**tag, "head": head, "licence": licence}
-        cells.append([str(told[key]) for key in TAG_COLUMNS])
-    shown.append(_table(list(TAG_COLUMNS.values()), cells, [True] * len(TAG_COLUMNS)))
+        shown.append({**tag, "head": head, "licence": licence})
+    lines.append(_keyed(shown, TAG_KEYS, TAG_HEADS))
     if quick := [tag["tag"] for tag in row["tags"] if tag["quick_gelu"]]:
-        shown.append(f"loaded with QuickGELU, as they were trained: {', '.join(quick)}")
-    shown.append(f"Use: --model.name {row['name']}.{row['tags'][0]['tag']} --model.pretrained true")
-    return shown
+        lines.append(f"loaded with QuickGELU, as they were trained: {', '.join(quick)}")
+    return [*lines, f"Use: --model.name {row['name']}.{row['tags'][0]['tag']} --model.pretrained true"]
+
+
+def _keyed(rows: Sequence[Mapping[str, Any]], keys: str, heads: str) -> Table:
+    columns = heads.split()
+    return _table(columns, [[str(row[key]) for key in keys.split()] for row in rows], [True] * len(columns))
