@@ -55,7 +55,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, refused):
+def test_what_cannot_be_done_is_refused_in_one_paragraph_and_leaves_nothing(case, place, refused):
+    (place / "studies").mkdir()  # the folder of all studies
     refused(*CASES[case])
 
 
