@@ -9,17 +9,15 @@ import pytest
 import torch
 from torchvision import transforms
 
+from tests.models import make_vit
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.vit import VisionTransformer
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
 
 def _classifier(tiny, names=("a", "b", "c"), **preprocess) -> ImageClassifier:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": len(names)}))
+    model = make_vit(tiny, num_classes=len(names))
     return ImageClassifier(model, Preprocess((16, 16), **preprocess), names).eval()
 
 
@@ -63,6 +61,8 @@ def test_metadata_rebuild_everything_but_the_weights(tiny):
         ({"crop_pct": 1.5}, r"crop_pct must be above 0 and at most 1; got 1.5"),
         ({"crop_mode": "pad"}, "crop_mode must be one of center, squash; got 'pad'"),
         ({"interpolation": "lanczos"}, "interpolation must be one of"),
+        ({"background": (0, 0)}, "three numbers from 0 to 255"),
+        ({"background": (0, 0, 256)}, "three numbers from 0 to 255"),
     ],
     ids=str,
 )
@@ -70,7 +70,7 @@ def test_what_does_not_fit_together_is_refused(arguments, message, tiny):
     names = arguments.pop("names", ["a", "b", "c"])
     classes = arguments.pop("num_classes", len(names))
     with pytest.raises(ConfigError, match=message):
-        model = VisionTransformer(ViTConfig.from_dict({**tiny, "num_classes": classes}))
+        model = make_vit(tiny, num_classes=classes)
         ImageClassifier(model, Preprocess(arguments.pop("img_size", (16, 16)), **arguments), names)
 
 
@@ -93,12 +93,6 @@ def test_preprocessing_for_other_channels_averages_or_repeats_the_statistics():
     assert pre.resized((16, 16), 5).mean == (0.2, 0.4, 0.6, 0.2, 0.4)
     assert pre.resized((16, 16), 3) == pre
     assert one.crop_pct == 0.8
-
-
-def test_an_impossible_background_is_refused():
-    for background in ((0, 0), (0, 0, 256)):
-        with pytest.raises(ConfigError, match="three numbers from 0 to 255"):
-            Preprocess((16, 16), background=background)
 
 
 def test_probabilities_are_the_softmax_of_logits_over_the_temperature(tiny, generator):

@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from timm.models.cait import LayerScaleBlockClassAttn
 
-from tests.models import perturbed
+from tests.models import make_vit, perturbed
 from vit_cls.errors import ConfigError
-from vit_cls.model.config import ViTConfig
-from vit_cls.model.pooling import AttentionPool, PoolingContext, make_pooling, pool_parts
+from vit_cls.model.pooling import AttentionPool, PoolingContext, make_pooling
 from vit_cls.model.pooling_mean import generalised_mean, log_mean_exp
 from vit_cls.model.tokens import TokenLayout
-from vit_cls.model.vit import VisionTransformer
 
 CONTEXT = PoolingContext(TokenLayout(True, 2, (3, 3)), embed_dim=24, num_heads=3, mlp_dim=60)
 
@@ -66,38 +64,10 @@ def test_the_query_starts_with_timms_spread():
     assert pooling.kv.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_class_token_and_mean_stand_side_by_side():
-    pooling = make_pooling("cls+gap", CONTEXT)
-    tokens = torch.arange(12.0).view(1, 12, 1).repeat(1, 1, 24)  # 0 class, 1-2 registers, 3-11 patches
-    pooled = pooling(tokens[:, pooling.read])
-    assert pooled.shape == (1, 48) == (1, pooling.out_dim)
-    assert pooled[0, [0, 23, 24, 47]].tolist() == [0.0, 0.0, 7.0, 7.0]
-    assert pool_parts("cls+gap") == ("cls", "gap")
-
-
-@pytest.mark.parametrize(("spec", "mean"), [("gap", 5.5), ("max", 11.0)])
-def test_prefix_tokens_are_pooled_only_where_that_is_asked_for(spec, mean):
-    context = PoolingContext(CONTEXT.layout, embed_dim=1, include_prefix=True)
-    pooling = make_pooling(spec, context)
-    tokens = torch.arange(12.0).view(1, 12, 1)
-    assert pooling.read == slice(0, 12)
-    assert pooling(tokens[:, pooling.read]).item() == mean
-
-
-def test_a_norm_cannot_follow_a_concatenation(tiny):
-    with pytest.raises(ConfigError, match=r"fc_norm must not be true with model.pool cls\+gap"):
-        VisionTransformer(ViTConfig.from_dict({**tiny, "pool": "cls+gap", "fc_norm": True}))
-
-
-def test_the_gated_mlp_needs_two_equal_halves(tiny):
-    with pytest.raises(ConfigError, match=r"swiglu_packed needs an even hidden width; got 25"):
-        ViTConfig.from_dict({**tiny, "mlp": "swiglu_packed", "mlp_ratio": 25 / 24 + 1e-9})
-
-
 def test_an_uncovered_edge_of_the_image_is_allowed_by_name_alone(tiny, generator):
     with pytest.raises(ConfigError, match=r"got 18 and 4"):
-        ViTConfig.from_dict({**tiny, "img_size": 18})
-    model = VisionTransformer(ViTConfig.from_dict({**tiny, "img_size": 18, "floor_grid": True})).eval()
+        make_vit(tiny, img_size=18)
+    model = make_vit(tiny, img_size=18, floor_grid=True).eval()
     images = torch.randn(1, 3, 18, 18, generator=generator)
     assert model.layout.grid_size == (4, 4)
     other = images.clone()
@@ -238,14 +208,6 @@ def test_a_learned_exponent_does_not_pass_the_mean(spec, name, low, least, token
     _same(pooling(tokens), formula(tokens, first))
     torch.nn.init.constant_(getattr(pooling, name), low)
     _same(pooling(tokens), formula(tokens, least))
-
-
-def test_half_the_mean_and_half_the_maximum_by_hand():
-    pooling = make_pooling("avgmax", CONTEXT)
-    tokens = torch.arange(9.0).view(1, 9, 1).repeat(1, 1, 24)
-    assert pooling(tokens)[0].tolist() == [6.0] * 24
-    mask = torch.arange(9)[None] < 3
-    assert pooling(tokens, mask)[0].tolist() == [1.5] * 24
 
 
 # --- several class tokens

@@ -30,12 +30,25 @@ def test_the_pooling_table_has_the_rows_that_are_documented():
     assert listed.split() == POOLS
 
 
-@pytest.mark.parametrize(("spec", "expected"), [("cls", 0.0), ("gap", 5.5), ("max", 7.0), ("token:2", 6.0)])
-def test_poolings_on_a_hand_worked_sequence(spec, expected):
+@pytest.mark.parametrize(
+    ("spec", "expected", "of_valid", "with_prefix"),
+    [
+        ("cls", 0.0, 0.0, 0.0),
+        ("gap", 5.5, 5.0, 3.5),
+        ("max", 7.0, 6.0, 7.0),
+        ("avgmax", 6.25, 5.5, 5.25),
+        ("token:2", 6.0, 6.0, 6.0),
+    ],
+)
+def test_poolings_on_a_hand_worked_sequence(spec, expected, of_valid, with_prefix):
     layout = TokenLayout(class_token=True, reg_tokens=3, grid_size=(2, 2))
     tokens = torch.arange(8.0).view(1, 8, 1).repeat(1, 1, 2)  # 0 class, 1-3 registers, 4-7 patches
     pooling = make_pooling(spec, PoolingContext(layout))
-    assert pooling(tokens[:, pooling.read]).tolist() == [[expected, expected]]
+    read = tokens[:, pooling.read]
+    assert pooling(read).tolist() == [[expected, expected]]
+    assert pooling(read, read[..., 0] < 7).tolist() == [[of_valid, of_valid]]
+    pooling = make_pooling(spec, PoolingContext(layout, include_prefix=True))
+    assert pooling(tokens[:, pooling.read]).tolist() == [[with_prefix, with_prefix]]
 
 
 def test_gap_does_not_change_when_patches_change_places(tiny, generator):
@@ -172,6 +185,8 @@ def test_sincos_positions_tell_rows_from_columns():
         ({"act": "relu"}, r"model.act must be one of gelu, gelu_tanh, quick_gelu, silu; got 'relu'"),
         ({"pos_embed": "rope"}, r"model.pos_embed must be one of"),
         ({"embed_dim": 26, "num_heads": 2, "pos_embed": "sincos2d"}, r"divisible by 4; got 26"),
+        ({"pool": "cls+gap", "fc_norm": True}, r"fc_norm must not be true with model.pool cls\+gap"),
+        ({"mlp": "swiglu_packed", "mlp_ratio": 25 / 24 + 1e-9}, r"needs an even hidden width; got 25"),
         ({"depht": 3}, r"unknown architecture setting `depht`. Did you mean `depth`"),
     ],
     ids=lambda value: str(value)[:40],

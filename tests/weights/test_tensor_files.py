@@ -46,11 +46,22 @@ def test_torchs_files_are_read_under_each_of_their_endings(suffix, zipped, here)
     path = here / f"weights{suffix}"
     torch.save(STATE, path, _use_new_zipfile_serialization=zipped)
     assert _assert_read(path) == ()
-
-
-def test_a_safetensors_file_is_read(here):
     save_file(STATE, here / "weights.safetensors")
     assert _assert_read(here / "weights.safetensors") == ()
+
+
+NAMESPACE = argparse.Namespace(lr=0.1, model="vit", nested=argparse.Namespace(a=[1, 2]))
+CONTENTS = {
+    "an average that was never made": {"state_dict": STATE, "state_dict_ema": None},
+    "options as a namespace": {"state_dict": STATE, "args": NAMESPACE, "arch": "vit", "metric": 0.5},
+    "values beside the tensors": {**STATE, "version": 2},
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_what_stands_beside_the_tensors_is_left_out(case, here):
+    torch.save(CONTENTS[case], here / "weights.pth")
+    assert _assert_read(here / "weights.pth") == ()
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -70,11 +81,6 @@ def test_averaged_weights_are_taken_before_the_last_ones_and_the_choice_is_said(
     assert _assert_read(path) == (f"the file holds {average}, {plain}; {average} was taken",)
 
 
-def test_an_average_that_was_never_made_is_passed_over(here):
-    torch.save({"state_dict": STATE, "state_dict_ema": None}, here / "weights.pth")
-    assert _assert_read(here / "weights.pth") == ()
-
-
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone."]
 )
@@ -90,17 +96,6 @@ def test_a_prefix_that_only_some_keys_have_stays(here):
     mixed = {"module.a": torch.ones(1), "b": torch.ones(1)}
     torch.save(mixed, here / "weights.pth")
     _assert_read(here / "weights.pth", mixed)
-
-
-def test_options_kept_as_a_namespace_are_plain_data(here):
-    options = argparse.Namespace(lr=0.1, model="vit", nested=argparse.Namespace(a=[1, 2]))
-    torch.save({"state_dict": STATE, "args": options, "arch": "vit", "metric": 0.5}, here / "weights.pth")
-    _assert_read(here / "weights.pth")
-
-
-def test_values_beside_the_tensors_of_a_state_dict_are_left_out(here):
-    torch.save({**STATE, "version": 2}, here / "weights.pth")
-    _assert_read(here / "weights.pth")
 
 
 def test_half_precision_stays_half_precision(here):
