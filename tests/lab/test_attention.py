@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from timm.models.eva import EvaBlock
@@ -18,7 +20,6 @@ from vit_cls.lab.attention import (
     attention_parts,
     capture_attention,
     rollout,
-    uniform_distance,
 )
 from vit_cls.model.attention import Attention
 from vit_cls.model.block import Block, Mlp
@@ -131,11 +132,10 @@ def test_uniform_attention_has_the_entropy_and_the_distance_that_the_grid_gives(
     uniform = torch.full((196, 196), 1 / 196, dtype=torch.float64)
     assert attention_entropy(uniform)[0].item() == pytest.approx(1.0, abs=1e-12)
     assert math.log(196) == pytest.approx(5.2781, abs=5e-5)
-    assert uniform_distance((14, 14), 16) == pytest.approx(116.492, abs=5e-4)
     assert attention_distance(uniform, (14, 14), 16).item() == pytest.approx(116.492, abs=5e-4)
     oblong = attention_distance(torch.ones(6, 6, dtype=torch.float64), (2, 3), 4)
-    assert oblong.item() == pytest.approx(uniform_distance((2, 3), 4))
-    assert uniform_distance((1, 1), 16) == 0.0
+    places = list(itertools.product(range(2), range(3)))
+    assert oblong.item() == pytest.approx(4 * np.mean([math.dist(a, b) for a in places for b in places]))
 
 
 def test_distance_of_attention_to_the_right_hand_neighbour_is_one_patch():

@@ -186,19 +186,3 @@ def attention_distance(weights: Tensor, grid_size: tuple[int, int], patch_size: 
     )
     share = weights / weights.sum(dim=-1, keepdim=True)
     return (share * distance).sum(dim=-1).mean(dim=-1)
-
-
-def uniform_distance(grid_size: tuple[int, int], patch_size: int) -> float:
-    """What `attention_distance` is where every patch attends to all alike: the mean of two random patches."""
-    rows, cols = grid_size
-    total = sum(
-        _pairs(rows, down) * _pairs(cols, right) * math.hypot(down, right)
-        for down in range(rows)
-        for right in range(cols)
-    )
-    return patch_size * total / (rows * cols) ** 2
-
-
-def _pairs(count: int, apart: int) -> int:
-    """Ordered pairs of places in a row of ``count`` that are so far apart."""
-    return count if apart == 0 else 2 * (count - apart)
