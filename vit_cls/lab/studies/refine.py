@@ -80,7 +80,7 @@ class RefineStudy(Study):
             str(trial.seed): refinement(
                 answers.model(trial), trial.data.parts(trial.seed), seeds=[trial.seed], permutations=count
             )
-            for trial in self.trials()
+            for trial in self.arms()["cls"]
         }
         return Measured(answers, {}, {}, Refinements(models))
 
