@@ -6,7 +6,6 @@ import pickle
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -214,20 +213,6 @@ def test_relative_and_absolute_root_share_a_cache(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     relative = PixelCache(Path("cache"), index_folder("images"), eval_reader(SIZE)).path
     assert relative.resolve() == absolute.resolve()
-
-
-def test_caches_of_two_splits_lie_side_by_side(folder, no_reading):
-    index = index_folder(folder)
-    parts = [index.subset(np.arange(start, COUNT, 2)) for start in (0, 1)]
-    expected = _fresh(folder)
-    caches = [PixelCache(folder.parent / "cache", part, eval_reader(SIZE)) for part in parts]
-    assert caches[0].path != caches[1].path
-    for attempt in range(2):
-        for start, part, cache in zip((0, 1), parts, caches, strict=True):
-            dataset = ImageDataset(FolderSource(part), eval_reader(SIZE), cache=cache)
-            images = torch.cat([batch.images for batch in _loader(dataset)])
-            assert torch.equal(images, expected[start::2]), attempt
-        no_reading()
 
 
 @pytest.mark.parametrize("depth", ["file", "below a file"])

@@ -24,13 +24,6 @@ def _rank_indices(num_samples: int, world_size: int, *, shuffle: bool, epoch: in
     ]
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 2, 101])
-def test_each_epoch_holds_every_sample_once(num_samples):
-    sampler = EpochSampler(num_samples, seed=0, shuffle=True)
-    for epoch in range(3):
-        assert sorted(_indices(sampler, epoch)) == list(range(num_samples))
-
-
 def test_samples_are_in_order_when_not_shuffled_in_any_epoch():
     sampler = EpochSampler(50, seed=0, shuffle=False)
     assert _indices(sampler, 0) == _indices(sampler, 9) == list(range(50))
@@ -61,7 +54,7 @@ def test_any_sample_may_come_at_any_place():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("num_samples", [0, 3, 84, 101])
+@pytest.mark.parametrize("num_samples", [0, 1, 3, 84, 101])
 def test_processes_train_on_different_samples_for_the_same_number_of_steps(num_samples, world_size):
     for epoch in range(3):
         parts = _rank_indices(num_samples, world_size, shuffle=True, epoch=epoch)

@@ -66,7 +66,16 @@ def predict(
     predictions: list[Mapping[str, Value]] | None = None
     if request.features is not None:
         assert table is not None
-        saved = _save_features(classifier, paths, request, request.features, table)
+        compute, shape = feature_function(classifier, request.features)
+        metadata = {"features": request.features, "model": request.model, "paths": table.path.name}
+        saved = save_rows(
+            table,
+            paths,
+            lambda paths: feature_chunks(classifier, paths, compute, shape, request.config),
+            facts=_facts(classifier, request),
+            resume=request.resume,
+            features=FeatureFile(table.path.with_name("features.safetensors"), shape, metadata),
+        )
     else:
         check_top_k(classifier, request.top_k)
 
@@ -92,21 +101,6 @@ def predict(
         "images_per_second": round(done / saved.seconds, 1),
     }
     return data if predictions is None else {**data, "predictions": predictions}
-
-
-def _save_features(
-    classifier: ImageClassifier, paths: Iterator[str], request: Request, features: str, table: RowFile
-) -> Saved:
-    compute, shape = feature_function(classifier, features)
-    metadata = {"features": features, "model": request.model, "paths": table.path.name}
-    return save_rows(
-        table,
-        paths,
-        lambda paths: feature_chunks(classifier, paths, compute, shape, request.config),
-        facts=_facts(classifier, request),
-        resume=request.resume,
-        features=FeatureFile(table.path.with_name("features.safetensors"), shape, metadata),
-    )
 
 
 def _print_rows(
