@@ -10,20 +10,12 @@ import pytest
 import sklearn.metrics
 from scipy.optimize import minimize_scalar
 
+from tests.stats.draws import draw
 from vit_cls.data.index import ImageIndex
 from vit_cls.errors import DataError
 from vit_cls.evaluation.calibration import fit_temperature, tempered
 from vit_cls.evaluation.predictions import Predictions
 from vit_cls.stats.metrics import METRICS, Scored
-
-
-def _draw(images=1500, classes=6, scale=1.0, seed=0):
-    """Probabilities that are true, then made overconfident by ``scale``; and the classes drawn from them."""
-    rng = np.random.default_rng(seed)
-    logits = 1.5 * rng.normal(size=(images, classes))
-    true = tempered(logits, 1.0)
-    targets = (true.cumsum(axis=1) > rng.random((images, 1))).argmax(axis=1)
-    return tempered(scale * logits, 1.0), targets
 
 
 def _predictions(probs, targets, errors=None):
@@ -34,7 +26,7 @@ def _predictions(probs, targets, errors=None):
 
 def test_a_fitted_temperature_undoes_what_made_the_model_too_sure():
     for scale in (0.5, 2.5):
-        probs, targets = _draw(images=4000, scale=scale)
+        probs, targets = draw(images=4000, scale=scale)
         fit = fit_temperature(_predictions(probs, targets))
         assert fit.temperature == pytest.approx(scale, rel=0.1)
         assert fit.nll_after < fit.nll_before
@@ -47,7 +39,7 @@ def test_a_fitted_temperature_undoes_what_made_the_model_too_sure():
 
 
 def test_the_temperature_is_the_minimum_of_scikit_learns_loss():
-    probs, targets = _draw(scale=2.0)
+    probs, targets = draw(scale=2.0)
     logits = np.log(probs)
     found = minimize_scalar(
         lambda t: sklearn.metrics.log_loss(targets, tempered(logits, t)), bounds=(0.5, 5), method="bounded"
@@ -58,7 +50,7 @@ def test_the_temperature_is_the_minimum_of_scikit_learns_loss():
 
 
 def test_images_that_failed_are_left_out_of_the_fit_and_counted():
-    probs, targets = _draw(images=200, scale=2.0)
+    probs, targets = draw(images=200, scale=2.0)
     clean = fit_temperature(_predictions(probs[2:], targets[2:]))
     probs[:2] = np.nan
     broken = fit_temperature(_predictions(probs, targets, {0: "empty", 1: "empty"}))

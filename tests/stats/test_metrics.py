@@ -8,7 +8,7 @@ import sklearn.metrics
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from vit_cls.evaluation.calibration import tempered
+from tests.stats.draws import draw
 from vit_cls.stats.intervals import bootstrap_means, percentile_interval
 from vit_cls.stats.metrics import (
     METRICS,
@@ -22,22 +22,13 @@ from vit_cls.stats.metrics import (
 OF_PROBABILITIES = ("nll", "brier", "ece", "ece_equal_mass", "aurc")
 
 
-def _draw(images=1500, classes=6, scale=1.0, seed=0):
-    """Probabilities that are true, then made overconfident by ``scale``; and the classes drawn from them."""
-    rng = np.random.default_rng(seed)
-    logits = 1.5 * rng.normal(size=(images, classes))
-    true = tempered(logits, 1.0)
-    targets = (true.cumsum(axis=1) > rng.random((images, 1))).argmax(axis=1)
-    return tempered(scale * logits, 1.0), targets
-
-
 def _measured(probs, targets, seed=0):
     scored = Scored(probs, targets, seed)
     return {key: METRICS[key].estimate(scored) for key in OF_PROBABILITIES}
 
 
 def test_brier_score_is_scikit_learns():
-    probs, targets = _draw()
+    probs, targets = draw()
     onehot = np.eye(6)[targets]
     expected = sum(sklearn.metrics.brier_score_loss(onehot[:, k], probs[:, k]) for k in range(6))
     assert _measured(probs, targets)["brier"].value == pytest.approx(expected)
@@ -45,7 +36,7 @@ def test_brier_score_is_scikit_learns():
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
 def test_equal_width_ece_is_torchmetrics(scale):
-    probs, targets = _draw(scale=scale)
+    probs, targets = draw(scale=scale)
     expected = multiclass_calibration_error(torch.tensor(probs), torch.tensor(targets), 6, n_bins=15)
     assert _measured(probs, targets)["ece"].value == pytest.approx(float(expected), abs=1e-6)
 
@@ -66,7 +57,7 @@ def _reference_equal_mass_ece(probs, targets):
 
 
 def test_equal_mass_ece_is_that_of_the_sorted_images_split_in_fifteen():
-    probs, targets = _draw(images=1500)
+    probs, targets = draw(images=1500)
     expected = _reference_equal_mass_ece(probs, targets)
     assert _measured(probs, targets)["ece_equal_mass"].value == pytest.approx(expected)
 
@@ -81,7 +72,7 @@ def test_bins_of_equal_mass_hold_as_many_images_each_and_keep_ties_together():
 
 
 def test_nothing_depends_on_the_order_of_the_images_but_the_draws():
-    probs, targets = _draw(images=300)
+    probs, targets = draw(images=300)
     probs = probs.round(1) + 1e-3  # many ties
     probs /= probs.sum(axis=1, keepdims=True)
     order = np.random.default_rng(0).permutation(300)
@@ -113,8 +104,8 @@ def test_of_images_that_tie_each_counts_as_the_mean():
     assert accuracy_curve(confidence, right).tolist() == [0.25] * 4
 
 
-def test_the_seed_is_the_draw():
-    probs, targets = _draw(images=200)
+def test_the_seed_is_thedraw():
+    probs, targets = draw(images=200)
     assert _measured(probs, targets)["ece"].ci95 == _measured(probs, targets)["ece"].ci95
     assert _measured(probs, targets)["nll"].ci95 != _measured(probs, targets, seed=1)["nll"].ci95
 
@@ -180,7 +171,7 @@ def test_the_interval_of_a_perfectly_calibrated_model_begins_at_zero_and_holds_t
     """Plain percentiles would exclude 0, the truth, every time: an ECE is too large by chance."""
     rounds, zero = 80, 0
     for i in range(rounds):
-        found = _measured(*_draw(images=300, seed=100 + i))
+        found = _measured(*draw(images=300, seed=100 + i))
         zero += found["ece"].ci95[0] == 0
         assert _covers(found["ece"].ci95, found["ece"].value)
         assert _covers(found["ece_equal_mass"].ci95, found["ece_equal_mass"].value)
