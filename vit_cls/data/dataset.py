@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -72,23 +71,23 @@ class ImageSource(Protocol):
         """A file, or pixels, uint8 ``(3, H, W)``; ImageError or OSError where there are none."""
 
 
-@dataclass(eq=False)
 class FolderSource:
     """Images that are files."""
 
-    index: ImageIndex
+    def __init__(self, index: ImageIndex) -> None:
+        self.index = index
 
     def read(self, index: int) -> bytes:
         """See `ImageSource.read`."""
         return read_file(self.index.path(index))
 
 
-@dataclass(eq=False)
 class ArraySource:
     """Images that are in memory, uint8, shape ``(images, 3, height, width)``, in the order of the index."""
 
-    index: ImageIndex
-    images: Tensor
+    def __init__(self, index: ImageIndex, images: Tensor) -> None:
+        self.index = index
+        self.images = images
 
     def read(self, index: int) -> Tensor:
         """See `ImageSource.read`."""
