@@ -68,16 +68,6 @@ def register_pooling(name: str, pooling: type[Pooling]) -> None:
 
     Raises:
         ConfigError: If the name cannot be written in a pooling's place, or is taken by another class.
-
-    Example:
-        >>> from vit_cls.model.tokens import TokenLayout
-        >>> class FirstPatch(Pooling):
-        ...     def forward(self, tokens, mask=None):
-        ...         return tokens[:, 0]
-        >>> register_pooling("firstpatch", FirstPatch)
-        >>> make_pooling("firstpatch+gap", PoolingContext(TokenLayout(True, 0, (2, 2)), embed_dim=8)).out_dim
-        16
-        >>> del POOLINGS["firstpatch"]
     """
     if not re.fullmatch(r"[a-z][a-z0-9-]*[a-z]", name):
         raise ConfigError(
@@ -88,12 +78,7 @@ def register_pooling(name: str, pooling: type[Pooling]) -> None:
 
 
 def pool_names() -> list[str]:
-    """Every pooling as it is written, ``name`` or ``name:K``.
-
-    Example:
-        >>> pool_names()[:5]
-        ['cls', 'gap', 'max', 'avgmax', 'token:K']
-    """
+    """Every pooling as it is written, ``name`` or ``name:K``."""
     names: list[str] = []
     for name, pooling in POOLINGS.items():
         names += [name] if pooling.index_optional or not pooling.takes_index else []
@@ -123,7 +108,6 @@ def make_pooling(spec: str, context: PoolingContext) -> Pooling:
 
     Args:
         spec: As for `parse_pool`.
-        context: The tokens, and the model around them.
 
     Raises:
         ConfigError: If the name is unknown, the index is missing, needless or out of range, or the layout
@@ -155,9 +139,6 @@ def make_pooling(spec: str, context: PoolingContext) -> Pooling:
 def needs_class_token(spec: str) -> bool:
     """Whether a pooling, written as for `parse_pool`, reads the model's class token.
 
-    Raises:
-        ConfigError: As for `parse_pool`.
-
     Example:
         >>> needs_class_token("gap+last:4"), needs_class_token("cait:2")
         (True, False)
@@ -166,14 +147,10 @@ def needs_class_token(spec: str) -> bool:
 
 
 def num_class_tokens(spec: str, num_classes: int) -> int:
-    """How many class tokens a pooling needs, where there are any.
+    """How many class tokens a pooling, written as for `parse_pool`, needs, where there are any.
 
     Args:
-        spec: As for `parse_pool`.
         num_classes: Of the head.
-
-    Raises:
-        ConfigError: As for `parse_pool`.
 
     Example:
         >>> num_class_tokens("cls", 10), num_class_tokens("multicls:4", 10), num_class_tokens("classtok", 10)

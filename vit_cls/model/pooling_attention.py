@@ -40,8 +40,7 @@ class ScoredPool(Pooling):
 
 
 class SequencePool(ScoredPool):
-    """``seqpool``: ``sum a_n x_n``, ``a = softmax(w . x)``. The weights start at zero: the mean of the
-    patches.
+    """``seqpool``: ``sum a_n x_n``, ``a = softmax(w . x)``; starts at zero, the mean of the patches.
 
     Source:
         SeqPool of CCT, https://arxiv.org/abs/2104.05704, section 3.2. Its bias cancels in the softmax and is
@@ -64,8 +63,7 @@ class SequencePool(ScoredPool):
 
 
 class GatedAttentionPool(ScoredPool):
-    """``abmil``: ``a = softmax(w . (tanh(V x) * sigmoid(U x)))``, hidden width ``dim / 4``; starts as the
-    mean.
+    """``abmil``: ``a = softmax(w . (tanh(V x) * sigmoid(U x)))`` of width ``dim / 4``; starts as the mean.
 
     Source:
         Attention-based multiple instance learning, https://arxiv.org/abs/1802.04712, equation 9. The gate is
@@ -129,8 +127,7 @@ class SimPool(ScoredPool):
 
 
 class EfficientProbePool(ScoredPool):
-    """``ep:Q``: Q learned queries, each with its own slice of the values: ``y_j = W_vj sum a_jn x_n``,
-    joined.
+    """``ep:Q``: Q learned queries, each with its slice of the values: ``y_j = W_vj sum a_jn x_n``, joined.
 
     Queries start at zero and the values at the identity: the mean of the patches. Weights ``dim ** 2 + Q *
     dim``.
@@ -218,8 +215,7 @@ class AttentionPool(Pooling):
 
 
 class ClassAttentionPool(Pooling):
-    """``cait:K``: a class token of its own goes through K blocks in which it alone attends, to itself and the
-    patches.
+    """``cait:K``: a class token of its own goes through K blocks in which it alone attends, also to itself.
 
     Source:
         Class attention, CaiT, https://arxiv.org/abs/2103.17239, section 3. The final norm follows, as there;

@@ -18,14 +18,10 @@ class PoolingContext:
 
     Args:
         layout: Where class tokens, registers and patches stand.
-        embed_dim: Width of a token.
-        num_heads: Heads of a pooling by attention.
-        mlp_dim: Hidden width of a pooling with an MLP.
-        norm_eps: Epsilon of a pooling's own norm.
-        act: Activation of a pooling's MLP.
+        num_heads: Of a pooling by attention; so ``mlp_dim``, ``norm_eps`` and ``act`` are of a pooling's own.
         include_prefix: Whether poolings over the patches read class token and registers too.
         depth: Encoder blocks, for a pooling that reads several of them.
-        num_classes: Classes of the head, for a pooling with a vector for each.
+        num_classes: Of the head, for a pooling with a vector for each.
         setting: What the user called the setting that names the pooling, for error messages.
     """
 
@@ -113,11 +109,7 @@ class Pooling(nn.Module):
 def need_count(
     context: PoolingContext, name: str, index: int | None, *, at_most: int | None = None, of: str = ""
 ) -> int:
-    """The K of ``name:K`` where there must be one; ``of`` says what the limit is.
-
-    Raises:
-        ConfigError: If there is none, or it is out of range.
-    """
+    """The K of ``name:K``, or ConfigError if there is none or too many; ``of`` says what the limit is."""
     if index is None or index < 1 or (at_most is not None and index > at_most):
         limit = "" if at_most is None else f", at most {at_most} ({of})"
         raise ConfigError(

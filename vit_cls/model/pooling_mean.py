@@ -31,14 +31,8 @@ def generalised_mean(
 ) -> Tensor:
     """``(mean x ** p) ** (1 / p)`` of each channel: the mean for p = 1, the maximum for p towards infinity.
 
-    Args:
-        tokens: Shape ``(batch, tokens, dim)``. Values below ``eps`` count as ``eps``: what is negative is
-            lost.
-        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
-
-    Example:
-        >>> generalised_mean(torch.tensor([[[1.0], [7.0]]]), 2.0)
-        tensor([[5.]])
+    From (B, N, D), and a mask of valid tokens, (B, N). What is below ``eps`` counts as ``eps``: what is
+    negative is lost.
 
     Source:
         GeM, https://arxiv.org/abs/1711.02512, equation 3.
@@ -51,10 +45,6 @@ def generalised_mean(
 
 def log_mean_exp(tokens: Tensor, r: float | Tensor, mask: Tensor | None = None) -> Tensor:
     """``log(mean exp(r x)) / r`` of each channel: the mean for r towards 0, the maximum towards infinity.
-
-    Args:
-        tokens: Shape ``(batch, tokens, dim)``, of any sign.
-        mask: True where a token is valid, shape ``(batch, tokens)``; None means all are.
 
     Source:
         LSE pooling, https://arxiv.org/abs/1411.6228, equation 6.
@@ -126,11 +116,7 @@ class GeneralisedMeanPool(Pooling):
 
 
 class LogMeanExpPool(Pooling):
-    """``lse``: `log_mean_exp` over the patches with one learned sharpness, which starts at 1.
-
-    Source:
-        LSE pooling, https://arxiv.org/abs/1411.6228, where the sharpness is fixed.
-    """
+    """``lse``: `log_mean_exp` over the patches with a sharpness that is learned, from 1 on, not fixed."""
 
     norm_after = True
 

@@ -48,14 +48,7 @@ class PatchTokenPool(Pooling):
 
 
 class ConcatenatedPool(Pooling):
-    """``cls+gap``: the vectors of several poolings side by side.
-
-    Args:
-        context: The tokens, and the model around them.
-        poolings: In order.
-
-    Raises:
-        ConfigError: If one of them gives a vector for each class.
+    """``cls+gap``: the vectors of several poolings side by side; of one a class there is none (ConfigError).
 
     Source:
         DINOv2's linear evaluation, https://arxiv.org/abs/2304.07193, appendix B.3.
@@ -85,9 +78,7 @@ class ConcatenatedPool(Pooling):
 
 
 class LastBlocksPool(Pooling):
-    """``last:N``: the class token after each of the last N blocks, concatenated; N times as wide.
-
-    The final norm is applied to each of them.
+    """``last:N``: the class token after each of the last N blocks, normed and concatenated; N times as wide.
 
     Source:
         DINOv2's linear evaluation (``n_last_blocks``), https://arxiv.org/abs/2304.07193, appendix B.3.

@@ -53,9 +53,6 @@ class TokenReader:
     def poolings(self, pool: str) -> list[Any]:
         """The poolings that a concatenation joins, one where it is none.
 
-        Args:
-            pool: As for `vit_cls.model.pooling.parse_pool`.
-
         Raises:
             ConfigError: If it is unknown, reads what the model does not have, or has weights to be trained.
         """
@@ -87,16 +84,11 @@ class TokenReader:
 
     @torch.inference_mode()
     def read(self, pool: str, tokens: Mapping[int, Tensor], layer: int) -> Tensor:
-        """One vector an image.
+        """One vector an image, shape ``(batch, dim)``, a multiple of the width for a concatenation.
 
         Args:
-            pool: As for `poolings`.
             tokens: The tokens of each layer that `layers` names, shape ``(batch, tokens, dim)``, as the
                 blocks left them.
-            layer: Where it reads; 0 is before the first block.
-
-        Returns:
-            Shape ``(batch, dim)``, a multiple of the width for a concatenation.
 
         Raises:
             ConfigError: As for `layers`.

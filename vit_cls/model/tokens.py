@@ -16,8 +16,6 @@ class TokenLayout:
     """Where each kind of token stands in the sequence: class tokens, registers, then patches.
 
     Args:
-        class_token: Whether the sequence begins with class tokens.
-        reg_tokens: Register tokens that follow.
         grid_size: Patch rows and columns.
         num_class_tokens: How many class tokens, where there are any.
 
@@ -91,14 +89,7 @@ def add_prefix_and_positions(
 def sincos_2d_positions(grid_size: tuple[int, int], dim: int, *, temperature: float = 10_000.0) -> Tensor:
     """Fixed two-dimensional sine-cosine positions, in raster order, ``(rows * cols, dim)``, in [-1, 1].
 
-    Args:
-        dim: Width of a token, divisible by 4. The first half encodes the column, the second the row.
-        temperature: Longest wavelength, in units of 2 pi patches.
-
-    Example:
-        >>> sincos_2d_positions((1, 2), 4)
-        tensor([[0.0000, 1.0000, 0.0000, 1.0000],
-                [0.8415, 0.5403, 0.0000, 1.0000]])
+    The first half of ``dim`` encodes the column, the second the row; divisible by 4.
 
     Source:
         MAE, https://github.com/facebookresearch/mae/blob/main/util/pos_embed.py.
