@@ -12,7 +12,8 @@ from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 from vit_cls.signals import Stopped, StopSignals
 
-# verb: (what it does, module). A module is imported when its verb is chosen, and not before.
+# verb: (what it does, module). A module is imported when its verb is chosen, and not before. Its `run` takes
+# the words after the verb, gives an `Outcome`, and raises `VitClsError` where a request cannot be done.
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a classifier; a run folder comes out", "vit_cls.commands.fit"),
     "evaluate": ("top-1, calibration and other metrics on an image folder", "vit_cls.commands.evaluate"),

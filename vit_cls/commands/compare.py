@@ -12,6 +12,7 @@ from vit_cls.commands.outcome import Outcome, path_or_none, tell_unreadable
 from vit_cls.commands.parsing import (
     MODEL_HELP,
     add_data_arguments,
+    add_flag,
     add_runtime_arguments,
     inference_config,
     make_parser,
@@ -40,26 +41,14 @@ MOST_MODELS = 26
 
 
 def run(words: list[str]) -> Outcome:
-    """Compare.
-
-    Args:
-        words: The words after ``compare``.
-
-    Returns:
-        Counts, differences and verdicts; files in ``--output`` where one is given.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Compare models: counts, differences and verdicts."""
     parser = make_parser("compare", "Two or more models on the same images: is one better, and by how much?")
     parser.add_argument("--model", action="append", help=f"{MODEL_HELP}; give it once for each model")
     parser.add_argument("--predictions", action="append", help="instead: predictions.csv of `evaluate`, each")
     add_data_arguments(parser, required=False)  # with --predictions for the pictures alone
     parser.add_argument("--margin", type=float, default=MARGIN, help="difference that does not matter: 0.01")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
-    parser.add_argument(
-        "--exact", type=bool, nargs="?", const=True, default=False, help="Pillow's resize, timm's pixels"
-    )
+    add_flag(parser, "--exact", "Pillow's resize, timm's pixels")
     add_runtime_arguments(parser)
     args = parse(parser, words)
     _check(args)

@@ -11,30 +11,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vit_cls.commands.outcome import Outcome
-from vit_cls.commands.parsing import add_data_arguments, make_parser, parse
+from vit_cls.commands.parsing import add_data_arguments, add_flag, make_parser, parse
 from vit_cls.data.decode import read_file
 from vit_cls.data.doctor.report import examine
 from vit_cls.files import output_folder
 
 
 def run(words: list[str]) -> Outcome:
-    """Examine images.
-
-    Args:
-        words: The words after ``doctor``.
-
-    Returns:
-        The problems, with exit code 1 if one is an error; files in ``--output`` where one is given.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Examine images: the problems, and exit code 1 if one is an error."""
     parser = make_parser("doctor", "Look for what is wrong with images. Exit 1: there are errors.")
     add_data_arguments(parser, split="the part to look at: train, val or test (default: all of them)")
     parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
-    parser.add_argument(
-        "--near_duplicates", type=bool, nargs="?", const=True, default=False, help="also pictures alike"
-    )
+    add_flag(parser, "--near_duplicates", "also pictures alike")
     parser.add_argument("--num_workers", type=int | None, default=None, help="reading processes; 0 for none")
     args = parse(parser, words)
     output = output_folder(args.output)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import partial
-from typing import Any
 
 from vit_cls.checks import check_range
 from vit_cls.commands.outcome import Outcome, path_or_none, tell_unreadable
@@ -13,6 +12,7 @@ from vit_cls.commands.parsing import (
     DATA_HELP,
     MODEL_HELP,
     add_data_arguments,
+    add_flag,
     add_runtime_arguments,
     inference_config,
     make_parser,
@@ -28,23 +28,12 @@ from vit_cls.weights.factory import load
 
 
 def run(words: list[str]) -> Outcome:
-    """Evaluate.
-
-    Args:
-        words: The words after ``evaluate``.
-
-    Returns:
-        The metrics; files in ``--output`` where one is given.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Evaluate a model: its metrics."""
     parser = make_parser("evaluate", "Score a model on a folder with one sub-folder a class.")
     parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
     add_data_arguments(parser)
-    flag: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
-    parser.add_argument("--exact", **flag, help="Pillow's resize, timm's pixels")
-    parser.add_argument("--restrict", **flag, help="predict only classes that the folder has")
+    add_flag(parser, "--exact", "Pillow's resize, timm's pixels")
+    add_flag(parser, "--restrict", "predict only classes that the folder has")
     parser.add_argument("--tta", type=str, default="none", help="none, or flip: mean with the mirror image")
     parser.add_argument(
         "--calibrate",

@@ -17,17 +17,7 @@ FORMATS = ("timm", "safetensors")
 
 
 def run(words: list[str]) -> Outcome:
-    """Export.
-
-    Args:
-        words: The words after ``export``.
-
-    Returns:
-        The folder or file, and by how much its logits differ from the model's.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Export a model: the folder or file, and by how much its logits differ from the model's."""
     parser = make_parser("export", "Write a model for others, and check that it computes the same.")
     parser.add_argument("--model", type=str, required=True, help=MODEL_HELP)
     parser.add_argument(

@@ -13,17 +13,7 @@ from vit_cls.training.runs import RunFolder, is_first_process
 
 
 def run(words: list[str]) -> Outcome:
-    """Train.
-
-    Args:
-        words: The words after ``fit``.
-
-    Returns:
-        Where the run folder is, and the validation accuracy of its best epoch.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Train: where the run folder is, and the validation accuracy of its best epoch."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     cli = FitCLI(_with_config_of_resumed_run(words))
     command = ["vit-cls", "fit", *words]

@@ -9,17 +9,7 @@ from vit_cls.weights.catalogue import describe, find
 
 
 def run(words: list[str]) -> Outcome:
-    """List architectures, or tell all about one.
-
-    Args:
-        words: The words after ``models``.
-
-    Returns:
-        One row an architecture, with a row a tag.
-
-    Raises:
-        ConfigError: If nothing matches.
-    """
+    """List architectures, or tell all about one: a row an architecture, with a row a tag."""
     parser = make_parser("models", "List the architectures that can be trained, and their published weights.")
     parser.add_argument("pattern", nargs="?", default="*", help="a name, or a pattern: '*clip*', '*.openai'")
     rows = [describe(name) for name in find(parse(parser, words).pattern)]

@@ -37,6 +37,16 @@ def make_parser(verb: str, description: str) -> ArgumentParser:
     )
 
 
+def add_flag(parser: ArgumentParser, name: str, text: str) -> None:
+    """An option that is true where it stands alone, and false where it does not stand.
+
+    Args:
+        name: The option, dashes included.
+        text: What it does.
+    """
+    parser.add_argument(name, type=bool, nargs="?", const=True, default=False, help=text)
+
+
 def add_data_arguments(parser: ArgumentParser, *, required: bool = True, split: str = SPLIT_HELP) -> None:
     """The images of a verb, and the part of them that it takes.
 
@@ -60,9 +70,7 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
     parser.add_argument("--num_workers", type=int | None, default=None, help="loading processes")
     parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
-    parser.add_argument(
-        "--compile", type=bool, nargs="?", const=True, default=False, help="compile the encoder"
-    )
+    add_flag(parser, "--compile", "compile the encoder")
 
 
 def inference_config(args: Namespace, *, show_progress: bool) -> InferenceConfig:

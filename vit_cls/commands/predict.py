@@ -29,17 +29,7 @@ PATH_HELP = "image files, folders, quoted globs, or - for paths on stdin, one a 
 
 
 def run(words: list[str]) -> Outcome:
-    """Predict.
-
-    Args:
-        words: The words after ``predict``.
-
-    Returns:
-        Counts; the rows go to ``--output``, or to stdout as they come.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Predict: counts; the rows go to ``--output``, or to stdout as they come."""
     parser = make_parser(
         "predict", "Label image files; an image that cannot be read is a row with its error."
     )

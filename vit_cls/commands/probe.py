@@ -34,17 +34,7 @@ log = logging.getLogger("vit_cls")
 
 
 def run(words: list[str]) -> Outcome:
-    """Freeze the model, read its tokens, and report.
-
-    Args:
-        words: The words after ``probe``; the first is the probe's name.
-
-    Returns:
-        Verdicts and numbers; files in ``--output`` where one is given.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Freeze a model, read its tokens: verdicts and numbers."""
     started = time.perf_counter()
     example = "vit-cls probe linear --model runs/x --data photos"
     name, rest = name_and_rest("probe", words, PROBES, usage="--model M --data DIR", example=example)

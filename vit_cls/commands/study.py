@@ -28,17 +28,7 @@ from vit_cls.training.trial import train_trial
 
 
 def run(words: list[str]) -> Outcome:
-    """Train what the question takes, or what is left of it, and answer.
-
-    Args:
-        words: The words after ``study``; the first is the question's name.
-
-    Returns:
-        The verdict; or, with ``--shard``, how much is left for other machines.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Train what the question takes, or what is left of it: the verdict, or how much is left for others."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     started = time.perf_counter()
     example = "vit-cls study heads --data digits"

@@ -8,18 +8,7 @@ from vit_cls.files import output_folder
 
 
 def run(words: list[str]) -> Outcome:
-    """Verify.
-
-    Args:
-        words: The words after ``verify``.
-
-    Returns:
-        Every identity with its residual, and exit code 1 if one does not hold; ``verify.json`` in
-        ``--output`` where one is given.
-
-    Raises:
-        VitClsError: If the request cannot be carried out.
-    """
+    """Check a model: every identity with its residual, and exit code 1 if one does not hold."""
     parser = make_parser(
         "verify", "Check mathematical identities on this very model. Exit 1: one does not hold."
     )

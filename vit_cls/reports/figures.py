@@ -66,24 +66,12 @@ def draw(name: str, chart: Chart) -> str | None:
 
     Raises:
         ValueError: If a chart has more than eight lines, or rows and labels of a heat map do not fit.
-
-    Example:
-        >>> from vit_cls.lab.results import Line
-        >>> chart = LineChart("Accuracy", "layer", "top-1", [Line("cls", [(1, 0.5), (2, 0.75)])])
-        >>> svg = draw("a", chart)
-        >>> svg[svg.index("aria-label") : svg.index(">")]
-        'aria-label="Accuracy: cls from 50 % at 1 to 75 % at 2"'
     """
     return DRAWN[type(chart)](name, chart)
 
 
 def left_out(chart: Chart) -> list[str]:
-    """Labels of the lines, rows and points of a chart that have no finite value, and so are not drawn.
-
-    Example:
-        >>> left_out(ScatterChart("t", "x", "y", [("a", 1, math.nan, None), ("b", 1, 0.5, None)]))
-        ['a']
-    """
+    """Labels of the lines, rows and points of a chart that have no finite value, and so are not drawn."""
     labels: list[str] = []  # a heat map leaves nothing out, for its empty cells are seen
     if isinstance(chart, LineChart):
         labels = [line.label for line in chart.lines if not any(math.isfinite(y) for _, y in line.points)]
@@ -242,12 +230,7 @@ def scatter_chart(name: str, chart: ScatterChart) -> str | None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Indices of the points that no other one beats: none costs as little or less and gives as much or more.
-
-    Example:
-        >>> sorted(pareto_front([(1, 0.5), (2, 0.4), (3, 0.9), (3, 0.8)]))
-        [0, 2]
-    """
+    """Indices of the points that no other one beats: none costs no more and gives no less."""
     front, best = set(), -math.inf
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
         if points[i][1] > best:

@@ -119,12 +119,7 @@ def _cells(pictures: Pictures) -> dict[str, Any]:
 
 
 def magnification(pictures: Pictures) -> int:
-    """By how much all images of a grid are magnified, a whole number so that pixels stay squares.
-
-    Example:
-        >>> magnification(Pictures("p", ["a"], [[np.zeros((28, 20, 3), np.uint8)]]))
-        3
-    """
+    """By how much all images of a grid are magnified, a whole number so that pixels stay squares."""
     largest = max(side for row in pictures.rows for one in row if one is not None for side in one.shape[:2])
     return max(1, SIDE // largest)
 

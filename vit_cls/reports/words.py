@@ -15,12 +15,7 @@ MOST_LISTED = 20
 
 
 def finding_facts(finding: Finding) -> list[tuple[str, str]]:
-    """Label and value of every number that a finding has.
-
-    Example:
-        >>> finding_facts(Finding("a", "cannot tell", "b", estimate=0.01, ci95=(-0.02, 0.04), margin=0.01))
-        [('estimate', '+1.00 points, 95 % interval -2.00 to +4.00'), ('margin', '1.00 points')]
-    """
+    """Label and value of every number that a finding has."""
     signed = finding.margin is not None or finding.smallest_detectable is not None  # then it is a difference
     percent, unit = in_points(finding.unit), clean(finding.unit)
 
@@ -96,12 +91,7 @@ def _cell(cell: str | int | float | None, share: bool) -> str:
 
 
 def facts(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings or data as names and texts; what lies deeper has a dot in its name.
-
-    Example:
-        >>> facts({"seeds": [0, 1], "model": {"pool": "cls", "depth": None}})
-        [('seeds', '0, 1'), ('model.pool', 'cls'), ('model.depth', '-')]
-    """
+    """Settings or data as names and texts; what lies deeper has a dot in its name."""
     found: list[tuple[str, str]] = []
     for key, value in plain(given).items():
         name = f"{prefix}{clean(key)}"
