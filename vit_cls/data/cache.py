@@ -27,7 +27,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class PixelCache:
-    """uint8 pixels that a fixed reader makes of an index, in one file.
+    """uint8 pixels that a fixed reader makes of an index, in one file that grows to the size of all.
 
     The file's name is a digest of everything that decides its content: each file's path, size and time of
     change, the reader, and the versions of the libraries that decode and resize. What is not there yet is
@@ -38,12 +38,8 @@ class PixelCache:
     their checksum do not count as there, so a file cut off when the power failed costs time, never a wrong
     image. It is read and written in calls: in a memory map, a full disk would kill the process.
 
-    Args:
-        folder: Is made if it does not exist; grows to the size of all pixels.
-        reader: Makes the pixels, with no random draws.
-
     Raises:
-        ConfigError: If the folder cannot be written.
+        ConfigError: If the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, index: ImageIndex, reader: Reader) -> None:

@@ -124,11 +124,10 @@ class ImageDataModule(LightningDataModule):
     def of_sources(
         cls, train: ImageSource, val: ImageSource, origin: str, **settings: Any
     ) -> ImageDataModule:
-        """Images that somebody else has found and split.
+        """Images that somebody else has found and split, from an ``origin`` told in a sentence.
 
         Args:
-            val: To validate on, labelled by the classes of ``train``.
-            origin: One sentence: where they come from.
+            val: Labelled by the classes of ``train``.
             settings: Further arguments of the constructor; those that find or split images have no effect.
         """
         data = cls(root=str(train.index.root), **settings)
@@ -136,11 +135,7 @@ class ImageDataModule(LightningDataModule):
         return data
 
     def configure(self, *, seed: int, preprocess: Preprocessing) -> None:
-        """Set what the run and the model decide: the seed, and how an image becomes the model's input.
-
-        Args:
-            seed: Of split, order and augmentation.
-            preprocess: The model's: ``classifier.preprocess``.
+        """Set the seed of split, order and augmentation, and the model's preprocessing.
 
         Raises:
             DataError: If the images cannot be used.

@@ -132,11 +132,6 @@ def balanced_weights(index: ImageIndex) -> np.ndarray:
     """Weights, 1 on average, with which every class is drawn equally often that can be drawn at all.
 
     Weights of the index say how often an image is drawn within its class.
-
-    Example:
-        >>> index = ImageIndex(Path(), ["a/1", "a/2", "a/3", "b/1"], np.array([0, 0, 0, 1]), ["a", "b"])
-        >>> balanced_weights(index).round(3).tolist()
-        [0.667, 0.667, 0.667, 2.0]
     """
     own = np.ones(len(index)) if index.weights is None else index.weights
     totals = np.bincount(index.labels, weights=own, minlength=len(index.class_names))

@@ -42,10 +42,6 @@ def part_folders(
     classes.
 
     A class may be called train, as CIFAR-100 has one: such a folder has no folders inside.
-
-    Example:
-        >>> part_folders(["Test", "extra", "train"], has_folders=lambda name: True)
-        {'train': 'train', 'test': 'Test'}
     """
     by_lower = {name.lower(): name for name in sorted(folders, reverse=True)}
     parts = {

@@ -22,7 +22,6 @@ def sample_seed(seed: int, epoch: int, index: int, copy: int = 0) -> int:
     Args:
         epoch: From 0; -1 for what belongs to no epoch.
         index: From 0; -1 for what belongs to the whole epoch.
-        copy: How often the sample came before in the epoch.
     """
     words = (seed, epoch, index, copy) if copy else (seed, epoch, index)
     digest = hashlib.blake2b(struct.pack(f"<{len(words)}q", *words), digest_size=8).digest()

@@ -27,12 +27,7 @@ TEMPERATURES = (0.01, 100.0)
 
 @dataclass(frozen=True)
 class TemperatureFit:
-    """One temperature, and what it did to the images that it was fitted on: losses and ECE at 1, and at it.
-
-    Args:
-        temperature: What logits are to be divided by: above 1 where the model was overconfident.
-        failed: Images that could not be read and are left out.
-    """
+    """What logits are to be divided by, and the losses and ECE before and after, of so many images."""
 
     temperature: float
     images: int

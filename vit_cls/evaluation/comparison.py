@@ -74,8 +74,7 @@ def align(answers: Sequence[Answers]) -> list[Answers]:
     """Put every model's answers in the order of the first's images, under names that differ.
 
     Raises:
-        DataError: If they are not about the same images with the same true classes, or a model has no
-            prediction at all.
+        DataError: If images or true classes are not the same, or a model has no prediction at all.
     """
     first = answers[0]
     aligned: list[Answers] = []
@@ -194,7 +193,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every model in the order given, every pair of them, and the seed of the resampling.
+    """Every model, every pair of them, and the seed of the resampling.
 
     Args:
         pairs: In the order of the models.
@@ -309,12 +308,10 @@ def _judge(pair: Pair, num_pairs: int) -> Pair:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image that not all models put in the same class.
+    """An image that not all models put in the same class, and what each said.
 
     Args:
-        label: The true class.
-        predictions: Each model's class, in the order of the models; empty where it could not read the image.
-        probabilities: Of these classes; NaN where there is none.
+        predictions: In the order of the models; empty where a model could not read the image.
     """
 
     path: str

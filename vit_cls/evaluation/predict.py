@@ -56,7 +56,6 @@ def predict(
     """Carry out a request, and return the object of ``--json``.
 
     Args:
-        classifier: Is moved to the device.
         paths: Read as they are needed.
         table: Where rows go; None means ``stdout``, or with ``as_json`` the result.
 

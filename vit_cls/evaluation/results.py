@@ -195,10 +195,10 @@ def evaluate_predictions(predictions: Predictions, *, seed: int = 0) -> Evaluati
 
 @dataclass(frozen=True)
 class ImageCase:
-    """One image of the report's galleries; ``label_probability`` is that of its own class.
+    """One image of the report's galleries.
 
     Args:
-        path: Relative to the folder.
+        label_probability: The probability of its own class.
     """
 
     path: str

@@ -115,11 +115,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The value of a metric on all images, and its 95 % confidence interval if there is a method for it here.
-
-    Args:
-        ci95: Lower and upper bound.
-    """
+    """The value of a metric, and its 95 % confidence interval if there is a method for it here."""
 
     value: float
     ci95: tuple[float, float] | None = None
@@ -234,7 +230,6 @@ class Bin:
     Args:
         upper: Where the next bin begins.
         confidence: Their mean confidence; NaN where there are none.
-        correct: How many of them are right.
     """
 
     lower: float
@@ -259,7 +254,6 @@ class Calibration:
     """How far probabilities can be believed, for charts and tables.
 
     Args:
-        bins: The bins of equal width.
         coverage: Accuracy at each of `COVERAGES`.
         curve: Accuracy of the k most confident images, k = 1 ... n.
     """

@@ -83,15 +83,12 @@ def near_copies(
 
 
 def shared_images(train: ImageIndex, val: ImageIndex, *, most_reads: int) -> tuple[list[Offender], int, int]:
-    """Validation images whose bytes a training image has, with as little reading as possible.
+    """Validation images whose bytes a training image has, by paths below both; how many were compared, of how
+    many.
 
     Sizes are compared first; of files of equal size, 16 kB from the middle; of those that agree, everything.
     A file that cannot be read is passed over: training, which reads every file, names it. Where more than
     ``most_reads`` files have a size that both sides have, a part of the sizes is taken, spread evenly.
-
-    Returns:
-        The offenders, with paths relative to the folder that holds both; how many validation images were
-        compared; and how many would have to be.
     """
     groups = [(_paths(val), _paths(train))]
     with ThreadPoolExecutor(READERS) as pool:

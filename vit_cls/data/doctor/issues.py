@@ -236,11 +236,7 @@ Finding = tuple[str, Offender]
 
 @dataclass(frozen=True)
 class Problem:
-    """A key of `ISSUE_TYPES`, and everything that has that problem: at least one offender.
-
-    Args:
-        kind: The key.
-    """
+    """A key of `ISSUE_TYPES`, and everything that has that problem: at least one offender."""
 
     kind: str
     offenders: list[Offender]
@@ -281,13 +277,12 @@ def problems_of(findings: Iterable[Finding]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What `vit_cls.data.doctor.report.examine` found.
+    """What `vit_cls.data.doctor.report.examine` found, the most severe problem first.
 
     Args:
         images: Image files in class folders, the unreadable ones included.
         classes: By split, the number of image files of each class; a folder without splits is the split
             ``""``.
-        problems: The most severe first.
     """
 
     root: str
