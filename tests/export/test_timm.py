@@ -185,10 +185,7 @@ def test_the_norm_stands_after_those_poolings_where_it_does_in_timm():
 LACKING = [("native", spec) for spec in POOLS if spec not in TIMM_POOLS.values()]
 
 
-@pytest.mark.parametrize(
-    ("kind", "pool"),
-    [*(("native", spec) for spec in LACKING), ("adapted", "token:3"), ("adapted", "cls+gap")],
-)
+@pytest.mark.parametrize(("kind", "pool"), [*LACKING, ("adapted", "token:3"), ("adapted", "cls+gap")])
 def test_a_pool_that_timm_lacks_is_refused_with_those_that_it_has(kind, pool, tiny, tmp_path):
     message = rf"no counterpart of model.pool {re.escape(pool)}; it knows cls, gap, max, avgmax, map\."
     if kind == "native":

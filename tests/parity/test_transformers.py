@@ -84,23 +84,14 @@ def test_no_registers_are_no_token(tmp_path):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
 @pytest.mark.parametrize("case", ["vit", "deit", "dinov2 swiglu", "registers"])
-def test_the_names_of_transformers_5_are_read_too(case, tmp_path):
-    theirs = make_model(*MODELS[case])
+def test_the_names_of_transformers_5_and_weights_of_any_precision_are_read_too(case, dtype, tmp_path):
+    theirs = make_model(*MODELS[case]).to(dtype)
     theirs.save_pretrained(tmp_path, save_original_format=False)
     assert any(".q_proj." in name for name in load_file(tmp_path / "model.safetensors"))
-    images = random_images(theirs.config)
-    assert relative_difference(load(tmp_path).model(images), theirs(images).logits) <= 1e-5
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_any_precision_become_float32(dtype, tmp_path):
-    theirs = make_model(*MODELS["registers"]).to(dtype)
-    theirs.save_pretrained(tmp_path)
-    ours = load(tmp_path).model
+    ours, images = load(tmp_path).model, random_images(theirs.config)
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
-    images = random_images(theirs.config)
     assert relative_difference(ours(images), theirs.float()(images).logits) <= 1e-5
 
 
