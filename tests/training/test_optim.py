@@ -21,6 +21,7 @@ from vit_cls.training.optim import (
     peak_lr,
     warmup_steps,
 )
+from vit_cls.training.optimizers import OPTIMIZERS
 from vit_cls.training.options import OptimOptions
 
 
@@ -83,14 +84,29 @@ def test_peak_learning_rate_scales_with_the_images_of_a_step_unless_given():
     assert peak_lr(OptimOptions(base_lr_per_256_images=1e-3, lr=0.5), images_per_step=1024) == 0.5
 
 
-def test_fused_adamw_gives_the_reference_update(generator):
+def test_sgd_by_hand():
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    options = OptimOptions(name="sgd", beta1=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(layer, options, lr=0.2, fused=False)
+    weight, momentum = 1.0, 0.0
+    for gradient in (1.0, -2.0):
+        layer.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        momentum = 0.5 * momentum + gradient + 0.1 * weight
+        weight -= 0.2 * momentum
+    assert layer.weight.item() == pytest.approx(weight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fused_step_gives_the_reference_update(name, generator):
     start = torch.randn(6, 5, generator=generator)
     gradients = torch.randn(20, 6, 5, generator=generator)
     results = []
     for fused in (False, True):
         layer = nn.Linear(5, 6, bias=False)
         layer.weight.data.copy_(start)
-        optimizer = make_optimizer(layer, OptimOptions(), lr=0.01, fused=fused)
+        optimizer = make_optimizer(layer, OptimOptions(name=name), lr=0.01, fused=fused)
         for gradient in gradients:
             layer.weight.grad = gradient.clone()
             optimizer.step()
@@ -101,6 +117,7 @@ def test_fused_adamw_gives_the_reference_update(generator):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"name": "adam"}, "optim.name must be one of adamw, sgd; got 'adam'"),
         ({"lr": 0.0}, "optim.lr must be above 0; got 0.0"),
         ({"lr": math.nan}, "optim.lr must be above 0; got nan"),
         ({"base_lr_per_256_images": -1.0}, "optim.base_lr_per_256_images must be above 0"),

@@ -1,4 +1,4 @@
-"""What is trained and how fast: parameter groups, freezing, AdamW, the warm-up and cosine schedule."""
+"""What is trained and how fast: parameter groups, freezing, optimisers, the warm-up and cosine schedule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vit_cls.errors import ConfigError
 from vit_cls.model.token_model import TokenModel
+from vit_cls.training.optimizers import OPTIMIZERS, Groups
 from vit_cls.training.options import BACKBONE, OptimOptions
 
 NOT_DECAYED = (
@@ -209,14 +210,20 @@ def lr_factor(step: int, *, warmup: int, total_steps: int, min_ratio: float) -> 
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions, *, lr: float, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters. Source: https://arxiv.org/abs/1711.05101"""
-    groups = optimizer_groups(model, options, lr=lr)
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=options.eps, fused=fused)
+def make_optimizer(
+    model: nn.Module, options: OptimOptions, *, lr: float, fused: bool
+) -> torch.optim.Optimizer:
+    """The optimiser that ``optim.name`` names, over the trainable parameters."""
+    return OPTIMIZERS[options.name](
+        optimizer_groups(model, options, lr=lr),
+        lr=lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        fused=fused,
+    )
 
 
-def optimizer_groups(model: nn.Module, options: OptimOptions, *, lr: float) -> list[dict[str, Any]]:
+def optimizer_groups(model: nn.Module, options: OptimOptions, *, lr: float) -> Groups:
     """The groups that `make_optimizer` optimises."""
     assert not isinstance(options.layer_decay, str), "auto was not resolved"
     return parameter_groups(

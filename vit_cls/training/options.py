@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vit_cls.checks import check_range
+from vit_cls.checks import check_choice, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training.optimizers import OPTIMIZERS
 from vit_cls.weights.factory import architecture_of, create_classifier
 from vit_cls.weights.families import Recipe, recipe_of
 from vit_cls.weights.loading import MAX_FRESH
@@ -127,9 +128,10 @@ def _check_auto(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with warm-up and cosine decay, and which part of the model it trains.
+    """The optimiser with warm-up and cosine decay, and which part of the model it trains.
 
     Args:
+        name: ``adamw``, or ``sgd``, whose momentum is ``beta1`` and whose decay is added to the gradient.
         base_lr_per_256_images: Peak learning rate for 256 images a step; scaled by the images of a step
             over all processes and accumulated batches; ``auto`` suits the weights.
         lr: Peak learning rate as it is, instead of the scaled one.
@@ -154,6 +156,7 @@ class OptimOptions:
         ConfigError: If a value is out of range.
     """
 
+    name: str = "adamw"
     base_lr_per_256_images: float | str = 5e-4
     lr: float | None = None
     min_lr_ratio: float = 0.01
@@ -171,6 +174,7 @@ class OptimOptions:
     class_weights: str | None = None
 
     def __post_init__(self) -> None:
+        check_choice("optim.name", self.name, OPTIMIZERS)
         _check_auto("optim.base_lr_per_256_images", self.base_lr_per_256_images)
         _check_auto("optim.layer_decay", self.layer_decay)
         for name in ("base_lr_per_256_images", "lr", "eps", "layer_decay", "head_lr_ratio", "head_first_lr"):

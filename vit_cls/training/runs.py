@@ -165,8 +165,13 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+BEFORE = {"optim.name": "adamw"}
+"""What runs did before there was a setting for it: their records lack it."""
+
+
 def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Refuse (RunError) to continue a run whose identity in ``run.json`` has changed; says in what."""
+    record = {**BEFORE, **record}
     changed = [key for key in now if record.get(key) != now[key]]
     if changed:
         key = changed[0]

@@ -142,7 +142,7 @@ class ClassificationTask(LightningModule):
         self.val_acc5.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and a learning rate that changes with every step."""
+        """The optimiser, and a learning rate that changes with every step."""
         # fp16's loss scaler would unscale inside a fused step, after our clipping
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         schedule = self.schedule

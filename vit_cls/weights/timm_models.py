@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,26 +38,15 @@ NORM_AFTER = ("gap", "max", "avgmax")
 QUICK_GELU_NOTE = "natively QuickGELU"
 """How timm marks tags whose weights were trained with QuickGELU, on an architecture without it."""
 
-SAME_IN_TIMM = (
-    "patch_size",
-    "in_chans",
-    "num_classes",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "qkv_bias",
-    "qk_norm",
-    "init_values",
-    "class_token",
-    "reg_tokens",
-    "no_embed_class",
-    "pre_norm",
-    "final_norm",
-    "fc_norm",
-    "pool_include_prefix",
+OTHERWISE_IN_TIMM = ("img_size", "pos_embed")
+SAME_IN_TIMM = tuple(
+    field.name
+    for field in dataclasses.fields(ViTConfig)
+    if field.name in inspect.signature(timm_vit.VisionTransformer).parameters
+    and field.name not in OTHERWISE_IN_TIMM
+    and not field.name.endswith("_rate")
 )
-"""Settings that timm's constructor spells as `ViTConfig` does."""
+"""Settings that timm's constructor spells as `ViTConfig` does; rates of dropout are no architecture."""
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 
