@@ -228,6 +228,25 @@ def train_reader(
     return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
 
 
+def eval_transform(
+    size: Size,
+    *,
+    crop_pct: float = 0.9,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    exact: bool = False,
+) -> Transform:
+    """What `eval_reader` does after decoding: uint8 ``(3, H, W)`` to uint8 ``(3, size, size)``."""
+    return eval_reader(
+        size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation, exact=exact
+    ).transform
+
+
+def train_transform(size: Size, *, augment: str = "crop_flip", interpolation: str = "bicubic") -> Transform:
+    """What `train_reader` does after decoding; it draws from torch's global generator (see `keyed`)."""
+    return train_reader(size, augment=augment, interpolation=interpolation).transform
+
+
 class Preprocessing(Protocol):
     """The pixels that a model wants, in the words of `eval_reader`; its ``Preprocess`` is one."""
 
