@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -267,11 +268,17 @@ def test_help_lists_every_probe_and_the_options_of_one(help_of):
         assert option in out
 
 
+class _Options:
+    def __init__(self, heads: Sequence[str] | None, layers: Sequence[int], margin: float) -> None:
+        """Two lists, and a number."""
+
+
 def test_lists_with_commas_become_lists_of_numbers_and_texts():
     words = ["--recipe.learning_rates", "1e-3,.5,+2", "--layers=", "--heads", "ep:4", "--margin", "1"]
     expected = ["[0.001, 0.5, 2.0]", "--layers=[]", "--heads", '["ep:4"]', "--margin", "1"]
-    assert comma_lists(words) == [words[0], *expected]
-    assert comma_lists(["--heads", "null", "--layers", "[1,2]"]) == ["--heads", "null", "--layers", "[1,2]"]
+    assert comma_lists(words, _Options) == [words[0], *expected]
+    as_they_are = ["--heads", "null", "--layers", "[1,2]"]
+    assert comma_lists(as_they_are, _Options) == as_they_are
 
 
 def _record(place, root, **more):

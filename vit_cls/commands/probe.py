@@ -57,7 +57,7 @@ def run(words: list[str]) -> Outcome:
     )
     add_runtime_arguments(parser)
     parser.add_class_arguments(kind, None)
-    args = parse(parser, comma_lists(rest))
+    args = parse(parser, comma_lists(rest, kind))
     if args.compile:
         raise ConfigError("--compile has no effect on a probe: tokens are computed once. Leave it out.")
     check_range("--seed", args.seed, at_least=0)

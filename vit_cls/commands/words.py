@@ -10,9 +10,8 @@ from typing import Any
 
 from vit_cls.errors import ConfigError, did_you_mean
 
-_LISTS = "heads layers neighbours temperatures pools"
-LISTS = (*(f"--{name}" for name in _LISTS.split()), "--recipe.learning_rates")
-"""Options of probes that hold several values, which people write with commas."""
+LISTS = ("--recipe.learning_rates",)
+"""Options inside others that hold several values, which people write with commas."""
 ALIASES = {"--ways": "--pools"}
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
@@ -45,23 +44,23 @@ def name_and_rest(
     return words[0], words[1:]
 
 
-def comma_lists(words: list[str], kind: type | None = None) -> list[str]:
+def comma_lists(words: list[str], kind: type) -> list[str]:
     """``--heads cls,gap`` as the list that the parser wants, and old spellings as today's.
 
     Args:
         words: The words after the verb.
-        kind: A class whose arguments are options too; those that are sequences are lists.
+        kind: A class whose arguments are the options; those that are sequences are lists.
 
     Example:
-        >>> comma_lists(["--heads", "cls,ep:8", "--layers=1,2", "--temperatures", ".07,1e-1"])
-        ['--heads', '["cls", "ep:8"]', '--layers=[1, 2]', '--temperatures', '[0.07, 0.1]']
-        >>> comma_lists(["--ways=cls"])
+        >>> from vit_cls.lab.probes.knn import KnnProbe
+        >>> comma_lists(["--pools", "cls,gem:3", "--neighbours=1,2", "--temperatures", ".07,1e-1"], KnnProbe)
+        ['--pools', '["cls", "gem:3"]', '--neighbours=[1, 2]', '--temperatures', '[0.07, 0.1]']
+        >>> comma_lists(["--ways=cls"], KnnProbe)
         ['--pools=["cls"]']
     """
     words = [re.sub(r"^--\w+", lambda flag: ALIASES.get(flag[0], flag[0]), word) for word in words]
-    own = inspect.signature(kind).parameters.values() if kind is not None else ()
-    sequences = [one.name for one in own if str(one.annotation).startswith("Sequence")]
-    lists = {*LISTS, *(f"--{name}" for name in sequences)}
+    options = inspect.signature(kind).parameters.values()
+    lists = {*LISTS, *(f"--{option.name}" for option in options if "Sequence[" in str(option.annotation))}
     found = list(words)
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
