@@ -58,6 +58,18 @@ quickstart() {  # the README's own figures: correct of 599 held-out digits, CLS 
 
 lab() { $python scripts/lab_digits.py --output "$out/lab_digits" --json scripts/results/lab_digits.json; }
 
+record() {  # what is known so far
+    $python - "$out/steps" <<'PYTHON'
+import datetime, json, pathlib, sys
+from vit_cls.environment import environment
+
+rows = [line.split("\t") for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
+steps = [{"step": s, "ok": ok == "true", "seconds": int(t), "last_line": said} for s, ok, t, said in rows]
+told = {"date": datetime.date.today().isoformat(), "steps": steps, **environment()}
+pathlib.Path("scripts/results/release_check.json").write_text(json.dumps(told, indent=1) + "\n")
+PYTHON
+}
+
 steps=("$@")
 [ $# -gt 0 ] || steps=(golden simulations timing wheel quickstart lab)
 : >"$out/steps"
@@ -70,15 +82,7 @@ for step in "${steps[@]}"; do
     (set -e; "$step") >"$out/$step.log" 2>&1 &
     wait $! || { ok=false; failed=1; tail -n 20 "$out/$step.log" >&2; }
     printf '%s\t%s\t%s\t%s\n' "$step" "$ok" $((SECONDS - started)) "$(tail -n 1 "$out/$step.log")" >>"$out/steps"
+    record
 done
-$python - "$out/steps" <<'PYTHON'
-import datetime, json, pathlib, sys
-from vit_cls.environment import environment
-
-rows = [line.split("\t") for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
-steps = [{"step": s, "ok": ok == "true", "seconds": int(t), "last_line": said} for s, ok, t, said in rows]
-told = {"date": datetime.date.today().isoformat(), "steps": steps, **environment()}
-pathlib.Path("scripts/results/release_check.json").write_text(json.dumps(told, indent=1) + "\n")
-PYTHON
 cut -f 1-3 "$out/steps"
 exit $failed
