@@ -70,6 +70,12 @@ def help_of(capsys) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Not in the checkout, whose every file `refused` would read."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def refused(cli) -> Callable[..., None]:
     """A request that ends with 2, one paragraph on stderr, nothing on stdout, and every file as it was."""
