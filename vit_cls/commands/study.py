@@ -21,7 +21,7 @@ from vit_cls.lab.studies.folder import claim_folder
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.table import STUDIES
-from vit_cls.lab.studies.trials import Spread, Trial, default_jobs, is_done, run_trials
+from vit_cls.lab.studies.trials import Spread, Trial, check_models, default_jobs, is_done, run_trials
 from vit_cls.reports.folder import write_folder
 from vit_cls.signals import Stopped, StopSignals
 from vit_cls.training.trial import train_trial
@@ -46,6 +46,7 @@ def run(words: list[str]) -> Outcome:
     study, folder = _study(name, kind, args)
     spread = Spread.parse(default_jobs(study.setup.data) if args.jobs is None else args.jobs, args.shard)
     trials = study.trials()
+    check_models(trials)
     parts = study.setup.trial_data.parts(study.setup.seed)
     fractions = {
         key: args[key] for key in ("val_fraction", "test_fraction") if args[key] != getattr(Setup, key)

@@ -18,7 +18,7 @@ from vit_cls.lab.results import Figure, LabResult, Table
 from vit_cls.lab.studies.answers import Answers
 from vit_cls.lab.studies.recipe import DATA_KEYS, MODEL_KEYS, OPTIM_KEYS, Recipe
 from vit_cls.lab.studies.trials import Trial, TrialData
-from vit_cls.model.pooling import needs_class_token, num_class_tokens
+from vit_cls.model.pooling import needs_class_token, parse_pool
 from vit_cls.stats.random_effects import Mean, mean_interval
 from vit_cls.stats.verdicts import GREATER, Claim, Finding, judge_all
 
@@ -333,13 +333,9 @@ def _lists(arms: Any) -> Iterator[list[Trial]]:
 
 
 def check_pools(pools: Sequence[str]) -> None:
-    """Refuse what is no pooling.
-
-    Raises:
-        ConfigError: If a word is none.
-    """
+    """Refuse what is no pooling; ConfigError names ``--heads``."""
     for pool in pools:
-        num_class_tokens(pool, 1)
+        parse_pool(pool, "--heads")
 
 
 def bounded(mean: Mean, least: float = 0.0, most: float = 1.0) -> tuple[float, float, float]:

@@ -33,9 +33,10 @@ from vit_cls.environment import cpu_count
 from vit_cls.errors import ConfigError, ModelFileError, RunError
 from vit_cls.files import replacing, write_text
 from vit_cls.lab.features import logits_of
+from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import Stopped
-from vit_cls.weights.factory import load
+from vit_cls.weights.factory import create_classifier, load
 from vit_cls.workers import WorkerPool
 
 log = logging.getLogger("vit_cls")
@@ -181,6 +182,19 @@ def is_done(study: Path, key: str) -> bool:
         key: See `Trial.key`.
     """
     return (study / "trials" / key / DONE).is_file()
+
+
+def check_models(trials: Sequence[Trial]) -> None:
+    """Refuse settings that make no model before the first one is trained.
+
+    Raises:
+        ConfigError: If a pooling does not fit the encoder, say.
+    """
+    for trial in {json.dumps(trial.model, sort_keys=True): trial for trial in trials}.values():
+        settings = {key: value for key, value in trial.model.items() if value is not None}
+        if trial.after is None:
+            with seeded(0):
+                create_classifier(settings.pop("name"), ["a", "b"], load_weights=False, **settings)
 
 
 def run_trials(trials: Sequence[Trial], study: Path, train: TrainFunction, spread: Spread) -> int:
