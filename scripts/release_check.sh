@@ -59,7 +59,7 @@ quickstart() {  # correct of 599 held-out digits, CLS and GAP, seeds 0, 1, 2
 }
 
 lab() {  # the laboratory's bars on the digits
-    $python scripts/lab_digits.py --output "$out/lab_digits" --json scripts/results/lab_digits.json
+    $python scripts/lab_digits.py --output "$out/lab_digits" --json "$out/lab_digits.json"
     echo "$(grep -c '^ok ' "$out/lab.log") bars hold"
 }
 
