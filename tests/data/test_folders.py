@@ -12,7 +12,7 @@ from vit_cls.data.digits import load_digits
 from vit_cls.data.folders import find_parts
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.partition import Partition, Split, partition_data, split_for_training
-from vit_cls.data.parts import PART_OF, PARTS, part_folders
+from vit_cls.data.parts import PARTS
 from vit_cls.errors import ConfigError, DataError
 
 BY_PATIENT = r"/(p\d+)_"
@@ -359,33 +359,6 @@ def test_a_share_that_was_asked_for_of_a_part_that_is_there_already_is_refused(t
 def test_a_fraction_must_lie_between_0_and_1(tmp_path, setting, value):
     with pytest.raises(ConfigError, match=f"--{setting} must be above 0 and below 1"):
         partition_data(tmp_path, **{setting: value})
-
-
-@pytest.mark.parametrize(
-    ("folders", "class_names", "expected"),
-    [
-        (["Train/", "VALID/", "testing/"], [], {"train": "Train", "val": "VALID", "test": "testing"}),
-        (["train/", "extra"], [], {"train": "train"}),
-        (["train", "extra"], [], {}),  # a class called train
-        (["train", "test"], [], {"train": "train", "test": "test"}),  # so that training says what is missing
-        (["train", "test"], ["train"], {}),
-        (["train/", "test"], ["train"], {"train": "train", "test": "test"}),
-        (["val/", "validation/"], [], {"val": "val"}),
-        (["test/", "bus"], [], {}),
-        (["a", "b"], [], {}),
-        ([], [], {}),
-    ],
-)
-def test_folders_are_parts_or_classes_by_one_rule(folders, class_names, expected):
-    nested = {name[:-1] for name in folders if name.endswith("/")}
-    names = [name.removesuffix("/") for name in folders]
-    assert part_folders(names, has_folders=nested.__contains__, class_names=class_names) == expected
-
-
-def test_every_part_has_spellings_of_its_own():
-    assert PARTS == ("train", "val", "test")
-    assert len(PART_OF) == 7
-    assert all(spelling == spelling.lower() for spelling in PART_OF)
 
 
 @pytest.mark.parametrize(("chosen", "left"), [("val", "valid"), ("validation", "VALID"), ("Test", "test")])

@@ -57,10 +57,11 @@ class TokenReader:
             ConfigError: If it is unknown, reads what the model does not have, or has weights to be trained.
         """
         if pool not in self._made:
-            pooling = self._own.get(pool) or make_pooling(pool, self.context)
+            own = pool in self._own
+            pooling = self._own[pool] if own else make_pooling(pool, self.context)
             self._check(pool, pooling)
             self._made[pool] = [pooling]
-            if isinstance(pooling, ConcatenatedPool) and pool not in self._own:
+            if isinstance(pooling, ConcatenatedPool) and not own:
                 self._made[pool] = list(pooling.poolings)
         return self._made[pool]
 

@@ -20,9 +20,9 @@ from vit_cls.lab.probes.head_fits import (
     NormedTokens,
     fit_head,
     heads_that_fit,
-    probe_context,
 )
 from vit_cls.lab.results import Figure, LabResult, ScatterChart, Table, forest
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.stats.least_squares import chosen_classifier
 from vit_cls.stats.random_effects import Mean, mean_interval
 from vit_cls.stats.verdicts import GREATER, Claim, judge_all
@@ -76,7 +76,7 @@ class AttentiveProbe(Probe):
         layer = frozen.train.depth if self.layer is None else self.layer
         train, val, test = (NormedTokens(part, layer) for part in frozen.by_name.values())
         classes, seeds = len(subject.parts.class_names), [self.seed + i for i in range(self.num_seeds)]
-        context = probe_context(subject.classifier)
+        context = TokenReader(subject.classifier.model, "--heads").context
         fits = {
             head: [
                 fit_head(head, context, (train, val, test), num_classes=classes, recipe=recipe, seed=seed)

@@ -193,7 +193,7 @@ class Probe(ABC):
         findings: Sequence[Finding],
         *,
         settings: Mapping[str, Any],
-        parts: Mapping[str, Rows] | None = None,
+        parts: Mapping[str, Rows],
         origin: str = "",
         notes: Sequence[str] = (),
         data: Mapping[str, Any] | None = None,
@@ -206,7 +206,6 @@ class Probe(ABC):
             notes: What to bear in mind; files that could not be read are named after them.
             data: Where the images came from; None means counts and failures of ``parts``.
         """
-        parts = parts or {}
         return LabResult(
             f"probe {self.name}",
             self.question,

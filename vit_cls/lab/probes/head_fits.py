@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.pooling import make_pooling, num_class_tokens
 from vit_cls.model.pooling_base import Pooling, PoolingContext
+from vit_cls.model.token_reader import TokenReader
 from vit_cls.model.tokens import TokenLayout
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -242,16 +242,11 @@ def heads_that_fit(heads: Sequence[str] | None, classifier: ImageClassifier) -> 
     if not heads:
         raise ConfigError(f"--heads must name at least one head, such as {', '.join(HEADS[:3])}; got none.")
     wanted = list(dict.fromkeys([baseline, *heads]))
+    context = TokenReader(model, "--heads").context
     with seeded(0):  # building draws weights
         for head in wanted:
-            check_pooling(head, make_pooling(head, probe_context(classifier)))
+            check_pooling(head, make_pooling(head, context))
     return wanted, notes
-
-
-def probe_context(classifier: ImageClassifier) -> PoolingContext:
-    """What a head over the model's frozen tokens needs to know."""
-    context = classifier.model.pooling_context
-    return dataclasses.replace(context, include_prefix=False, setting="--heads")
 
 
 def check_pooling(head: str, pooling: Pooling) -> None:

@@ -52,9 +52,8 @@ class LinearProbe(ClassifierProbe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.fitting
+        self.fitting()  # refuses what it cannot be
 
-    @property
     def fitting(self) -> LinearSettings:
         """How classifiers are fitted."""
         return LinearSettings(self.protocol, self.solver, self.refit, self.max_steps)
@@ -69,7 +68,7 @@ class LinearProbe(ClassifierProbe):
 
     def fit(self, pool: str, frozen: FrozenParts) -> Fit:
         """See `ClassifierProbe.fit`."""
-        return fit_pool(pool, frozen.train, frozen.val, self.fitting)
+        return fit_pool(pool, frozen.train, frozen.val, self.fitting())
 
     def tested(self, pools: Sequence[str], reference: str, best: str) -> list[str]:
         """See `ClassifierProbe.tested`."""
@@ -78,13 +77,13 @@ class LinearProbe(ClassifierProbe):
     def columns(self, fits: Mapping[str, Fit]) -> dict[str, list[Any]]:
         """See `ClassifierProbe.columns`."""
         return {
-            "penalty" if self.fitting.ridge else "C": [fit.strength for fit in fits.values()],
+            "penalty" if self.fitting().ridge else "C": [fit.strength for fit in fits.values()],
             "parameters": [fit.weight.size + fit.bias.size for fit in fits.values()],
         }
 
     def table_note(self, frozen: FrozenParts) -> str:
         """See `ClassifierProbe.table_note`."""
-        ridge, grid = self.fitting.ridge, self.fitting.strengths
+        ridge, grid = self.fitting().ridge, self.fitting().strengths
         unit = ", in multiples of the mean variance of the standardised features" if ridge else ""
         return (
             f"The {'penalty' if ridge else 'C'} was chosen on {len(frozen.val)} validation images from "
@@ -93,7 +92,7 @@ class LinearProbe(ClassifierProbe):
 
     def details(self, fits: Mapping[str, Fit], frozen: FrozenParts) -> tuple[dict[str, Any], dict[str, Any]]:
         """See `ClassifierProbe.details`."""
-        return {"strengths": self.fitting.strengths}, {
+        return {"strengths": self.fitting().strengths}, {
             "strength": {pool: fit.strength for pool, fit in fits.items()}
         }
 
