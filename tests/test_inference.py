@@ -12,7 +12,7 @@ from vit_cls.data import loader as loader_module
 from vit_cls.data.dataset import ArraySource, FolderSource
 from vit_cls.data.index import ImageIndex, index_folder
 from vit_cls.errors import ConfigError, ModelFileError, RunError
-from vit_cls.inference import InferenceConfig, batches, choose_device, layer_tokens
+from vit_cls.inference import BF16, FP16, FP32, InferenceConfig, batches, choose_device, layer_tokens
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -116,7 +116,9 @@ def test_a_value_that_is_not_finite_names_its_image_and_its_layer(classifier, in
         list(batches(classifier, in_memory, broken_at_the_seventh, _config()))
     torch.nn.init.constant_(classifier.model.blocks[0].mlp.fc2.bias, torch.inf)
     assert list(batches(classifier, in_memory, layer_tokens(classifier, [0]), _config()))
-    with pytest.raises(ModelFileError, match=r"tokens of layer 1 are not finite for .*, or --precision bf16"):
+    with pytest.raises(
+        ModelFileError, match=r"tokens of layer 1 are not finite for .*: weights that diverged"
+    ):
         list(batches(classifier, in_memory, layer_tokens(classifier, [0, 1]), _config()))
 
 
@@ -148,10 +150,23 @@ def test_settings_are_checked_once_for_all():
             InferenceConfig(**settings)
 
 
-def test_auto_is_bf16_on_a_gpu_alone(monkeypatch):
-    assert not InferenceConfig("cpu").bf16
-    assert InferenceConfig("cpu", "bf16").bf16
-    assert InferenceConfig(torch.device("cuda")).bf16
-    assert not InferenceConfig(torch.device("cuda"), "32").bf16
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_is_the_reduced_precision_that_the_gpu_has(monkeypatch, native, expected):
+    def supported(including_emulation=True):
+        return native or including_emulation  # as a T4 or a V100 answers
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert InferenceConfig(torch.device("cuda")).computes_in.name == expected
+    assert InferenceConfig(torch.device("cuda"), "32").computes_in.name == "32"
+    assert InferenceConfig("cpu").computes_in.name == "32"
+    assert InferenceConfig("cpu", "bf16").computes_in.name == "bf16"
+    assert InferenceConfig(torch.device("mps")).computes_in.name == "32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == torch.device("cuda")
+
+
+def test_the_model_computes_in_the_dtype_of_the_precision():
+    layer, row = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    for precision, dtype in ((FP32, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16)):
+        with precision.autocast(torch.device("cpu")):
+            assert layer(row).dtype == dtype

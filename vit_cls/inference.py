@@ -32,12 +32,34 @@ Values = TypeVar("Values", Tensor, dict[int, Tensor])
 
 
 @dataclass(frozen=True)
+class Precision:
+    """The numbers that a model computes with.
+
+    Args:
+        name: ``32``, ``bf16`` or ``fp16``, as records have it.
+        dtype: That of autocast; None computes in the dtype of the weights.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which the model is run."""
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+FP32 = Precision("32")
+BF16 = Precision("bf16", torch.bfloat16)
+FP16 = Precision("fp16", torch.float16)
+
+
+@dataclass(frozen=True)
 class InferenceConfig:
     """How a model is run over images; does not change the result beyond rounding.
 
     Args:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``mps``; or a device of torch.
-        precision: ``auto`` (bf16 autocast on a GPU), ``32`` or ``bf16``.
+        precision: ``auto`` (autocast on a GPU, see `reduced_precision`), ``32`` or ``bf16``.
         batch_size: Images a forward pass.
         num_workers: Loading processes; None means one a core, at most 8, and none for images in memory or for
             no more than one batch.
@@ -65,11 +87,25 @@ class InferenceConfig:
             choose_device(self.device)
 
     @property
-    def bf16(self) -> bool:
-        """Whether the model runs under bf16 autocast, on this device."""
-        return self.precision == "bf16" or (
-            self.precision == "auto" and choose_device(self.device).type == "cuda"
-        )
+    def computes_in(self) -> Precision:
+        """What ``precision`` means on this device."""
+        if self.precision == "auto":
+            return reduced_precision(choose_device(self.device)) or FP32
+        return BF16 if self.precision == "bf16" else FP32
+
+
+def reduced_precision(device: torch.device) -> Precision | None:
+    """The shorter numbers that a device computes fast with: bf16, or fp16 on a GPU that only emulates bf16.
+
+    Args:
+        device: Of a machine's GPUs, which are taken to be alike, the current one is asked.
+
+    Returns:
+        None where there are none: on a CPU and on MPS.
+    """
+    if device.type != "cuda":
+        return None
+    return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP16
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -140,6 +176,7 @@ def batches(
     """
     config = config or InferenceConfig()
     device = choose_device(config.device)
+    precision = config.computes_in
     classifier.to(device).eval()
     if config.compile:
         classifier.model.blocks.compile()
@@ -155,11 +192,11 @@ def batches(
     running: deque[_Running[Values]] = deque()
     with _progress(images, config) as advance:
         for items, batch in loaded:
-            running.append(_start(items, batch, compute, device, config.bf16))
+            running.append(_start(items, batch, compute, device, precision))
             if len(running) > ahead:
-                yield _finish(running.popleft(), images, advance)
+                yield _finish(running.popleft(), images, precision, advance)
         while running:
-            yield _finish(running.popleft(), images, advance)
+            yield _finish(running.popleft(), images, precision, advance)
 
 
 @dataclass(frozen=True)
@@ -174,19 +211,25 @@ class _Running(Generic[Values]):
 
 
 def _start(
-    items: list[Any], batch: Batch, compute: Callable[[Tensor], Values], device: torch.device, bf16: bool
+    items: list[Any],
+    batch: Batch,
+    compute: Callable[[Tensor], Values],
+    device: torch.device,
+    precision: Precision,
 ) -> _Running[Values]:
     if not len(batch.indices):
         return _Running(items, batch, None, {})
     pixels = batch.images.to(device, non_blocking=True)
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), precision.autocast(device):
         values = compute(pixels)
         parts: dict[Any, Tensor] = {None: values} if isinstance(values, Tensor) else values
         finite = {layer: part.reshape(len(part), -1).isfinite().all(dim=1) for layer, part in parts.items()}
     return _Running(items, batch, values, finite)
 
 
-def _finish(running: _Running[Values], images: Images, advance: Callable[[int], None]) -> Outputs[Values]:
+def _finish(
+    running: _Running[Values], images: Images, precision: Precision, advance: Callable[[int], None]
+) -> Outputs[Values]:
     """The results, on the CPU; raises where one is not finite."""
     items, places = running.items, running.batch.indices.tolist()
     for layer, finite in running.finite.items():
@@ -194,7 +237,8 @@ def _finish(running: _Running[Values], images: Images, advance: Callable[[int], 
             first = items[places[int((~finite).nonzero()[0])]]
             name = images.index.path(first) if isinstance(images, ImageSource) else first
             what = "the model's output is" if layer is None else f"tokens of layer {layer} are"
-            raise ModelFileError(f"{what} not finite for {name}: weights that diverged, or --precision bf16.")
+            short = "" if precision.dtype is None else f", or {precision.name} is too short (--precision 32)"
+            raise ModelFileError(f"{what} not finite for {name}: weights that diverged{short}.")
     advance(len(items))
     values = running.values
     with torch.inference_mode():

@@ -66,7 +66,9 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
         parser: Gets the options.
     """
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--precision", default="auto", help="auto (bf16 on a GPU), 32 or bf16")
+    parser.add_argument(
+        "--precision", default="auto", help="auto (on a GPU bf16, or fp16 where it has none), 32 or bf16"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
     parser.add_argument("--num_workers", type=int | None, default=None, help="loading processes")
     parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")

@@ -172,7 +172,7 @@ def _facts(classifier: ImageClassifier, request: Request) -> dict[str, Any]:
         "--top_k": request.top_k,
         "--features": request.features,
         "--exact": request.config.exact,
-        "--precision": "bf16" if request.config.bf16 else "32",
+        "--precision": request.config.computes_in.name,
     }
 
 

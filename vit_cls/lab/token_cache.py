@@ -37,7 +37,7 @@ def cache_key(
         layers: Which are stored.
         config: What the precision means on the device counts.
     """
-    settings = {"format": FORMAT, "layers": list(layers), "bf16": config.bf16}
+    settings = {"format": FORMAT, "layers": list(layers), "precision": config.computes_in.name}
     return joined_digest(json.dumps(settings), model_digest(classifier), data_digest(source))
 
 

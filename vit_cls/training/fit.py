@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import Precision as PrecisionPlugin
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
+from vit_cls.inference import BF16, FP16, FP32, reduced_precision
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
 from vit_cls.stats.intervals import wilson_interval
@@ -53,6 +57,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
 }
 """Where our defaults differ from Lightning's. The sampler is ours: Lightning's repeats validation images."""
+
+LIGHTNING_PRECISION = {FP32: "32-true", BF16: "bf16-mixed", FP16: "16-mixed"}
+"""Lightning's words; its fp16 scales the loss."""
 
 
 @dataclass(frozen=True)
@@ -242,13 +249,28 @@ def _make_trainer(
     arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
     arguments["logger"] = loggers or False
     if arguments.get("precision") is None:
-        gpu = arguments.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
-        arguments["precision"] = "bf16-mixed" if gpu else "32-true"
+        arguments["precision"] = _default_precision(arguments)
     arguments["default_root_dir"] = folder.path
     try:
         return Trainer(enable_progress_bar=bool(bar), **arguments)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"Lightning's trainer refuses these settings: {error}") from error
+
+
+def _default_precision(arguments: Mapping[str, Any]) -> str | None:
+    """What a run on this device is trained in; None where a plugin or a strategy brings its own."""
+    plugins = arguments.get("plugins") or ()
+    plugins = plugins if isinstance(plugins, list | tuple) else (plugins,)
+    strategy = arguments.get("strategy")
+    if any(isinstance(plugin, PrecisionPlugin) for plugin in plugins) or (
+        isinstance(strategy, Strategy) and strategy._precision_plugin is not None
+    ):
+        return None
+    accelerator = arguments.get("accelerator") or "auto"
+    named = accelerator in ("auto", "gpu", "cuda") or isinstance(accelerator, CUDAAccelerator)
+    on_gpu = named and torch.cuda.is_available()
+    precision = reduced_precision(torch.device("cuda" if on_gpu else "cpu")) or FP32
+    return LIGHTNING_PRECISION[precision]
 
 
 def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> Schedule:
@@ -363,6 +385,7 @@ def _quiet_lightning() -> None:
         ".*`training_step` returned `None`.*",  # no image of the batch could be read
         ".*module.s. in eval mode at the start of training.*",  # frozen ones, on purpose
         ".*exists and is not empty.*",
+        ".*lr_scheduler.step.. before .optimizer.step.*",  # fp16 skips steps until it has its scale
         ".*number of training batches.*",
         ".*It is recommended to use `self.log.*sync_dist.*",  # torchmetrics has reduced those values already
     )
