@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vit_cls.data.sampler import EpochSampler, sample_seed
+from vit_cls.data.sampler import EpochSampler, EvenBatches, sample_seed
 from vit_cls.errors import ConfigError
 
 
@@ -144,6 +144,22 @@ def test_repeated_images_come_together_and_are_augmented_each_on_its_own():
     two = [_keys(12, repeats=2, rank=rank, world_size=2) for rank in range(2)]
     assert [key[1] for key in two[0]] == [key[1] for key in two[1]]  # each process has a copy of its own
     assert {key[2] for key in two[0]} == {0}
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 3, 4, 5, 8, 9, 65, 100])
+@pytest.mark.parametrize("batch_size", [1, 4, 64, 1000])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_are_as_few_as_may_be_and_differ_by_one_image_at_most(num_samples, batch_size, shuffle):
+    sampler = EpochSampler(num_samples, seed=7, shuffle=shuffle)
+    batches = EvenBatches(sampler, batch_size)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        made = list(batches)
+        assert [key for batch in made for key in batch] == list(sampler)  # the same keys in the same order
+        sizes = [len(batch) for batch in made]
+        assert len(made) == len(batches) == -(-num_samples // batch_size)
+        assert sizes == batches.sizes() == sorted(sizes, reverse=True)
+        assert not sizes or (max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1)
 
 
 def test_impossible_settings_are_refused():

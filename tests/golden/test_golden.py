@@ -15,7 +15,17 @@ import pytest
 import torch
 
 import vit_cls
-from tests.golden.record import COMMANDS, GOLDEN, TRAINING, VOLATILE, answer, machine, tensors, train
+from tests.golden.record import (
+    COMMANDS,
+    GOLDEN,
+    TRAINED,
+    TRAINING,
+    VOLATILE,
+    answer,
+    machine,
+    tensors,
+    train,
+)
 from tests.golden.record import vit_cls as vit_cls_json
 from vit_cls.data.digits import load_digits
 
@@ -59,11 +69,11 @@ def test_a_command_says_of_old_models_what_it_said(name, tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The golden run, trained anew."""
-    return train(tmp_path_factory.mktemp("golden"), "cls")
+    return train(tmp_path_factory.mktemp("golden"))
 
 
 def test_training_ends_in_the_same_weights(trained):
-    golden, now = (tensors(run / "model.safetensors") for run in (GOLDEN / "run", trained))
+    golden, now = (tensors(run / "model.safetensors") for run in (GOLDEN / TRAINED, trained))
     assert list(now) == list(golden)
     assert len(golden) >= 20
     for key, values in golden.items():
@@ -74,7 +84,7 @@ def test_training_ends_in_the_same_weights(trained):
 
 
 def test_a_run_folder_has_the_same_files_and_metrics(trained):
-    golden, now = (_metrics(run) for run in (GOLDEN / "run", trained))
+    golden, now = (_metrics(run) for run in (GOLDEN / TRAINED, trained))
     assert len(now) == len(golden) == 3
     for old, new in zip(golden, now, strict=True):
         assert list(old) == list(new)

@@ -242,5 +242,5 @@ def test_a_manifest_takes_the_place_of_the_folder(image_root, tmp_path):
     assert module.class_names == ["BLUE", "RED"]
     assert (len(module.train_set), result.images) == (24, 8)
     paths = module.train_source.index.paths
-    drawn = {Path(paths[index]).stem for _, index, _ in module.train_dataloader().sampler}
+    drawn = {Path(paths[index]).stem for _, index, _ in module.train_dataloader().batch_sampler.sampler}
     assert {int(stem) for stem in drawn} <= set(range(6))  # the others weigh nothing

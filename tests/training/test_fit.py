@@ -30,7 +30,7 @@ def test_a_run_leaves_the_folder_that_is_promised(image_root, tmp_path):
     assert any(name.startswith("events.out") for name in os.listdir(folder / "tensorboard"))
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
-    assert [row["step"] for row in rows] == ["5", "10"]  # 24 images, 5 a step, the last of 4
+    assert [row["step"] for row in rows] == ["5", "10"]  # 24 images in batches of 5, 5, 5, 5 and 4
     record = record_of(folder)
     assert record["status"] == "finished"
     assert record["data"]["train_counts"] == {"blue": 12, "red": 12}

@@ -43,7 +43,8 @@ class ImageDataModule(LightningDataModule):
         val_fraction: Share of each class to validate on, where there is no validation folder.
         group_by: Pattern with one group, such as ``(patient_\\d+)``: files for whose path it finds the same
             are never split between training and validation. A manifest has a column for that.
-        batch_size: Images a step, for each process.
+        batch_size: Images a step, for each process, at most: the batches of an epoch are as few as that
+            allows, and differ by one image.
         num_workers: Loading processes; null means one a core, at most 8 (0 for the digits).
         augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts), ``randaugment``,
             ``trivialaugment`` or ``none``.

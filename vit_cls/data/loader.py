@@ -21,7 +21,7 @@ from vit_cls.data.dataset import (
     collate,
     read_path,
 )
-from vit_cls.data.sampler import EpochSampler
+from vit_cls.data.sampler import EpochSampler, EvenBatches
 from vit_cls.data.transforms import Reader
 from vit_cls.environment import cpu_count
 from vit_cls.errors import RunError
@@ -39,7 +39,10 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Load the sampler's keys in its order, epoch after epoch; the last batch may be smaller.
+    """Load the sampler's keys in its order, epoch after epoch, in batches of almost one size (`EvenBatches`).
+
+    Args:
+        batch_size: Of the largest batch; ``loader.batch_sampler.batch_size`` keeps it.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -48,8 +51,7 @@ def make_loader(
     check_range("data.num_workers", num_workers, at_least=0)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # keys are (epoch, index)
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=EvenBatches(sampler, batch_size),
         persistent_workers=num_workers > 0,
         **_settings(num_workers, pin_memory),
     )

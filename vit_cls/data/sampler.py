@@ -1,8 +1,10 @@
-"""The order of samples as a function of (seed, epoch): the same for any number of workers."""
+"""The order of samples as a function of (seed, epoch), and its batches: the same for any workers."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import struct
 from collections.abc import Iterator
 
@@ -96,6 +98,34 @@ class EpochSampler(Sampler[SampleKey]):
             return
         for index, copy in zip(order[mine].tolist(), _copies(order)[mine].tolist(), strict=True):
             yield epoch, index, copy
+
+
+class EvenBatches(Sampler[list[SampleKey]]):
+    """A sampler's keys, in its order, in as few batches as their largest size allows.
+
+    The sizes differ by one at most, the larger ones first: no step is made of the few images that are left
+    over, and a compiled model meets two shapes.
+
+    Args:
+        batch_size: Of the largest batch that there may be.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.batch_size)
+
+    def sizes(self) -> list[int]:
+        """Keys of each batch."""
+        keys, batches = len(self.sampler), len(self)
+        return [keys // batches + (i < keys % batches) for i in range(batches)]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        keys = iter(self.sampler)
+        for size in self.sizes():
+            yield list(itertools.islice(keys, size))
 
 
 def _copies(order: np.ndarray) -> np.ndarray:
