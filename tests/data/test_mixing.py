@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from vit_cls.data.mixing import MixedTargets, MixOptions, mix_batch
 from vit_cls.errors import ConfigError
-from vit_cls.training.task import mixed_cross_entropy
+from vit_cls.training.losses import mixed_cross_entropy
 
 MIXUP = MixOptions(mixup_alpha=0.8)
 CUTMIX = MixOptions(cutmix_alpha=1.0)

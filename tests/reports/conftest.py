@@ -36,7 +36,7 @@ from vit_cls.lab.results import (
 )
 from vit_cls.reports.folder import write_folder
 from vit_cls.stats.verdicts import CANNOT_TELL, VERDICTS, Finding
-from vit_cls.training.fit import FitResult
+from vit_cls.training.result import FitResult
 from vit_cls.training.runs import RunFolder
 
 HOSTILE = [

@@ -13,8 +13,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from vit_cls.data.datamodule import ImageDataModule
-from vit_cls.training.fit import FitResult, fit
+from vit_cls.training.fit import fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
+from vit_cls.training.result import FitResult
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

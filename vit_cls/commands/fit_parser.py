@@ -13,7 +13,7 @@ from vit_cls.training.fit import TRAINER_DEFAULTS
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.training.task import ClassificationTask
 
-FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile")
+FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile", "metrics")
 
 
 class FitCLI(LightningCLI):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,37 +15,58 @@ from vit_cls.data.loader import default_num_workers
 from vit_cls.environment import environment
 from vit_cls.signals import StopSignals
 from vit_cls.training.runs import RunFolder
-from vit_cls.training.task import ClassificationTask
-from vit_cls.weights.bundle import save_classifier
+from vit_cls.training.task import ClassificationTask, images_and_targets
+from vit_cls.weights.bundle import KEPT, save_classifier
 
 log = logging.getLogger("vit_cls")
 
-COLUMNS = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/balanced_acc1", "val/correct", "val/images")
+COLUMNS = ("loss", "acc1", "acc5", "balanced_acc1", "correct", "images")
+"""Of a validation, in the order of ``metrics.csv``; others follow."""
 SLOW_LOADER = 0.2
 """Share of an epoch spent waiting for images from which on the loader is said to be the bottleneck."""
 
 
-class EpochLog(Callback):
-    """Write one row an epoch to ``metrics.csv``.
+def _where(trainer: Trainer) -> dict[str, float]:
+    """Epoch, step and learning rate, as a row begins."""
+    lr = trainer.optimizers[0].param_groups[0]["lr"]
+    return {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step), "lr": lr}
 
-    Lightning's own CSV logger deletes an existing file, and so the first half of a resumed run.
+
+def _is_within_epoch(trainer: Trainer) -> bool:
+    """Whether training goes on in this epoch after a validation."""
+    ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
+    return not trainer.sanity_checking and not ends
+
+
+class EpochLog(Callback):
+    """Write one row an epoch to ``metrics.csv``, and one for each validation within an epoch.
+
+    It must come before all other callbacks: one that swaps weights for validation swaps them back in the hook
+    in which the model file is written here. Lightning's own CSV logger deletes an existing file, and so the
+    first half of a resumed run.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, checkpoint: RunCheckpoint) -> None:
         self.folder = folder
+        self.checkpoint = checkpoint
         self.rows: list[dict[str, float]] = []
         self.advised = False
+        self.validation: dict[str, float] = {}
+        """The row of a validation that is not yet in a row of `rows`."""
+        self._start_clocks()
+
+    def _start_clocks(self) -> None:
+        self.started = self.waiting_since = time.perf_counter()
+        self.images = 0
+        self.waited = self.validated_for = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the rows of the epochs that a resumed run does not repeat."""
         self.rows = [row for row in self.folder.read_history() if row["epoch"] < trainer.current_epoch]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the epoch."""
-        self.started = self.waiting_since = time.perf_counter()
-        self.images = 0
-        self.waited = 0.0
-        self.validated = False
+        """Start the clocks of the epoch."""
+        self._start_clocks()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -56,28 +78,50 @@ class EpochLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count images; reads shapes only, so nothing waits for the device."""
-        self.images += len(batch.targets) * trainer.world_size
+        self.images += len(images_and_targets(batch)[1]) * trainer.world_size
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # Lightning would end here too, but leave the last epoch unvalidated
         self.waiting_since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of training."""
-        self.train_seconds = time.perf_counter() - self.started
+        """Stop the clocks of training."""
+        self.validating_since = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what was found, and keep the model, while the weights are those that were validated."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, ClassificationTask)
+        found = pl_module.validated()
+        names = [*COLUMNS, *(name for name in found if name not in COLUMNS)]
+        self._add_validation()
+        self.validation = {**_where(trainer), **{f"val/{name}": float(found[name]) for name in names}}
+        self.checkpoint.keep_if_best(trainer, pl_module, self.validation)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember that this epoch has validation metrics of its own: Lightning keeps showing old ones."""
-        self.validated = True
+        """Start the clocks again; within an epoch the validation is a row of its own."""
+        now = time.perf_counter()
+        self.validated_for += now - self.validating_since
+        self.waiting_since = now
+        if _is_within_epoch(trainer):
+            self._add_validation()
+            if trainer.is_global_zero:
+                self.folder.write_history(self.rows)
+
+    def _add_validation(self) -> None:
+        if self.validation:
+            self.rows.append(self.validation)
+            self.validation = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the row; on the first process alone."""
-        metrics = trainer.callback_metrics
-        row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
-        names = [
-            name for name in COLUMNS if name in metrics and (self.validated or name.startswith("train/"))
-        ]
-        row |= {name: float(metrics[name]) for name in names}
+        row = _where(trainer)
+        if "train/loss" in trainer.callback_metrics:
+            row["train/loss"] = float(trainer.callback_metrics["train/loss"])
+        row |= self.validation
+        self.validation = {}
         row["seconds"] = time.perf_counter() - self.started
-        train_seconds = max(getattr(self, "train_seconds", row["seconds"]), 1e-9)
+        train_seconds = max(row["seconds"] - self.validated_for, 1e-9)
         row["train_images_per_second"] = self.images / train_seconds
         row["data_wait"] = min(1.0, self.waited / train_seconds)
         self.rows.append(row)
@@ -114,36 +158,47 @@ class EpochLog(Callback):
 class RunCheckpoint(Checkpoint):
     """Keep ``last.ckpt`` and ``best.ckpt``, and the best classifier as ``model.safetensors``.
 
-    The best epoch is that of the highest ``val/acc1``; of equals the later, since its learning rate is
+    The best validation is that of the highest ``val/acc1``; of equals the later, since its learning rate is
     lower: on a small validation set many epochs are equal, and the first of them is the worst choice.
     Lightning's ModelCheckpoint keeps the first, writes ``last`` only together with ``best``, and forgets
     the best score when the folder was moved.
     """
 
-    def __init__(self, folder: RunFolder, epoch_log: EpochLog) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         super().__init__()
         self.folder = folder
-        self.epoch_log = epoch_log
         self.best: float | None = None
+        self.improved = False
+        """Whether ``best.ckpt`` is older than the best model."""
+
+    def keep_if_best(self, trainer: Trainer, task: ClassificationTask, row: Mapping[str, float]) -> None:
+        """Save the model as it is now, where the validation was the best so far.
+
+        Args:
+            row: Of this validation.
+        """
+        score = row["val/acc1"]
+        if self.best is not None and not score >= self.best:
+            return
+        self.best, self.improved = score, True
+        if trainer.is_global_zero:
+            extra = {"metrics": dict(row), KEPT: task.kept, "versions": environment()["versions"]}
+            save_classifier(task.kept_classifier, self.folder.model_file, extra=extra)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the state of the best within an epoch; that of its end has a place of its own."""
+        if _is_within_epoch(trainer):
+            self._save_best(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the model where it is the best so far, then the state: a resume repeats what a crash cut."""
-        row = self.epoch_log.rows[-1]
-        score = row.get("val/acc1")  # absent where this epoch was not validated
-        if score is not None and (self.best is None or score >= self.best):
-            self.best = score
-            if trainer.is_global_zero:
-                self._save_model(pl_module, row)
-            trainer.save_checkpoint(self.folder.best_checkpoint)
+        """Save the states; the model comes first, so that a resume repeats what a crash cut."""
+        self._save_best(trainer)
         trainer.save_checkpoint(self.folder.last_checkpoint)
 
-    def _save_model(self, task: LightningModule, row: dict[str, float]) -> None:
-        assert isinstance(task, ClassificationTask)
-        extra = {
-            "metrics": row,
-            "versions": environment()["versions"],
-        }
-        save_classifier(task.classifier, self.folder.model_file, extra=extra)
+    def _save_best(self, trainer: Trainer) -> None:
+        if self.improved:
+            self.improved = False
+            trainer.save_checkpoint(self.folder.best_checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score, for a resumed run."""

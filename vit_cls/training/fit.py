@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from vit_cls.files import write_text
 from vit_cls.inference import BF16, FP16, FP32, reduced_precision
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
-from vit_cls.stats.intervals import wilson_interval
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.optim import peak_lr
 from vit_cls.training.options import AUTO, FitOptions
+from vit_cls.training.result import FitResult, result_of
 from vit_cls.training.runs import (
     RunFolder,
     announce_run,
@@ -45,6 +44,7 @@ from vit_cls.training.runs import (
     run_record,
 )
 from vit_cls.training.task import ClassificationTask, Schedule
+from vit_cls.training.validation import make_metrics
 
 log = logging.getLogger("vit_cls")
 
@@ -60,58 +60,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 LIGHTNING_PRECISION = {FP32: "32-true", BF16: "bf16-mixed", FP16: "16-mixed"}
 """Lightning's words; its fp16 scales the loss."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a finished run has to show, for its best epoch.
-
-    Args:
-        epochs: Epochs trained in all.
-        best_epoch: Epoch of the model file, from 0.
-        correct: Validation images whose class was predicted.
-        images: Validation images.
-        top5: Share of them whose class was among the first five (or all, where there are fewer).
-        seconds: Wall time of all epochs, those before a resume included.
-        train_images_per_second: Median over the epochs.
-        history: One row an epoch.
-    """
-
-    folder: RunFolder
-    epochs: int
-    best_epoch: int
-    correct: int
-    images: int
-    top5: float
-    seconds: float
-    train_images_per_second: float
-    history: list[dict[str, float]]
-
-    @property
-    def top1(self) -> float:
-        """Correct over images."""
-        return self.correct / self.images
-
-    @property
-    def top1_ci95(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of it."""
-        return wilson_interval(self.correct, self.images)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain data that JSON can hold."""
-        return {
-            "run_dir": str(self.folder.path),
-            "top1": self.top1,
-            "top1_ci95": list(self.top1_ci95),
-            "top5": self.top5,
-            "correct": self.correct,
-            "images": self.images,
-            "epochs": self.epochs,
-            "best_epoch": self.best_epoch,
-            "seconds": round(self.seconds, 3),
-            "train_images_per_second": round(self.train_images_per_second, 1),
-            "model": str(self.folder.model_file),
-        }
 
 
 def fit(
@@ -144,8 +92,9 @@ def fit(
     # Dropout and drop path draw from here on: the same whatever the model drew before.
     torch.manual_seed(options.seed)
     identity = run_identity(options, data, classifier)
-    epoch_log, stop = EpochLog(folder), StopSignals(lambda: _how_to_go_on(folder))
-    callbacks: list[Callback] = [epoch_log, RunCheckpoint(folder, epoch_log), StopBetweenSteps(stop)]
+    states = RunCheckpoint(folder)
+    epoch_log, stop = EpochLog(folder, states), StopSignals(lambda: _how_to_go_on(folder))
+    callbacks: list[Callback] = [epoch_log, states, StopBetweenSteps(stop)]
     trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
     if trainer.world_size > 1 and options.run_dir is None and options.resume is None:
         raise ConfigError(
@@ -159,6 +108,7 @@ def fit(
         options.optim,
         schedule,
         mix=data.mix,
+        metrics=make_metrics(options.metrics or [], len(data.class_names)),
         class_weights=_class_weights(options, data),
         seed=options.seed,
     )
@@ -177,7 +127,7 @@ def fit(
             write_text(folder.config_file, config_yaml)
         checkpoint = str(folder.last_checkpoint) if resuming else None
         trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-        result = _result(folder, epoch_log.rows or folder.read_history())
+        result = result_of(folder, epoch_log.rows or folder.read_history())
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
     if trainer.is_global_zero:
         record["data"]["bad_images"] = data.bad_images
@@ -350,30 +300,6 @@ def _how_to_go_on(folder: RunFolder) -> str:
     if folder.last_checkpoint.exists():
         return f"continue with --resume {folder.path}"
     return "no epoch was complete, so nothing is kept"
-
-
-def _result(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:
-    validated = [row for row in rows if "val/acc1" in row]
-    if not validated:
-        raise RunError(
-            "no epoch was validated, so there is no best model; check trainer.max_steps and "
-            "trainer.check_val_every_n_epoch."
-        )
-    best = max(
-        reversed(validated), key=lambda row: row["val/acc1"]
-    )  # the last of equals, as in RunCheckpoint
-    speeds = sorted(row["train_images_per_second"] for row in rows)
-    return FitResult(
-        folder=folder,
-        epochs=int(rows[-1]["epoch"]) + 1,
-        best_epoch=int(best["epoch"]),
-        correct=int(best["val/correct"]),
-        images=int(best["val/images"]),
-        top5=best["val/acc5"],
-        seconds=sum(row["seconds"] for row in rows),
-        train_images_per_second=speeds[len(speeds) // 2],
-        history=rows,
-    )
 
 
 def _quiet_lightning() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from vit_cls.checks import check_choice, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training.losses import LOSSES
 from vit_cls.training.optimizers import OPTIMIZERS
+from vit_cls.training.validation import VAL_METRICS
 from vit_cls.weights.factory import architecture_of, create_classifier
 from vit_cls.weights.families import Recipe, recipe_of
 from vit_cls.weights.loading import MAX_FRESH
@@ -148,9 +150,12 @@ class OptimOptions:
         beta1: Decay of the gradient's average.
         beta2: Decay of the squared gradient's average.
         eps: Added to the denominator.
-        label_smoothing: Probability mass spread over all classes, in [0, 1).
+        loss: ``cross_entropy``; ``bce``, each class for itself; or a registered one of your own.
+        label_smoothing: Probability mass spread over all classes, in [0, 1); an own loss does its own.
         class_weights: ``balanced`` weighs a class in the loss by the inverse of its training images; null
             weighs all alike.
+        ema_decay: Decay of a running average of the weights, in [0, 1); it is validated beside the raw
+            weights, and the better ones are kept. ``auto`` averages over a twentieth of the run; null is off.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -170,11 +175,17 @@ class OptimOptions:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    loss: str = "cross_entropy"
     label_smoothing: float = 0.1
     class_weights: str | None = None
+    ema_decay: float | str | None = None
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
+        check_choice("optim.loss", self.loss, LOSSES)
+        _check_auto("optim.ema_decay", self.ema_decay)
+        if not isinstance(self.ema_decay, str):
+            check_range("optim.ema_decay", self.ema_decay, at_least=0, below=1)
         _check_auto("optim.base_lr_per_256_images", self.base_lr_per_256_images)
         _check_auto("optim.layer_decay", self.layer_decay)
         for name in ("base_lr_per_256_images", "lr", "eps", "layer_decay", "head_lr_ratio", "head_first_lr"):
@@ -221,6 +232,8 @@ class FitOptions:
         resume: ``auto`` continues ``run_dir`` if it was begun; a run folder continues that one.
         early_stopping_patience: Stop when ``val/acc1`` has not improved for this many epochs; null never.
         compile: Whether the encoder's blocks are compiled.
+        metrics: More of each validation: ``f1`` and ``auroc``, means over the classes, or
+            registered ones of your own; columns ``val/NAME`` of ``metrics.csv``.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -233,7 +246,10 @@ class FitOptions:
     resume: str | None = None
     early_stopping_patience: int | None = None
     compile: bool = False
+    metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
+        for name in self.metrics or []:
+            check_choice("metrics", name, VAL_METRICS)
         check_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         check_range("early_stopping_patience", self.early_stopping_patience, at_least=1)

@@ -165,7 +165,7 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-BEFORE = {"optim.name": "adamw"}
+BEFORE = {"optim.name": "adamw", "optim.loss": "cross_entropy", "optim.ema_decay": None}
 """What runs did before there was a setting for it: their records lack it."""
 
 
@@ -225,7 +225,6 @@ def run_record(
             "problems": {problem.kind: problem.count for problem in data.problems},
             "train_images": len(data.train_set),
             "val_images": len(data.val_set),
-            "scored_val_images": data.scored_images(trainer.limit_val_batches, trainer.world_size),
             "train_counts": dict(
                 zip(data.class_names, data.train_source.index.counts().tolist(), strict=True)
             ),

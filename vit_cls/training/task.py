@@ -1,24 +1,33 @@
-"""The LightningModule: one training step and its loss, one validation step, and the optimiser."""
+"""The LightningModule: one training step and its loss, validation, and the optimiser."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
+from torchmetrics import Metric
 
-from vit_cls.data.dataset import Batch
-from vit_cls.data.mixing import UNMIXED, MixedTargets, MixOptions, mix_batch
+from vit_cls.data.mixing import UNMIXED, MixOptions, mix_batch
 from vit_cls.data.sampler import sample_seed
-from vit_cls.errors import DataError
+from vit_cls.errors import ConfigError, DataError
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.training.optim import Freezer, make_optimizer, make_schedule
-from vit_cls.training.options import BACKBONE, OptimOptions
-from vit_cls.weights.bundle import CHECKPOINT_KEY, FORMAT_VERSION
+from vit_cls.training.ema import Ema, auto_decay, warm_decay
+from vit_cls.training.losses import GivenLoss, OwnLoss, Targets, make_loss
+from vit_cls.training.optim import Freezer, make_optimizer, make_schedule, peak_lr
+from vit_cls.training.options import AUTO, BACKBONE, OptimOptions
+from vit_cls.training.validation import Validation
+from vit_cls.weights.bundle import CHECKPOINT_KEY, EMA, FORMAT_VERSION, KEPT, RAW, load_classifier
+from vit_cls.weights.families import recipe_of
+
+log = logging.getLogger("vit_cls")
 
 RNG_KEY = "vit_cls_rng"
 
@@ -33,46 +42,95 @@ class Schedule:
 
 
 class ClassificationTask(LightningModule):
-    """Train an image classifier with cross entropy, and count what it gets right.
+    """Train an image classifier, and count what it gets right, in anybody's ``Trainer``.
 
-    Nothing in the training step waits for the device: the loss is logged as a tensor and read when a
-    logger or the progress bar asks for it.
+    A batch is ``(images, targets)``, uint8 ``(batch, channels, height, width)`` and int64 ``(batch,)``, or
+    the record that `vit_cls.data.datamodule.ImageDataModule` makes. Nothing in the training step waits for
+    the device: the loss is logged as a tensor and read when a logger or the progress bar asks for it. With
+    ``accumulate_grad_batches`` or several processes the gradient of a step is the mean over all its images.
+
+    Logged: ``train/loss``; ``val/loss``, ``val/acc1``, ``val/acc5``, ``val/balanced_acc1``, ``val/correct``,
+    ``val/images`` and ``val/NAME`` of each metric; likewise ``test/``. With ``optim.ema_decay`` these are of
+    the weights that did better, raw or averaged; ``val/raw_acc1``, ``val/raw_loss``, ``val/ema_acc1`` and
+    ``val/ema_loss`` are of each, and ``val/kept_ema`` says which.
 
     Args:
         classifier: What is trained; takes uint8 images.
-        optim: Settings of loss and optimiser.
-        schedule: Steps and peak learning rate.
+        optim: Settings of loss and optimiser; None is the defaults.
+        schedule: Steps and peak learning rate; None counts them from the trainer when training begins.
         mix: What is done to whole batches after normalisation.
+        loss: Your own, instead of ``optim.loss``: from logits and classes (shares of the classes where
+            batches are mixed) to the mean over the images.
+        metrics: More of validation and test, by name: torchmetrics that take logits and classes and compute
+            one number.
         class_weights: Weight of each class in the loss; None weighs all alike.
         seed: Seed of the batches' mixing.
-    """
 
-    class_weights: Tensor | None
+    Raises:
+        ConfigError: If the classifier has no head, or the settings cannot take effect.
+
+    Example:
+        >>> from vit_cls.model.classifier import Preprocess
+        >>> from vit_cls.model.presets import preset_config
+        >>> from vit_cls.model.vit import VisionTransformer
+        >>> model = VisionTransformer(preset_config("vit_pico_patch7_28", num_classes=2))
+        >>> task = ClassificationTask(ImageClassifier(model, Preprocess((28, 28)), ["cat", "dog"]))
+        >>> task(torch.zeros(4, 3, 28, 28, dtype=torch.uint8)).shape
+        torch.Size([4, 2])
+    """
 
     def __init__(
         self,
         classifier: ImageClassifier,
-        optim: OptimOptions,
-        schedule: Schedule,
+        optim: OptimOptions | None = None,
+        schedule: Schedule | None = None,
         *,
         mix: MixOptions = UNMIXED,
+        loss: OwnLoss | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         class_weights: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        optim = (optim or OptimOptions()).resolved(recipe_of(classifier.weights_source))
+        if not classifier.class_names:
+            raise ConfigError(
+                "the classifier has no head to train. Make one with num_classes and class_names."
+            )
         self.classifier = classifier
         self.optim = optim
         self.freezer = Freezer(classifier.model, optim.freeze)
         self.mix = mix
         self.seed = seed
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        if loss is None:
+            self.loss = make_loss(
+                optim.loss, label_smoothing=optim.label_smoothing, class_weights=class_weights
+            )
+        else:
+            self.loss = GivenLoss(loss)
         self.schedule = schedule
+        self.lr = None if schedule is None else schedule.lr
+        """Peak learning rate; what Lightning's ``LearningRateFinder`` sets."""
+        self.ema = None if optim.ema_decay is None else Ema(classifier)
         classes = len(classifier.class_names)
-        # validate_args would copy every batch's targets to the host to look at them
-        self.val_counts = MulticlassStatScores(classes, average=None, validate_args=False)
-        self.val_acc5 = MulticlassAccuracy(
-            classes, top_k=min(5, classes), average="micro", validate_args=False
-        )
+        self.validation = Validation(classes, metrics or {})
+        self.ema_validation = None if self.ema is None else Validation(classes, metrics or {})
+        self.kept = RAW
+        """The weights that the last validation found better: ``raw`` or ``ema``."""
+        self._validated: dict[str, Tensor] | None = None
+        self._batch_weight = 1.0
+        self._step_weight: float | Tensor = 0.0
+        self._counted: Schedule | None = None
+        self.save_hyperparameters({**dataclasses.asdict(optim), **dataclasses.asdict(mix), "seed": seed})
+
+    @property
+    def kept_classifier(self) -> ImageClassifier:
+        """The one that the last validation found better; the raw one before any."""
+        return self.ema.classifier if self.kept == EMA and self.ema is not None else self.classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images, uint8, ``(batch, channels, height, width)``, to logits, ``(batch, classes)``."""
+        return self.classifier(images)
 
     def train(self, mode: bool = True) -> ClassificationTask:
         """Training mode for what is trained; what is frozen stays in evaluation mode."""
@@ -81,76 +139,193 @@ class ClassificationTask(LightningModule):
             self.freezer.set_eval()
         return self
 
+    def on_train_start(self) -> None:
+        """After a resume, continue the random draws; set last, since loading draws too."""
+        rng = getattr(self, "_rng", None)
+        if rng is not None:
+            torch.set_rng_state(rng["cpu"])
+            if rng["cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+        size = torch.tensor(float(_batch_size(self.trainer.train_dataloader) or 1), device=self.device)
+        self._batch_weight = float(self.trainer.strategy.reduce(size, reduce_op="max"))
+        steps = self.trainer.estimated_stepping_batches
+        if self.schedule is not None and steps > self.schedule.total_steps:
+            log.warning(
+                f"the learning rate ends after {self.schedule.total_steps} steps, as the Schedule says, and "
+                f"the Trainer makes {steps}: the rest runs at the last rate. Without a Schedule the task "
+                "counts by itself."
+            )
+
     def on_train_epoch_start(self) -> None:
         """Begin with the head alone where that was asked for, then train all."""
         wanted = BACKBONE if self.current_epoch < self.optim.head_first_epochs else self.optim.freeze
         if self.freezer.current != wanted:
             self.freezer.set(wanted)
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
-        """Mean cross entropy of a batch of uint8 images and targets; None where no image could be read.
+    def training_step(self, batch: Any, batch_index: int) -> Tensor | None:
+        """The loss of a batch, to be averaged over the images of the step; None where it holds no image.
 
         Raises:
             DataError: If that happens to one of several processes, which would wait for it in vain.
         """
-        size = len(batch.targets)
+        images, targets = images_and_targets(batch)
+        size = len(targets)
         if size == 0:
             if self.trainer.world_size > 1:
                 raise DataError(
                     "no image of a batch could be read; with several processes that ends the run."
                 )
             return None
-        loss = self._loss(batch, batch_index)
+        logits, mixed = self._logits(images, targets, batch_index)
+        loss = self.loss(logits, mixed)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        return loss
+        if not self._step_is_several_batches():
+            return loss
+        weight = self.loss.weight(mixed)
+        self._step_weight = self._step_weight + weight
+        return loss * (weight / self._batch_weight)
 
-    def _loss(self, batch: Batch, batch_index: int) -> Tensor:
-        smoothing, weights = self.optim.label_smoothing, self.class_weights
+    def _logits(self, images: Tensor, targets: Tensor, batch_index: int) -> tuple[Tensor, Targets]:
         if self.mix == UNMIXED:
-            logits = self.classifier(batch.images)
-            return F.cross_entropy(logits, batch.targets, weight=weights, label_smoothing=smoothing)
-        images = self.classifier.normalise(batch.images)
+            return self.classifier(images), targets
         key = sample_seed(self.seed, self.current_epoch, batch_index, 1 + self.trainer.global_rank)
-        images, targets = mix_batch(images, batch.targets, self.mix, key=key)
-        logits = self.classifier.model(images)
-        return mixed_cross_entropy(logits, targets, label_smoothing=smoothing, class_weights=weights)
+        pixels, mixed = mix_batch(self.classifier.normalise(images), targets, self.mix, key=key)
+        return self.classifier.model(pixels), mixed
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Count one batch."""
-        if not len(batch.targets):  # none could be read
+    def _step_is_several_batches(self) -> bool:
+        return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the sum of the batches' gradients, each by what its images weigh, the mean over all images.
+
+        Lightning divides by the number of batches and DDP by that of the processes, however large each batch
+        is, and an epoch's last step by batches that it does not have.
+        """
+        if not self._step_is_several_batches():
             return
-        logits = self.classifier(batch.images).float()
-        self.val_counts.update(logits, batch.targets)
-        self.val_acc5.update(logits, batch.targets)
-        loss = F.cross_entropy(logits, batch.targets)
-        size = len(batch.targets)
-        self.log("val/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        trainer = self.trainer
+        batches = trainer.accumulate_grad_batches * trainer.world_size
+        weight: float | Tensor = self._step_weight
+        if trainer.world_size > 1:
+            weight = weight if isinstance(weight, Tensor) else torch.full((), weight, device=self.device)
+            weight = trainer.strategy.reduce(weight, reduce_op="sum")
+        factor = batches * self._batch_weight / weight
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+        self._step_weight = 0.0
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let the average of the weights follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            step = self.trainer.global_step + 1  # it is counted after this hook
+            self.ema.update(self.classifier, warm_decay(self._ema_decay(), step))
+
+    def _ema_decay(self) -> float:
+        decay = self.optim.ema_decay
+        if decay != AUTO:
+            assert isinstance(decay, float | int)
+            return decay
+        schedule = self.schedule or self._counted
+        assert schedule is not None  # since the optimizers were configured
+        return auto_decay(schedule.total_steps)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        self._validated = None
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to count."""
+        self._validated = None
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """Count one batch."""
+        images, targets = images_and_targets(batch)
+        if not len(targets):  # none could be read
+            return
+        self.validation.update(self.classifier(images).float(), targets)
+        if self.ema is not None and self.ema_validation is not None:
+            self.ema_validation.update(self.ema(images).float(), targets)
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        """Count one batch."""
+        self.validation_step(batch, batch_index)
+
+    def predict_step(self, batch: Any, batch_index: int = 0) -> Tensor:
+        """Logits, float32, ``(batch, classes)``, of a batch, or of images alone."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self.kept_classifier(images).float()
+
+    def validated(self) -> dict[str, Tensor]:
+        """What the validation found that has just gone through its batches, over all processes.
+
+        The names are those of the log, without ``val/``.
+        """
+        if self._validated is None:
+            found = self.validation.compute()
+            if self.ema_validation is not None:
+                found = self._better(found, self.ema_validation.compute())
+            self._validated = found
+        return self._validated
+
+    def _better(self, raw: dict[str, Tensor], ema: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of the weights with more correct images, if equal the lower loss; a few of both."""
+        scores = [(float(found["correct"]), -float(found["loss"])) for found in (raw, ema)]
+        self.kept = EMA if scores[1] >= scores[0] else RAW
+        both = {
+            f"{which}_{name}": found[name]
+            for which, found in ((RAW, raw), (EMA, ema))
+            for name in ("acc1", "loss")
+        }
+        kept = ema if self.kept == EMA else raw
+        return {**kept, **both, "kept_ema": torch.tensor(float(self.kept == EMA))}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the counts and the accuracies that follow from them."""
-        counts = self.val_counts.compute()
-        right, support = counts[:, 0].float(), counts[:, 4].float()
-        correct, images = right.sum(), support.sum()
-        self.log("val/correct", correct)
-        self.log("val/images", images)
-        self.log("val/acc1", correct / images, prog_bar=True)
-        present = support > 0
-        self.log("val/balanced_acc1", (right / support.clamp_min(1)).sum() / present.sum())
-        self.log("val/acc5", self.val_acc5.compute())
-        self.val_counts.reset()
-        self.val_acc5.reset()
+        """Log what was found."""
+        self._log_found("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was found."""
+        self._log_found("test")
+
+    def _log_found(self, stage: str) -> None:
+        for name, value in self.validated().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "acc1")
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and a learning rate that changes with every step."""
         # fp16's loss scaler would unscale inside a fused step, after our clipping
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         schedule = self.schedule
-        optimizer = make_optimizer(self.classifier.model, self.optim, lr=schedule.lr, fused=fused)
+        if schedule is None:
+            schedule = self._counted = self._count()
+        lr = schedule.lr if self.lr is None else self.lr
+        optimizer = make_optimizer(self.classifier.model, self.optim, lr=lr, fused=fused)
         scheduler = make_schedule(
             optimizer, self.optim, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _count(self) -> Schedule:
+        """The schedule that the trainer's loader, epochs and accumulation make."""
+        trainer = self.trainer
+        total = trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ConfigError(
+                "the learning rate needs an end: give the Trainer max_epochs or max_steps, or the task a "
+                "Schedule."
+            )
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        size = _batch_size(trainer.train_dataloader)
+        if size is None and self.optim.lr is None:
+            raise ConfigError(
+                "the learning rate goes by the images of a step, and the loader does not say its batch_size. "
+                "Give OptimOptions(lr=...)."
+            )
+        images = (size or 1) * trainer.accumulate_grad_batches * trainer.world_size
+        return Schedule(max(1, per_epoch), int(total), peak_lr(self.optim, images_per_step=images))
 
     def configure_gradient_clipping(
         self,
@@ -172,48 +347,54 @@ class ClassificationTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the model, and the generators that dropout and drop path draw from."""
-        checkpoint[CHECKPOINT_KEY] = {"format_version": FORMAT_VERSION, **self.classifier.to_metadata()}
+        metadata = self.classifier.to_metadata()
+        checkpoint[CHECKPOINT_KEY] = {"format_version": FORMAT_VERSION, **metadata, KEPT: self.kept}
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the generators back where they were."""
-        rng = checkpoint[RNG_KEY]
-        self._rng = rng
+        """Put the generators back where they were, and what was kept."""
+        self._rng = checkpoint.get(RNG_KEY)
+        self.kept = checkpoint.get(CHECKPOINT_KEY, {}).get(KEPT, RAW)
 
-    def on_train_start(self) -> None:
-        """After a resume, continue the random draws; set last, since loading draws too."""
-        rng = getattr(self, "_rng", None)
-        if rng is not None:
-            torch.set_rng_state(rng["cpu"])
-            if rng["cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.device)
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's asks for what the file holds
+        cls, checkpoint_path: str | Path, **arguments: Any
+    ) -> ClassificationTask:
+        """The task of a checkpoint, its classifier rebuilt from the file alone, on the CPU.
+
+        Args:
+            checkpoint_path: A ``.ckpt`` of any run of this task.
+            arguments: Of the constructor, where they are not the defaults: loss, metrics, class weights.
+
+        Raises:
+            ModelFileError: If the file is missing, damaged, or not of this task.
+        """
+        classifier = load_classifier(checkpoint_path, which=RAW)
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        given = checkpoint.get("hyper_parameters", {})
+        optim = {f.name: given[f.name] for f in dataclasses.fields(OptimOptions) if f.name in given}
+        mix = {f.name: given[f.name] for f in dataclasses.fields(MixOptions) if f.name in given}
+        settings = {"optim": OptimOptions(**optim), "mix": MixOptions(**mix), "seed": given.get("seed", 0)}
+        task = cls(classifier, **{**settings, **arguments})
+        task.load_state_dict(checkpoint["state_dict"])
+        task.kept = checkpoint[CHECKPOINT_KEY].get(KEPT, RAW)
+        return task
 
 
-def mixed_cross_entropy(
-    logits: Tensor,
-    targets: MixedTargets,
-    *,
-    label_smoothing: float = 0.0,
-    class_weights: Tensor | None = None,
-) -> Tensor:
-    """Mean cross entropy, weighted by class, each image counted for its two classes by their shares.
+def images_and_targets(batch: Any) -> tuple[Tensor, Tensor]:
+    """The two of a batch of ours, or of anybody's pair; TypeError where it is neither."""
+    if isinstance(batch, tuple | list) and len(batch) >= 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise TypeError(
+        "a batch must be (images, targets): uint8 pixels and int64 classes; got "
+        f"{type(batch).__name__}. Let the loader's collate_fn make that."
+    )
 
-    With a share of 1 it is what `torch.nn.functional.cross_entropy` gives for ``first``.
 
-    Example:
-        >>> import torch
-        >>> logits, first = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-        >>> mixed = MixedTargets(first, 1 - first, torch.tensor([0.5]))
-        >>> round(mixed_cross_entropy(logits, mixed).item(), 4)
-        1.1269
-    """
-    total = logits.new_zeros(())
-    weight = logits.new_zeros(())
-    for classes, share in ((targets.first, targets.share), (targets.second, 1 - targets.share)):
-        loss = F.cross_entropy(
-            logits, classes, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
-        )
-        total = total + (share * loss).sum()
-        weight = weight + (share if class_weights is None else share * class_weights[classes]).sum()
-    return total / weight
+def _batch_size(loader: Any) -> int | None:
+    """The images that a loader puts in a batch, as far as it says."""
+    size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    return size if isinstance(size, int) else None

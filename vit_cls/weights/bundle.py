@@ -22,6 +22,10 @@ FORMAT_VERSION = 1
 METADATA_KEY = "vit_cls"
 MODEL_FILE = "model.safetensors"
 CHECKPOINT_KEY = "vit_cls_metadata"
+KEPT = "kept"
+"""Which weights of a run did better, in the metadata of its files: those of `RAW` or of `EMA`."""
+RAW, EMA = "raw", "ema"
+_PREFIXES = {RAW: "classifier.model.", EMA: "ema.classifier.model."}
 
 
 def save_classifier(
@@ -98,14 +102,19 @@ def is_own_file(path: Path) -> bool:
         return False
 
 
-def read_own_file(path: Path, *, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_own_file(
+    path: Path, *, weights: bool = True, which: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata, and weights under timm's names if wanted, of a model file or a checkpoint; or ModelFileError.
 
     A ``.ckpt`` is read with ``weights_only=True``: no code in it ever runs.
+
+    Args:
+        which: Weights of a checkpoint, `RAW` or `EMA`; None takes those that were kept.
     """
     if path.suffix == ".ckpt":
         checkpoint = _read_checkpoint(path)
-        prefix = "classifier.model."
+        prefix = _PREFIXES[which or checkpoint[CHECKPOINT_KEY].get(KEPT, RAW)]
         state = {
             k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)
         }
@@ -131,13 +140,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_classifier(path: str | Path) -> ImageClassifier:
+def load_classifier(path: str | Path, *, which: str | None = None) -> ImageClassifier:
     """Rebuild a classifier, bit for bit and in evaluation mode, from a model file or checkpoint of ours.
+
+    Args:
+        which: Weights of a checkpoint, `RAW` or `EMA`; None takes those that were kept.
 
     Raises:
         ModelFileError: If the file is missing, damaged, not one of ours, or does not hold every weight.
     """
-    metadata, state = read_own_file(Path(path))
+    metadata, state = read_own_file(Path(path), which=which)
     try:
         classifier = ImageClassifier.from_metadata(
             metadata, lambda values: build_model(architecture_from_dict(values), init=False)

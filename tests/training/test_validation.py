@@ -1,0 +1,139 @@
+"""What is counted in a validation, against torchmetrics; and losses against torch's and timm's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
+
+from tests.training.runs import fit_tiny, rows_of
+from vit_cls.data.mixing import MixedTargets
+from vit_cls.errors import ConfigError
+from vit_cls.training.losses import (
+    LOSSES,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    class_shares,
+    make_loss,
+    register_loss,
+)
+from vit_cls.training.options import OptimOptions
+from vit_cls.training.validation import VAL_METRICS, ClassCounts, Validation, register_metric
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 40])
+def test_counts_are_those_of_torchmetrics(classes, generator):
+    ours = ClassCounts(classes)
+    scores = MulticlassStatScores(classes, average=None)
+    top5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
+    losses, seen = [], 0
+    for size in (64, 1, 13):
+        logits = torch.randn(size, classes, generator=generator)
+        targets = torch.randint(0, max(1, classes - 1), (size,), generator=generator)  # one class is absent
+        for metric in (ours, scores, top5):
+            metric.update(logits, targets)
+        losses.append(F.cross_entropy(logits, targets, reduction="sum"))
+        seen += size
+    reference = scores.compute()
+    assert torch.equal(ours.correct, reference[:, 0])
+    assert torch.equal(ours.images, reference[:, 4])
+    found = ours.compute()
+    assert found["images"] == seen
+    assert found["correct"] == reference[:, 0].sum()
+    assert found["acc5"] == pytest.approx(float(top5.compute()))
+    assert found["loss"] == pytest.approx(float(sum(losses) / seen), rel=1e-6)
+    present = reference[:, 4] > 0
+    recall = reference[present, 0] / reference[present, 4]
+    assert found["balanced_acc1"] == pytest.approx(float(recall.mean()), rel=1e-6)
+
+
+def test_counting_takes_memory_linear_in_the_classes():
+    classes, biggest = 3000, 0
+    logits, targets = torch.randn(8, classes), torch.arange(8)
+    ours = ClassCounts(classes)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal biggest
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(value, torch.Tensor):
+                    biggest = max(biggest, value.numel())
+            return out
+
+    with Watch():
+        ours.update(logits, targets)
+    assert biggest <= 8 * classes
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms(smoothing, generator):
+    logits = torch.randn(6, 5, generator=generator)
+    targets = torch.randint(0, 5, (6,), generator=generator)
+    timms = TimmBinaryCrossEntropy(smoothing=smoothing)
+    assert BinaryCrossEntropy(smoothing)(logits, targets) == pytest.approx(float(timms(logits, targets)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_mixed_image_of_one_class_is_that_image(name, generator):
+    logits = torch.randn(6, 5, generator=generator)
+    targets = torch.randint(0, 5, (6,), generator=generator)
+    mixed = MixedTargets(targets, targets.flip(0), torch.ones(6))
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    for class_weights in (None, weights):
+        loss = make_loss(name, label_smoothing=0.1, class_weights=class_weights)
+        assert loss(logits, mixed) == pytest.approx(float(loss(logits, targets)), rel=1e-6)
+        assert float(loss.weight(mixed)) == pytest.approx(float(loss.weight(targets)))
+    assert loss.weight(targets) == weights[targets].sum()
+
+
+def test_shares_of_mixed_classes_add_up(generator):
+    first, second = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 0])
+    shares = class_shares(MixedTargets(first, second, torch.tensor([0.25, 0.5, 1.0])), 3)
+    assert shares.tolist() == [[0.25, 0.75, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_an_own_loss_gets_classes_or_shares():
+    seen = []
+
+    def own(logits, targets):
+        seen.append(targets)
+        return F.cross_entropy(logits, targets)
+
+    register_loss("own-loss", own)
+    try:
+        register_loss("own-loss", own)  # the same again, as when a module is imported twice
+        loss = make_loss("own-loss", label_smoothing=0.3)
+        logits, targets = torch.randn(2, 3), torch.tensor([0, 2])
+        assert loss(logits, targets) == CrossEntropy()(logits, targets)
+        mixed = MixedTargets(targets, targets.flip(0), torch.tensor([0.5, 0.5]))
+        assert loss(logits, mixed) == pytest.approx(float(CrossEntropy()(logits, mixed)))
+        assert [target.shape for target in seen] == [(2,), (2, 3)]
+        with pytest.raises(ConfigError, match=r"optim.class_weights has no effect on the loss own-loss"):
+            make_loss("own-loss", class_weights=torch.ones(3))
+        assert OptimOptions(loss="own-loss").loss == "own-loss"
+    finally:
+        del LOSSES["own-loss"]
+    with pytest.raises(ConfigError, match="the loss bce is there already"):
+        register_loss("bce", own)
+    with pytest.raises(ConfigError, match=r"optim.loss.*own-loss"):
+        OptimOptions(loss="own-loss")
+
+
+def test_further_metrics_reach_the_table(image_root, tmp_path):
+    fit_tiny(image_root, tmp_path / "run", epochs=1, metrics=["f1", "auroc"])
+    (row,) = rows_of(tmp_path / "run")
+    assert 0 <= float(row["val/f1"]) <= 1
+    assert 0 <= float(row["val/auroc"]) <= 1
+
+
+def test_a_metric_must_compute_one_number():
+    with pytest.raises(ConfigError, match="the metric acc1 is there already"):
+        register_metric("acc1", MulticlassAccuracy)
+    own = Validation(3, {"each": MulticlassAccuracy(3, average=None)})
+    own.update(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ConfigError, match="the metric each must compute one number"):
+        own.compute()
+    assert "each" not in VAL_METRICS

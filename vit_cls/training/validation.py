@@ -1,0 +1,129 @@
+"""What is counted while a model is validated, in memory and time linear in the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
+
+from vit_cls.errors import ConfigError
+
+TOP_K = 5
+VAL_METRICS: dict[str, Callable[[int], Metric]] = {
+    "f1": lambda classes: MulticlassF1Score(classes, average="macro", validate_args=False),
+    "auroc": lambda classes: MulticlassAUROC(classes, average="macro", validate_args=False),
+}
+"""Further metrics of each validation, by the names of ``metrics``; called with the number of classes."""
+
+
+def register_metric(name: str, make: Callable[[int], Metric]) -> None:
+    """Let ``metrics`` name a metric of your own: ``val/NAME`` in ``metrics.csv`` and for every logger.
+
+    Args:
+        name: Not that of another metric.
+        make: From the number of classes to a torchmetrics ``Metric`` whose ``update`` takes logits, float32,
+            ``(batch, classes)``, and classes, int64, ``(batch,)``, and whose ``compute`` gives one number.
+
+    Raises:
+        ConfigError: If the name is taken.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassCohenKappa
+        >>> register_metric("kappa", MulticlassCohenKappa)
+    """
+    taken = name in ("loss", *ClassCounts.NAMES)
+    if taken or VAL_METRICS.setdefault(name, make) is not make:
+        raise ConfigError(f"the metric {name} is there already. Choose another name.")
+
+
+class ClassCounts(Metric):
+    """Images and correct ones by class, the top-k hits, and the sum of the losses.
+
+    A batch costs a few additions into buffers and no look from the host; processes are added up once, when
+    `compute` is called. torchmetrics' own stat scores build a matrix of classes squared for every batch.
+
+    Args:
+        classes: How many there are.
+    """
+
+    NAMES = ("acc1", "acc5", "balanced_acc1", "correct", "images")
+    full_state_update = False
+    images: Tensor
+    correct: Tensor
+    hits: Tensor
+    loss: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.top_k = min(TOP_K, classes)
+        self.add_state("images", torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("loss", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch: logits, float32, ``(batch, classes)``, and classes, int64, ``(batch,)``."""
+        ones = torch.ones_like(targets)
+        self.images.index_add_(0, targets, ones)
+        self.correct.index_add_(0, targets, (logits.argmax(dim=1) == targets).long())
+        self.hits += (logits.topk(self.top_k, dim=1).indices == targets[:, None]).sum()
+        self.loss += F.cross_entropy(logits, targets, reduction="sum")
+
+    def compute(self) -> dict[str, Tensor]:
+        """``loss`` and `NAMES`; float32, each with no dimension."""
+        right, support = self.correct.float(), self.images.float()
+        correct, images = self.correct.sum().float(), self.images.sum().float()
+        return {
+            "loss": self.loss / images,
+            "acc1": correct / images,
+            "acc5": self.hits.float() / images,
+            "balanced_acc1": (right / support.clamp_min(1)).sum() / (support > 0).sum(),
+            "correct": correct,
+            "images": images,
+        }
+
+
+class Validation(nn.Module):
+    """`ClassCounts` of one model, and further metrics.
+
+    Args:
+        classes: How many there are.
+        metrics: By their names in the log.
+    """
+
+    def __init__(self, classes: int, metrics: Mapping[str, Metric]) -> None:
+        super().__init__()
+        self.counts = ClassCounts(classes)
+        self.metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch."""
+        self.counts.update(logits, targets)
+        for metric in self._metrics():
+            metric.update(logits, targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics by name, over all processes, and begin anew; ConfigError where one is no number."""
+        values = self.counts.compute()
+        self.counts.reset()
+        for name, metric in zip(self.metrics, self._metrics(), strict=True):
+            value = metric.compute()
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise ConfigError(
+                    f"the metric {name} must compute one number; it gave {value!r}. Average over the classes."
+                )
+            values[name] = value.reshape(()).float()
+            metric.reset()
+        return values
+
+    def _metrics(self) -> list[Metric]:
+        return [metric for metric in self.metrics.values() if isinstance(metric, Metric)]
+
+
+def make_metrics(names: list[str], classes: int) -> dict[str, Metric]:
+    """The metrics of `VAL_METRICS` with these names."""
+    return {name: VAL_METRICS[name](classes) for name in names}
