@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vit_cls.data.sampler import EpochSampler, EvenBatches, sample_seed
+from vit_cls.data.sampler import EpochSampler, EvenBatches, sample_seed, scored_images, spread_order
 from vit_cls.errors import ConfigError
 
 
@@ -160,6 +160,58 @@ def test_batches_are_as_few_as_may_be_and_differ_by_one_image_at_most(num_sample
         assert len(made) == len(batches) == -(-num_samples // batch_size)
         assert sizes == batches.sizes() == sorted(sizes, reverse=True)
         assert not sizes or (max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1)
+
+
+@pytest.mark.parametrize(
+    "counts", [[12] * 10, [1] * 50, [500, 3, 1, 1, 40], [0, 7, 0, 2], list(range(1, 60)), [5]], ids=str
+)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_first_part_of_a_spread_order_holds_each_class_in_proportion(counts, shuffled):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    if shuffled:
+        labels = np.random.default_rng(0).permutation(labels)
+    order = spread_order(labels)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    held = np.cumsum(np.eye(len(counts))[labels[order]], axis=0)  # of each class, in each first part
+    wanted = np.outer(np.arange(1, len(labels) + 1) / len(labels), counts)
+    assert np.abs(held - wanted).max() < 2
+    if len(set(counts)) == 1:  # as in turn
+        assert (held.max(axis=1) - held.min(axis=1)).max() <= 1
+
+
+def test_few_images_of_many_classes_are_not_those_of_the_first_classes_nor_the_first_of_a_class():
+    labels = np.repeat(np.arange(100), 50)
+    first = spread_order(labels)[:20]
+    assert len(set(labels[first])) == 20
+    assert np.diff(sorted(labels[first]), prepend=0, append=100).max() <= 10
+    of_one = [i for i in spread_order(labels).tolist() if labels[i] == 0][:5]
+    assert np.diff(sorted(of_one), prepend=0, append=50).max() <= 20
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_limit_scores_the_same_first_images_for_any_number_of_processes(world_size):
+    order = spread_order(np.repeat(np.arange(4), 25))
+    seen = []
+    for rank in range(world_size):
+        sampler = EpochSampler(100, seed=0, shuffle=False, rank=rank, world_size=world_size, order=order)
+        batches = list(EvenBatches(sampler, 5))
+        seen += [index for batch in batches[: int(len(batches) * 0.3)] for _, index in batch]
+    assert len(seen) == scored_images(100, 5, 0.3, world_size)
+    assert abs(len(seen) - 30) <= 5 * world_size
+    assert set(seen) == set(order[: len(seen)].tolist())
+
+
+@pytest.mark.parametrize(
+    ("limit", "scored"),
+    [(None, 21), (1.0, 21), (1, 4), (2, 8), (5, 18), (6, 21), (99, 21), (0.5, 12), (0.99, 18), (0, 0)],
+)
+def test_images_that_a_limit_scores_are_counted_as_lightning_takes_them(limit, scored):
+    assert scored_images(21, 4, limit, 1) == scored  # in batches of 4, 4, 4, 3, 3 and 3
+
+
+def test_a_limit_below_one_batch_is_refused():
+    with pytest.raises(ConfigError, match=r"limit_val_batches 0.1 is less than one of the 6 batches.*0\.17"):
+        scored_images(21, 4, 0.1, 1)
 
 
 def test_impossible_settings_are_refused():

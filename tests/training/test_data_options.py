@@ -159,6 +159,52 @@ def test_a_cache_spares_decoding_and_changes_nothing(image_root, tmp_path, monke
     assert reads.count("val") == 8
 
 
+# --- some of the validation
+
+
+class _Validated(Callback):
+    def __init__(self):
+        self.epochs, self.targets = [], []
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.epochs.append([])
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.epochs[-1] += batch.indices.tolist()
+        self.targets += batch.targets.tolist()
+
+
+@pytest.mark.parametrize("limit", [1, 0.5])
+def test_a_part_of_the_validation_is_of_all_classes_and_said_to_be_a_part(
+    image_root, tmp_path, caplog, limit
+):
+    seen = _Validated()
+    trainer = {"limit_val_batches": limit, "callbacks": [seen]}
+    with caplog.at_level(logging.INFO, logger="vit_cls"):
+        result, _ = _fit(image_root, tmp_path / "run", batch_size=4, trainer=trainer)
+    assert seen.targets.count(0) == seen.targets.count(1) == 4  # two of each class in each epoch
+    assert seen.epochs[0] == seen.epochs[1]
+    assert result.images == 4
+    data = record_of(tmp_path / "run")["data"]
+    assert (data["scored_val_images"], data["val_images"]) == (4, 8)
+    said = [entry.getMessage() for entry in caplog.records if "limit_val_batches" in entry.getMessage()]
+    assert said == [
+        f"trainer.limit_val_batches {limit:g}: validation scores 4 of 8 images, the same in every epoch, "
+        "spread over the classes"
+    ]
+
+
+def test_the_whole_validation_is_in_its_own_order(image_root, tmp_path):
+    seen = _Validated()
+    _fit(image_root, tmp_path / "run", epochs=1, trainer={"limit_val_batches": 2, "callbacks": [seen]})
+    assert seen.epochs == [list(range(8))]
+    data = record_of(tmp_path / "run")["data"]
+    assert data["scored_val_images"] == data["val_images"] == 8
+    with pytest.raises(ConfigError, match=r"trainer.limit_val_batches 0.2 is less than one of the 2 batches"):
+        _fit(image_root, tmp_path / "none", epochs=1, trainer={"limit_val_batches": 0.2})
+    assert not (tmp_path / "none").exists()
+
+
 # --- waiting
 
 

@@ -20,7 +20,7 @@ from vit_cls.data.index import balanced_weights
 from vit_cls.data.loader import default_num_workers, make_loader
 from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.data.partition import Split, split_for_training
-from vit_cls.data.sampler import EpochSampler
+from vit_cls.data.sampler import EpochSampler, scored_images, spread_order
 from vit_cls.data.transforms import AUGMENTS, Preprocessing, model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError
 
@@ -223,13 +223,46 @@ class ImageDataModule(LightningDataModule):
         return self._loader(self.train_set, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every validation image once, over all processes."""
+        """Every validation image once, over all processes; spread over the classes where Lightning takes but
+        some of the batches (``trainer.limit_val_batches``).
+        """
         return self._loader(self.val_set, shuffle=False)
+
+    def scored_images(self, limit: float | None, world_size: int) -> int:
+        """Validation images that are scored where Lightning takes but some of the batches.
+
+        Args:
+            limit: Lightning's ``limit_val_batches``: a number of batches, or a share of them; None is all.
+            world_size: Processes of the run.
+
+        Raises:
+            ConfigError: If that share is less than one batch.
+        """
+        return scored_images(len(self.val_set), self.batch_size, limit, world_size)
+
+    def _order(self, dataset: ImageDataset) -> np.ndarray | None:
+        """The order of images that are scored: None is their own; over the classes where not all are."""
+        if self.trainer is None:
+            return None
+        limit, images = self.trainer.limit_val_batches, len(dataset)
+        scored = scored_images(images, self.batch_size, limit, self.trainer.world_size)
+        if scored == images:
+            return None
+        if self.trainer.is_global_zero:
+            log.info(
+                f"trainer.limit_val_batches {limit:g}: validation scores {scored:,} of {images:,} images, "
+                "the same in every epoch, spread over the classes"
+            )
+        return spread_order(dataset.source.index.labels)
 
     def _loader(self, dataset: ImageDataset, *, shuffle: bool) -> DataLoader[Batch]:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        extra: dict[str, Any] = {"weights": self._weights(), "repeats": self.repeats} if shuffle else {}
+        extra: dict[str, Any]
+        if shuffle:
+            extra = {"weights": self._weights(), "repeats": self.repeats}
+        else:
+            extra = {"order": self._order(dataset)}
         sampler = EpochSampler(
             len(dataset), seed=self.seed, shuffle=shuffle, rank=rank, world_size=world_size, **extra
         )

@@ -38,6 +38,7 @@ class EpochSampler(Sampler[SampleKey]):
     shuffled: every sample exactly once over all processes, none twice.
 
     Args:
+        order: The samples where they are not shuffled; None is their own order.
         weights: How often each sample is drawn, relative to the others; with replacement.
         repeats: Copies of an image that come together, each augmented on its own and, with several processes,
             in another one (https://arxiv.org/abs/1901.09335); an epoch then sees fewer images.
@@ -54,6 +55,7 @@ class EpochSampler(Sampler[SampleKey]):
         shuffle: bool,
         rank: int = 0,
         world_size: int = 1,
+        order: np.ndarray | None = None,
         weights: np.ndarray | None = None,
         repeats: int = 1,
     ) -> None:
@@ -65,6 +67,7 @@ class EpochSampler(Sampler[SampleKey]):
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.order = np.arange(num_samples) if order is None else order
         self.weights = None if weights is None else np.cumsum(weights, dtype=np.float64)
         self.repeats = repeats
         self.epoch = 0
@@ -81,7 +84,7 @@ class EpochSampler(Sampler[SampleKey]):
     def _order(self) -> np.ndarray:
         """Indices of the whole epoch, for all processes."""
         if not self.shuffle:
-            return np.arange(self.num_samples)
+            return self.order
         generator = np.random.default_rng(sample_seed(self.seed, self.epoch, -1))
         if self.weights is not None:
             draws = generator.random(self.num_samples) * self.weights[-1]
@@ -98,6 +101,30 @@ class EpochSampler(Sampler[SampleKey]):
             return
         for index, copy in zip(order[mine].tolist(), _copies(order)[mine].tolist(), strict=True):
             yield epoch, index, copy
+
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples, whole parts cut off, lie evenly in [0, 1) however many there are."""
+
+
+def spread_order(labels: np.ndarray) -> np.ndarray:
+    """Positions of all samples in an order whose first part, of any length, is a fair sample of the classes.
+
+    Of a class of n samples a first part that is a share s of all holds n s, give or take one; which ones is
+    spread over the class as evenly, and so is which classes, where there is not one sample for each.
+
+    Args:
+        labels: Class of each sample, from 0.
+    """
+    counts = np.bincount(labels)
+    place = np.empty(len(counts), dtype=np.int64)
+    place[np.argsort(counts, kind="stable")] = np.arange(len(counts))
+    starts = np.r_[0, np.cumsum(counts)[:-1]]
+    by_class = np.argsort(labels, kind="stable")
+    number = np.arange(len(labels)) - np.repeat(starts, counts)  # of each sample in its class
+    spread = by_class[np.lexsort((number * GOLDEN_RATIO % 1, labels[by_class]))]
+    turns = (number + np.repeat(place * GOLDEN_RATIO % 1, counts)) / np.repeat(counts, counts)
+    return spread[np.argsort(turns, kind="stable")]
 
 
 class EvenBatches(Sampler[list[SampleKey]]):
@@ -126,6 +153,30 @@ class EvenBatches(Sampler[list[SampleKey]]):
         keys = iter(self.sampler)
         for size in self.sizes():
             yield list(itertools.islice(keys, size))
+
+
+def scored_images(images: int, batch_size: int, limit: float | None, world_size: int) -> int:
+    """Images that are scored where Lightning takes but some of the batches; see `ImageDataModule`.
+
+    Raises:
+        ConfigError: If ``limit`` is a share that is less than one batch.
+    """
+    scored = 0
+    for rank in range(world_size):
+        sampler = EpochSampler(images, seed=0, shuffle=False, rank=rank, world_size=world_size)
+        sizes = EvenBatches(sampler, batch_size).sizes()
+        if limit is None or (isinstance(limit, float) and limit >= 1):
+            taken = len(sizes)
+        else:
+            taken = limit if isinstance(limit, int) else int(len(sizes) * limit)
+        if sizes and not taken and isinstance(limit, float) and limit > 0:
+            raise ConfigError(
+                f"trainer.limit_val_batches {limit:g} is less than one of the {len(sizes)} batches of "
+                f"validation. Give at least {1 / len(sizes):.2g}, a whole number of batches, or a smaller "
+                "data.batch_size."
+            )
+        scored += sum(sizes[:taken])
+    return scored
 
 
 def _copies(order: np.ndarray) -> np.ndarray:

@@ -225,6 +225,7 @@ def run_record(
             "problems": {problem.kind: problem.count for problem in data.problems},
             "train_images": len(data.train_set),
             "val_images": len(data.val_set),
+            "scored_val_images": data.scored_images(trainer.limit_val_batches, trainer.world_size),
             "train_counts": dict(
                 zip(data.class_names, data.train_source.index.counts().tolist(), strict=True)
             ),
