@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is too heavy for the test suite: run it before a release, on a machine at rest.
-# Run:    bash scripts/release_check.sh [STEP ...]   (all, or some of: golden simulations timing wheel quickstart lab)
+# Run:    bash scripts/release_check.sh [STEP ...]   (all, or some of: golden simulations families timing wheel quickstart lab)
 # Expect: about three quarters of an hour on two CPU cores. Leaves scripts/results/release_check.json and, step by
 #         step, what was printed in runs/release_check/; exit 1 if a step failed. Needs git and the network.
 set -euo pipefail
@@ -20,6 +20,10 @@ golden() {  # the files that must keep giving the same answers, three times over
 simulations() {  # intervals and tests keep their levels, with many times the suite's repeats
     SIMULATION_REPEATS=3000 OMP_NUM_THREADS=1 $python -m pytest -q --timeout=1800 \
         tests/stats/test_random_effects.py tests/stats/test_paired.py
+}
+
+families() {  # every kind of block of every architecture compiles
+    EVERY_FAMILY=1 OMP_NUM_THREADS=1 $python -m pytest -q --timeout=1800 tests/model/test_compile.py
 }
 
 timing() { $python scripts/timing_checks.py; }
@@ -77,7 +81,7 @@ PYTHON
 }
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(golden simulations timing wheel quickstart lab)
+[ $# -gt 0 ] || steps=(golden simulations families timing wheel quickstart lab)
 failed=0
 for step in "${steps[@]}"; do
     echo "== $step" >&2

@@ -15,6 +15,7 @@ from vit_cls.errors import ConfigError, ModelFileError, RunError
 from vit_cls.inference import BF16, FP16, FP32, InferenceConfig, batches, choose_device, layer_tokens
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.token_model import TokenModel
 from vit_cls.model.vit import VisionTransformer
 
 NAMES = ["blue", "green", "red"]
@@ -170,3 +171,18 @@ def test_the_model_computes_in_the_dtype_of_the_precision():
     for precision, dtype in ((FP32, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16)):
         with precision.autocast(torch.device("cpu")):
             assert layer(row).dtype == dtype
+
+
+def test_compile_compiles_the_encoder_and_gives_the_same(classifier, in_memory, monkeypatch):
+    original, counted = TokenModel.compile_encoder, []
+
+    def backend(graph, inputs):
+        counted.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(TokenModel, "compile_encoder", lambda model: original(model, backend))
+    _, expected = _all(classifier, in_memory, _config())
+    assert not counted
+    _, values = _all(classifier, in_memory, _config(compile=True))
+    assert counted
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)

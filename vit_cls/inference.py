@@ -179,7 +179,7 @@ def batches(
     precision = config.computes_in
     classifier.to(device).eval()
     if config.compile:
-        classifier.model.blocks.compile()
+        classifier.model.compile_encoder()
     loaded = load_once(
         images,
         model_reader(classifier.preprocess, exact=config.exact),

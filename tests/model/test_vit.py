@@ -239,13 +239,3 @@ def test_drop_path_keeps_the_mean_and_is_silent_in_evaluation():
     assert abs(out[:, 0, 0].mean() - 1) < 0.02
     assert torch.equal(out[:, 0, 0], out[:, 1, 1])  # one draw a sample
     assert torch.equal(drop.eval()(out), out)
-
-
-def test_a_deep_encoder_with_drop_path_compiles_to_few_graphs(tiny, generator):
-    model = _model(tiny, depth=12, drop_path_rate=0.3).train()
-    model.blocks.compile(backend="eager")
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for batch in (4, 4, 3):
-            for training in (True, False):
-                model.train(training)(torch.randn(batch, 3, 16, 16, generator=generator))

@@ -38,14 +38,19 @@ class DropPath(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        # A number would be compiled in: a graph for every block, since each has a rate of its own.
+        self._keep = torch.tensor(1.0 - rate, device="cpu") if rate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop or scale each sample of ``x``, shape ``(batch, ...)``; the identity when not training."""
-        if self.rate == 0.0 or not self.training:
+        if not self.training or self._keep is None:
             return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        if torch.compiler.is_compiling():
+            kept = torch.rand(shape, device=x.device) < self._keep
+            return x * (kept / self._keep).to(x.dtype)
         keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
-        return x * mask
+        return x * x.new_empty(shape).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         """The rate, for ``print(model)``."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from vit_cls.model.attention import Attention
 from vit_cls.model.block import Block, Mlp, SwiGLUPacked
+from vit_cls.model.block_calls import call_plainly
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.tokens import TokenLayout, causal_mask
 
@@ -28,15 +31,21 @@ class Encoder(nn.ModuleList):
         self.layout: TokenLayout = config.layout
         self.causal_order = config.class_position if config.causal else None
 
-    def forward(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
-        """See `vit_cls.model.token_model.TokenModel.run_blocks`."""
+    def forward(
+        self,
+        tokens: Tensor,
+        read: slice | None = None,
+        num_layers: int = 1,
+        call: Callable[..., Tensor] = call_plainly,
+    ) -> Tensor:
+        """See `vit_cls.model.token_model.TokenModel.run_blocks`; a block is called by ``call``."""
         mask = None
         if self.causal_order is not None:
             mask = causal_mask(self.layout, self.causal_order, tokens.device)
         last, kept = len(self) - 1, []
         for i, block in enumerate(self):
             narrow = read if i == last else None
-            tokens = block(tokens, narrow, mask if narrow is None or mask is None else mask[narrow])
+            tokens = call(block, tokens, narrow, mask if narrow is None or mask is None else mask[narrow])
             if last - num_layers < i < last:
                 kept.append(tokens if read is None else tokens[:, read])
         return torch.cat([*kept, tokens], dim=1) if kept else tokens

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_cls.model.block_calls import Backend, call_plainly, compiled_call, has_hooks
 from vit_cls.model.config import ModelConfig
 from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.tokens import TokenLayout
@@ -32,6 +33,29 @@ class TokenModel(nn.Module):
     head: nn.Module
     load_report: Any = None
     """The fate of every key (`vit_cls.weights.load_report.LoadReport`); None with fresh weights."""
+    encoder_backend: Backend | None = None
+    """What compiles the blocks; None runs them as they are."""
+
+    def compile_encoder(self, backend: Backend = "inductor") -> None:
+        """Compile each block when it is first called; keys, copies and pickles of the model stay as they are.
+
+        Blocks that are alike share a graph, whatever their number, and batches of all sizes share two. A
+        block with a hook runs as it is. Called again, this changes nothing.
+
+        Args:
+            backend: As for `torch.compile`.
+
+        Source:
+            Regional compilation: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
+        """
+        self.encoder_backend = backend
+
+    def call_block(self, block: nn.Module, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One block's output, compiled where `compile_encoder` asked for it; for `run_blocks` alone."""
+        call = call_plainly
+        if self.encoder_backend is not None and not has_hooks(block):
+            call = compiled_call(self.encoder_backend)
+        return call(block, tokens, *args, **kwargs)
 
     @property
     def pool(self) -> Pooling:

@@ -153,7 +153,7 @@ class VisionTransformer(TokenModel):
 
     def run_blocks(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
         """See `TokenModel.run_blocks`; of the last block only the read tokens are computed."""
-        return self.blocks(tokens, read, num_layers)
+        return self.blocks(tokens, read, num_layers, self.call_block)
 
 
 class ClassTokensHead(nn.Linear):

@@ -167,7 +167,7 @@ def _prepare(options: FitOptions, data: ImageDataModule, *, load_weights: bool) 
     data.load_index(options.seed)
     classifier = options.model.build(data.class_names, load_weights=load_weights)
     if options.compile:
-        classifier.model.blocks.compile()
+        classifier.model.compile_encoder()
     data.configure(seed=options.seed, preprocess=classifier.preprocess)
     return classifier
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import DropPath as TimmDropPath
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.model.block import DropPath
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import make_pooling, needs_class_token, num_class_tokens
 from vit_cls.model.pooling_base import Pooling, PoolingContext
@@ -204,7 +206,7 @@ class TimmAdapter(TokenModel):
             patch_size=config.patch_size,
             **arguments,
         )
-        self._embed, self._run = next(steps for kind, steps in _STEPS.items() if isinstance(body, kind))
+        self._embed, self._arguments = next(steps for kind, steps in _STEPS.items() if isinstance(body, kind))
         self.layout = TokenLayout(config.class_token, config.reg_tokens, config.grid_size)
         if config.pool != "distilled" and num_class_tokens(config.pool, config.num_classes) != 1:
             raise ConfigError(
@@ -212,6 +214,7 @@ class TimmAdapter(TokenModel):
                 f"{config.timm_architecture} has its tokens built in. Use another pooling, or a plain ViT."
             )
         self.body = body
+        _use_own_drop_path(body)
         dim = config.embed_dim
         context = self.pooling_context = _pooling_context(body, self.layout, config)
         pooling = DistilledPool(context) if config.pool == "distilled" else make_pooling(config.pool, context)
@@ -255,19 +258,13 @@ class TimmAdapter(TokenModel):
 
     def run_blocks(self, tokens: Tensor, read: slice | None = None, num_layers: int = 1) -> Tensor:
         """See `TokenModel.run_blocks`; every token is computed, the read ones are returned."""
-        earlier: list[Tensor] = []
-        blocks = list(self.blocks)
-        hooks = [
-            block.register_forward_hook(lambda _module, _inputs, output: earlier.append(output))
-            for block in blocks[len(blocks) - num_layers : -1]
-        ]
-        try:
-            tokens = self._run(self.body, tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        kept = [layer if read is None else layer[:, read] for layer in (*earlier, tokens)]
-        return torch.cat(kept, dim=1) if earlier else kept[0]
+        kept: list[Tensor] = []
+        first_kept = len(self.blocks) - num_layers
+        for i, (block, arguments) in enumerate(zip(self.blocks, self._arguments(self.body), strict=True)):
+            tokens = self.call_block(block, tokens, **arguments)
+            if i >= first_kept:
+                kept.append(tokens if read is None else tokens[:, read])
+        return torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """See `TokenModel.forward`."""
@@ -275,6 +272,14 @@ class TimmAdapter(TokenModel):
             return super().forward(images)
         tokens = self.head_drop(self.norm(self.run_blocks(self.embed_tokens(images), self.pool.read)))
         return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
+
+
+def _use_own_drop_path(body: nn.Module) -> None:
+    """Ours draws the same numbers as timm's, and blocks with different rates share a compiled graph."""
+    for module in list(body.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, TimmDropPath):
+                setattr(module, name, DropPath(child.drop_prob))
 
 
 def _make_head(dim: int, num_classes: int) -> nn.Module:
@@ -320,15 +325,15 @@ def _from_timm_keys(module: nn.Module, state: dict[str, Tensor], prefix: str, *_
             state[f"{prefix}body.{name}"] = state.pop(key)
 
 
-# ---- how models of timm turn images into tokens, and send tokens through their blocks ----------------------
+# ---- how models of timm turn images into tokens, and what they give their blocks beside them ---------------
 
 
 def _embed_vit(body: Any, images: Tensor) -> Tensor:
     return body.norm_pre(body.patch_drop(body._pos_embed(body.patch_embed(images))))
 
 
-def _run_vit(body: Any, tokens: Tensor) -> Tensor:
-    return body.blocks(tokens)
+def _no_arguments(body: Any) -> list[dict[str, Any]]:
+    return [{}] * len(body.blocks)
 
 
 def _embed_eva(body: Any, images: Tensor) -> Tensor:
@@ -336,14 +341,13 @@ def _embed_eva(body: Any, images: Tensor) -> Tensor:
     return body.norm_pre(tokens)
 
 
-def _run_eva(body: Any, tokens: Tensor) -> Tensor:
+def _eva_arguments(body: Any) -> list[dict[str, Any]]:
     rope = body.rope
     if rope is not None:
         known = getattr(rope, "feat_shape", None) is not None
         rope = rope.get_embed() if known else rope.get_embed(shape=body.patch_embed.grid_size)
-    for i, block in enumerate(body.blocks):
-        tokens = block(tokens, rope=rope[i] if body.rope_mixed and rope is not None else rope)
-    return tokens
+    ropes = rope if body.rope_mixed and rope is not None else [rope] * len(body.blocks)
+    return [{"rope": rope} for rope in ropes]
 
 
 def _embed_beit(body: Any, images: Tensor) -> Tensor:
@@ -352,16 +356,14 @@ def _embed_beit(body: Any, images: Tensor) -> Tensor:
     return body.pos_drop(tokens if body.pos_embed is None else tokens + body.pos_embed)
 
 
-def _run_beit(body: Any, tokens: Tensor) -> Tensor:
+def _beit_arguments(body: Any) -> list[dict[str, Any]]:
     bias = None if body.rel_pos_bias is None else body.rel_pos_bias()
-    for block in body.blocks:
-        tokens = block(tokens, shared_rel_pos_bias=bias)
-    return tokens
+    return [{"shared_rel_pos_bias": bias}] * len(body.blocks)
 
 
-# timm's class: (images to tokens, tokens through the blocks)
-_STEPS: dict[type, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
-    TimmViT: (_embed_vit, _run_vit),
-    Eva: (_embed_eva, _run_eva),
-    Beit: (_embed_beit, _run_beit),
+# timm's class: (images to tokens, what each block is given beside its tokens)
+_STEPS: dict[type, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], list[dict[str, Any]]]]] = {
+    TimmViT: (_embed_vit, _no_arguments),
+    Eva: (_embed_eva, _eva_arguments),
+    Beit: (_embed_beit, _beit_arguments),
 }
