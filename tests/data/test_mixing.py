@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import beta
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vit_cls.data import mixing
 from vit_cls.data.mixing import MixedTargets, MixOptions, mix_batch
 from vit_cls.errors import ConfigError
 from vit_cls.training.losses import mixed_cross_entropy
@@ -61,12 +68,22 @@ def test_mix_prob_leaves_the_others_as_they_are():
     assert 0.70 < untouched.float().mean() < 0.85  # 75 % are not mixed; of CutMix's boxes a few are empty
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 7.0, 50.0])
 def test_shares_are_beta_distributed(alpha):
     images, targets = _batch(20_000, side=1)
-    share = mix_batch(images, targets, MixOptions(mixup_alpha=alpha), key=7)[1].share.double()
-    assert share.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert share.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.05)
+    drawn = mix_batch(images, targets, MixOptions(mixup_alpha=alpha), key=7)[1].share.double().numpy()
+    for share in (0.95, 0.75, 0.5, 0.25, 0.05):
+        four_standard_errors = 4 * (share * (1 - share) / len(drawn)) ** 0.5
+        below = np.mean(drawn <= beta.ppf(share, alpha, alpha))
+        assert below == pytest.approx(share, abs=four_standard_errors)
+
+
+def test_the_draws_of_a_large_alpha_take_no_time():
+    images, targets = _batch(256, side=1)
+    began = time.perf_counter()
+    for key in range(20):
+        mix_batch(images, targets, MixOptions(mixup_alpha=200.0, cutmix_alpha=200.0), key=key)
+    assert time.perf_counter() - began < 2.0  # 0.05 s; by rejection it never ended
 
 
 def test_erasing_fills_one_rectangle_with_the_mean_colour():
@@ -94,6 +111,75 @@ def test_draws_are_a_function_of_the_key_alone():
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
     assert not torch.equal(first[0], mix_batch(images, targets, BOTH, key=12)[0])
+
+
+def _reference_masks_of_the_host(images, targets, options, key):
+    """Each image on its own, by slices."""
+    draws = mixing._draw(len(images), tuple(images.shape[-2:]), options, key)
+    mixed = images.clone()
+    for i, (partner, _, blend, *edges) in enumerate(draws.tolist()):
+        top, bottom, left, right, *erased = map(int, edges)
+        if options.mixup_alpha > 0:
+            mixed[i] = torch.lerp(images[int(partner)], images[i], torch.tensor(blend).to(images.dtype))
+        mixed[i, :, top:bottom, left:right] = images[int(partner), :, top:bottom, left:right]
+        mixed[i, :, erased[0] : erased[1], erased[2] : erased[3]] = 0
+    partners = draws[:, 0].long()
+    return mixed, MixedTargets(targets, targets[partners], draws[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [MIXUP, CUTMIX, BOTH, MixOptions(erase_prob=0.6)], ids=str)
+def test_boxes_on_the_device_cut_and_erase_what_slices_do(options, dtype, generator):
+    images = torch.randn(33, 3, 20, 28, generator=generator).to(dtype)
+    targets = torch.arange(33)
+    expected = _reference_masks_of_the_host(images, targets, options, key=2**62 + 5)
+    mixed = mix_batch(images, targets, options, key=2**62 + 5)
+    assert torch.equal(mixed[0], expected[0])
+    for ours, theirs in zip(mixed[1], expected[1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class _Transfers(TorchDispatchMode):
+    """What is read back from the device, and what is sent to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.sent = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = [value for value in args if isinstance(value, torch.Tensor)]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and inputs:
+            there, here = result.device.type, inputs[0].device.type
+            if there == "cpu" != here or func is torch.ops.aten._local_scalar_dense.default:
+                self.reads.append(func)
+            if here == "cpu" != there:
+                waits = not (kwargs or {}).get("non_blocking", False)
+                self.sent.append((result.nbytes, waits))
+        return result
+
+
+def test_on_a_gpu_one_small_pinned_tensor_is_sent_and_nothing_is_read_back(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(mixing, "_pinned", lambda draws: (pinned.append(draws.shape), draws)[1])
+    with FakeTensorMode(allow_non_fake_inputs=True), _Transfers() as transfers:
+        images = torch.empty(64, 3, 224, 224, device="cuda")
+        targets = torch.empty(64, dtype=torch.int64, device="cuda")
+        mixed, classes = mix_batch(images, targets, BOTH, key=3)
+    assert mixed.device.type == "cuda"
+    assert {tensor.device.type for tensor in classes} == {"cuda"}
+    assert transfers.reads == []
+    assert transfers.sent == [(64 * 11 * 4, False)]
+    assert pinned == [(64, 11)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixing_on_a_device_without_values_gives_its_shapes_and_types(dtype):
+    images = torch.empty(5, 3, 12, 16, device="meta", dtype=dtype)
+    targets = torch.empty(5, device="meta", dtype=torch.int64)
+    mixed, classes = mix_batch(images, targets, BOTH, key=3)
+    assert (mixed.shape, mixed.dtype, mixed.device.type) == (images.shape, dtype, "meta")
+    assert [tensor.dtype for tensor in classes] == [torch.int64, torch.int64, torch.float32]
 
 
 @pytest.mark.parametrize(

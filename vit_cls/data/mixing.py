@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,8 +68,8 @@ def mix_batch(
     """Mix each image with another of its batch, and erase rectangles, which become 0, the mean colour.
 
     Every image has draws of its own: its partner, mixup or CutMix, share or box. The draws are a function of
-    ``key`` and the batch's size alone, made on the CPU, and cost no synchronisation. Any batch size will do;
-    a batch of one is mixed with itself, which changes nothing.
+    ``key`` and the batch's size alone, made on the CPU and sent in one small tensor that nothing waits for.
+    Any batch size will do; a batch of one is mixed with itself, which changes nothing.
 
     Args:
         images: Normalised floats, shape ``(batch, channels, height, width)``.
@@ -79,58 +80,60 @@ def mix_batch(
         mixup, https://arxiv.org/abs/1710.09412; CutMix, https://arxiv.org/abs/1905.04899; erasing,
         https://arxiv.org/abs/1708.04896. timm draws once a batch and refuses odd batches.
     """
-    generator = torch.Generator().manual_seed(key)
-    size, (height, width) = len(images), images.shape[-2:]
-    share = torch.ones(size)
-    partner = torch.arange(size)
+    draws = _draw(len(images), (images.shape[-2], images.shape[-1]), options, key)
+    if images.is_cuda:
+        draws = _pinned(draws)
+    # One small copy: masks are B x H x W, and a copy from pageable memory waits for the device.
+    draws = draws.to(images.device, non_blocking=True)
+    partner, share, blend = draws[:, 0].long(), draws[:, 1], draws[:, 2]
+    area = images.shape[-2:]
+    if options.mixes:
+        others = images[partner]
+        if options.mixup_alpha > 0:
+            images = torch.lerp(others, images, blend.to(images.dtype)[:, None, None, None])
+        if options.cutmix_alpha > 0:
+            images = torch.where(_inside(draws[:, 3:7], area), others, images)
+    if options.erase_prob > 0:
+        images = images.masked_fill(_inside(draws[:, 7:11], area), 0.0)
+    return images, MixedTargets(targets, targets[partner], share)
+
+
+def _pinned(draws: Tensor) -> Tensor:
+    return draws.pin_memory() if torch.cuda.is_available() else draws  # a fake CUDA tensor needs no GPU
+
+
+def _draw(size: int, area: tuple[int, int], options: MixOptions, key: int) -> Tensor:
+    """All draws of a batch, float32, ``(batch, 11)``: partner, share, mixup's weight, and the edges (top,
+    bottom, left, right) of what is cut and of what is erased, 0 for nothing.
+    """
+    generator, beta_generator = torch.Generator().manual_seed(key), np.random.default_rng(key)
+    partner, share, blend = torch.arange(size), torch.ones(size), torch.ones(size)
+    cut_boxes = erase_boxes = torch.zeros(size, 4)
     if options.mixes:
         partner = torch.randperm(size, generator=generator)
-        images, share = _mix(images, partner, options, generator)
+        both = options.mixup_alpha > 0 and options.cutmix_alpha > 0
+        cut = torch.rand(size, generator=generator) < (0.5 if both else float(options.cutmix_alpha > 0))
+        mixed = torch.rand(size, generator=generator) < options.mix_prob
+        blend = torch.where(cut, 1.0, _beta(options.mixup_alpha, size, beta_generator))
+        blend = torch.where(mixed, blend, 1.0)
+        boxes = _cut_boxes(1 - _beta(options.cutmix_alpha, size, beta_generator), area, generator)
+        cut_boxes = torch.where((cut & mixed)[:, None], boxes, 0)
+        top, bottom, left, right = cut_boxes.unbind(1)
+        share = torch.where(cut, 1 - (bottom - top) * (right - left) / (area[0] * area[1]), blend)
     if options.erase_prob > 0:
-        boxes = _erase_boxes(size, (height, width), options.erase_prob, generator)
-        images = images.masked_fill(_inside(boxes, (height, width)).to(images.device, non_blocking=True), 0.0)
-    second = targets[partner.to(targets.device, non_blocking=True)]
-    return images, MixedTargets(targets, second, share.to(targets.device, non_blocking=True))
+        erase_boxes = _erase_boxes(size, area, options.erase_prob, generator)
+    # float32 holds whole numbers up to 2**24: no batch has more images, and no image a longer side
+    return torch.cat([torch.stack([partner, share, blend], dim=1), cut_boxes, erase_boxes], dim=1)
 
 
-def _mix(
-    images: Tensor, partner: Tensor, options: MixOptions, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    size, area = len(images), tuple(images.shape[-2:])
-    both = options.mixup_alpha > 0 and options.cutmix_alpha > 0
-    cut = torch.rand(size, generator=generator) < (0.5 if both else float(options.cutmix_alpha > 0))
-    mixed = torch.rand(size, generator=generator) < options.mix_prob
-    blend = torch.where(cut, 1.0, _beta(options.mixup_alpha, size, generator))
-    boxes = _cut_boxes(1 - _beta(options.cutmix_alpha, size, generator), area, generator)
-    boxes = torch.where((cut & mixed)[:, None], boxes, 0)
-    blend = torch.where(mixed, blend, 1.0)
-    cut_area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / (area[0] * area[1])
-    device = images.device
-    others = images[partner.to(device, non_blocking=True)]
-    if options.mixup_alpha > 0:
-        weight = blend.to(device, images.dtype, non_blocking=True)[:, None, None, None]
-        images = torch.lerp(others, images, weight)
-    if options.cutmix_alpha > 0:
-        images = torch.where(_inside(boxes, area).to(device, non_blocking=True), others, images)
-    return images, torch.where(cut, 1 - cut_area, blend)
-
-
-def _beta(alpha: float, size: int, generator: torch.Generator) -> Tensor:
-    """Draws of Beta(alpha, alpha), by Jöhnk's method on logarithms; torch's own takes no generator."""
+def _beta(alpha: float, size: int, generator: np.random.Generator) -> Tensor:
+    """Draws of Beta(alpha, alpha), by numpy: torch's take no generator."""
     if alpha <= 0:
         return torch.ones(size)
-    draws = torch.zeros(size)
-    todo = torch.ones(size, dtype=torch.bool)
-    while todo.any():
-        u, v = torch.rand(2, size, dtype=torch.float64, generator=generator).clamp_min(1e-300).log() / alpha
-        total = torch.logaddexp(u, v)
-        accepted = todo & (total <= 0)
-        draws = torch.where(accepted, (u - total).exp().float(), draws)
-        todo &= ~accepted
-    return draws
+    return torch.from_numpy(generator.beta(alpha, alpha, size).astype(np.float32))
 
 
-def _cut_boxes(share: Tensor, area: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _cut_boxes(share: Tensor, area: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Boxes of about that share of the image around a random centre, cut off at its edge: (B, 4)."""
     height, width = area
     side = share.clamp(0, 1).sqrt()
@@ -157,8 +160,8 @@ def _erase_boxes(size: int, area: tuple[int, int], prob: float, generator: torch
 
 
 def _inside(boxes: Tensor, area: tuple[int, ...]) -> Tensor:
-    """Which pixels lie in each box, shape ``(batch, 1, height, width)``."""
-    rows, cols = torch.arange(area[0]), torch.arange(area[1])
+    """Which pixels lie in each box, shape ``(batch, 1, height, width)``, made on the device of the boxes."""
+    rows, cols = (torch.arange(side, device=boxes.device) for side in area)
     in_rows = (rows >= boxes[:, :1]) & (rows < boxes[:, 1:2])
     in_cols = (cols >= boxes[:, 2:3]) & (cols < boxes[:, 3:])
     return (in_rows[:, None, :, None]) & (in_cols[:, None, None, :])
