@@ -10,6 +10,7 @@ import sys
 from vit_cls import __version__
 from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
+from vit_cls.own_code import import_modules, take_imports
 from vit_cls.signals import Stopped, StopSignals
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before. Its `run` takes
@@ -27,7 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("the architectures and the published weights that can be used", "vit_cls.commands.models"),
 }
 
-EVERYWHERE = "every verb takes --json (one JSON object on stdout, nothing else) and --debug (show tracebacks)"
+EVERYWHERE = (
+    "every verb takes --json (one JSON object on stdout, nothing else), --debug (show tracebacks) and\n"
+    "--import MODULE (own code, a module or a .py file: its poolings, augmentations, losses, metrics by name)"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         asked = any(word in ("-h", "--help") or word.startswith("--print_config") for word in rest)
         stdout = contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr)
         with StopSignals(), stdout:
+            rest, modules = take_imports(rest)
+            import_modules(modules)  # before the verb has its parser: their names are known to it
             outcome: Outcome = importlib.import_module(COMMANDS[verb][1]).run(rest)
     except VitClsError as error:
         if debug:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from vit_cls.checks import check_range
 from vit_cls.errors import RunError
+from vit_cls.own_code import import_modules, imported
 from vit_cls.signals import Stopped
 
 Item = TypeVar("Item")
@@ -41,13 +42,14 @@ class WorkerPool(ProcessPoolExecutor):
 
     Args:
         num_workers: How many processes, at least 1.
-        start: Called once in each of them; sent between processes, like all that is submitted.
+        start: Called once in each of them, once the modules of ``--import`` are there; sent between
+            processes, like all that is submitted.
     """
 
     def __init__(self, num_workers: int, start: Callable[[], object] | None = None) -> None:
         # spawn: a forked copy of a process that has run torch's threads may hang
         context = multiprocessing.get_context("spawn")
-        super().__init__(num_workers, context, initializer=_start, initargs=(start,))
+        super().__init__(num_workers, context, initializer=_start, initargs=(start, list(imported())))
         self._others = set(multiprocessing.active_children())
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -173,11 +175,12 @@ def _end(processes: set[BaseProcess]) -> None:
         process.kill()
 
 
-def _start(start: Callable[[], object] | None) -> None:
+def _start(start: Callable[[], object] | None, modules: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where signals cannot be held
     sys.stdout = sys.stderr  # the parent's stdout is for its result
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    import_modules(modules)
     if start is not None:
         start()
 

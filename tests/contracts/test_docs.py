@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,12 +160,14 @@ def test_a_command_of_the_pages_runs(command, place, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("page", "text"), PYTHON, ids=[page for page, _ in PYTHON])
-def test_a_block_of_python_runs(page, text, place, capfd):
+def test_a_block_of_python_runs(page, text, place, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # of a block that imports what it wrote
     tables = (POOLINGS, AUGMENTS, METRICS, OPTIMIZERS, PROBES, STUDIES)  # to which a block may add a row
     before = [dict(table) for table in tables]
     try:
         exec(text, {})
     finally:
+        sys.modules.pop("own_code", None)
         for table, rows in zip(tables, before, strict=True):
             table.clear()
             table.update(rows)

@@ -13,7 +13,17 @@ import vit_cls
 PACKAGE = Path(vit_cls.__file__).parent
 
 # What any room may use, before the rooms; a room may use those of the lines above its own.
-BASE = {"__version__", "errors", "files", "environment", "checks", "formatting", "signals", "workers"}
+BASE = {
+    "__version__",
+    "errors",
+    "files",
+    "environment",
+    "checks",
+    "formatting",
+    "signals",
+    "workers",
+    "own_code",
+}
 ORDER: tuple[set[str], ...] = (
     BASE,
     {"data", "model"},

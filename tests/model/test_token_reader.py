@@ -99,5 +99,5 @@ def test_a_registered_pooling_is_a_pooling_like_any_other(tiny, generator):
 
 @pytest.mark.parametrize("name", ["a+b", "k:3", "top5", "Top", "", "-"])
 def test_a_name_that_could_not_be_written_is_refused(name):
-    with pytest.raises(ConfigError, match="a pooling's name must be"):
+    with pytest.raises(ConfigError, match="the name of a pooling must be"):
         register_pooling(name, Corner)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from vit_cls.commands.fit_parser import FitCLI
 from vit_cls.commands.outcome import Outcome
+from vit_cls.own_code import import_options
 from vit_cls.reports.folder import write_folder
 from vit_cls.training.fit import fit
-from vit_cls.training.runs import RunFolder, is_first_process
+from vit_cls.training.runs import RunFolder, check_imports, is_first_process
 
 
 def run(words: list[str]) -> Outcome:
@@ -17,7 +18,8 @@ def run(words: list[str]) -> Outcome:
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     cli = FitCLI(_with_config_of_resumed_run(words))
     command = ["vit-cls", "fit", *words]
-    config_yaml = cli.config_yaml()
+    needs = import_options()
+    config_yaml = (f"# own code:{needs}\n" if needs else "") + cli.config_yaml()
     result = fit(cli.options, cli.datamodule, cli.trainer_options, config_yaml=config_yaml, command=command)
     if not is_first_process():
         return Outcome({}, (), silent=True)
@@ -35,5 +37,8 @@ def _with_config_of_resumed_run(words: list[str]) -> list[str]:
     resume = next((value for word, value in pairs if word == "--resume"), None)
     if resume in (None, "", "auto") or any(word in ("--config", "-c") for word, _ in pairs):
         return words
-    config = RunFolder(Path(resume)).config_file
+    folder = RunFolder(Path(resume))
+    config = folder.config_file
+    if folder.record_file.is_file():
+        check_imports(folder)  # before its names are parsed
     return ["--config", str(config), "--run_dir", "null", *words] if config.is_file() else words

@@ -18,7 +18,10 @@ MODEL_HELP = (
 )
 DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
 SPLIT_HELP = "the part to score: train, val or test (default: test if there is one, else val, else all)"
-EPILOG = "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks."
+EPILOG = (
+    "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks; --import "
+    "MODULE (a module or a .py file, may come several times) imports own code first, docs/extending.md."
+)
 
 
 def make_parser(verb: str, description: str) -> ArgumentParser:

@@ -23,6 +23,7 @@ from vit_cls.data.partition import Split, split_for_training
 from vit_cls.data.sampler import EpochSampler, scored_images, spread_order
 from vit_cls.data.transforms import AUGMENTS, Preprocessing, model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError
+from vit_cls.own_code import HINT
 
 log = logging.getLogger("vit_cls")
 
@@ -47,7 +48,7 @@ class ImageDataModule(LightningDataModule):
             allows, and differ by one image.
         num_workers: Loading processes; null means one a core, at most 8 (0 for the digits).
         augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts), ``randaugment``,
-            ``trivialaugment`` or ``none``.
+            ``trivialaugment`` or ``none``; or the name of your own (``--import``, docs/extending.md).
         repeats: Copies of each image in an epoch, augmented each on its own; an epoch sees fewer images then.
         weights: ``balanced`` draws every class equally often; null draws every image once an epoch, or as a
             manifest's weights say.
@@ -85,7 +86,7 @@ class ImageDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_choice("data.name", name, NAMES)
-        check_choice("data.augment", augment, AUGMENTS)
+        check_choice("data.augment", augment, AUGMENTS, hint=HINT)
         if name == "folder" and root is None:
             raise ConfigError(
                 "data.root is missing: the folder with the images, train/ and val/ or one folder a class; a "

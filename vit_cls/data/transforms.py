@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vit_cls.checks import check_choice
 from vit_cls.data.decode import BACKGROUND, decode_image
+from vit_cls.own_code import HINT
 
 Transform = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]
@@ -223,7 +224,7 @@ def train_reader(
         >>> train_reader(96)(torch.zeros(3, 300, 400, dtype=torch.uint8), key=1).shape
         torch.Size([3, 96, 96])
     """
-    check_choice("data.augment", augment, AUGMENTS)
+    check_choice("data.augment", augment, AUGMENTS, hint=HINT)
     transform = AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
     return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vit_cls.checks import check_choice, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.pooling import own_poolings
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.vit import VisionTransformer
 
@@ -179,6 +180,7 @@ class ImageClassifier(nn.Module):
 
     def to_metadata(self) -> dict[str, Any]:
         """Everything but the weights, as plain data that JSON can hold."""
+        own = own_poolings(self.model.config.pool)
         return {
             "architecture": self.model.config.to_dict(),
             "preprocess": dataclasses.asdict(self.preprocess),
@@ -186,6 +188,7 @@ class ImageClassifier(nn.Module):
             "temperature": self.temperature,
             "weights_licence": self.weights_licence,
             "weights_source": self.weights_source,
+            **({"own_poolings": own} if own else {}),
         }
 
     @classmethod

@@ -36,6 +36,7 @@ from vit_cls.model.pooling_tokens import (
     PatchTokenPool,
     TokenPerClassPool,
 )
+from vit_cls.own_code import HINT, origin, register
 
 POOLINGS: dict[str, type[Pooling]] = {
     "cls": ClassTokenPool,
@@ -69,12 +70,7 @@ def register_pooling(name: str, pooling: type[Pooling]) -> None:
     Raises:
         ConfigError: If the name cannot be written in a pooling's place, or is taken by another class.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9-]*[a-z]", name):
-        raise ConfigError(
-            f"a pooling's name must be small letters, digits and hyphens, ending with a letter; got {name!r}."
-        )
-    if POOLINGS.setdefault(name, pooling) is not pooling:
-        raise ConfigError(f"the pooling {name} is there already. Choose another name.")
+    register(POOLINGS, "pooling", name, pooling, pattern=r"[a-z][a-z0-9-]*[a-z]")
 
 
 def pool_names() -> list[str]:
@@ -180,6 +176,16 @@ def pool_parts(spec: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def own_poolings(spec: str) -> dict[str, str]:
+    """The poolings of a spec that are not ours, and the module that registered each."""
+    parts = [part.partition(":")[0] for part in spec.split("+")]
+    names = [part if part in POOLINGS else part.rstrip("0123456789") for part in parts]
+    modules = {
+        name: origin("pooling", name) or POOLINGS[name].__module__ for name in names if name in POOLINGS
+    }
+    return {name: module for name, module in modules.items() if not module.startswith("vit_cls.")}
+
+
 def _parse_part(part: str, spec: str, setting: str) -> tuple[str, int | None]:
     name, colon, number = part.partition(":")
     if not colon and (match := re.fullmatch(r"(.+?)(\d+)", part)) and match[1] in POOLINGS:
@@ -188,7 +194,7 @@ def _parse_part(part: str, spec: str, setting: str) -> tuple[str, int | None]:
         known = pool_names()
         raise ConfigError(
             f"{setting} must be one of {', '.join(known)}, or several joined by +; got {spec!r}."
-            f"{did_you_mean(part, known)}"
+            f"{did_you_mean(part, known)} {HINT}"
         )
     if colon and not POOLINGS[name].takes_index:
         raise ConfigError(f"{setting} {name} takes no index; got {spec!r}. Write {name}.")

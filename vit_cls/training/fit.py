@@ -27,6 +27,7 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.inference import BF16, FP16, FP32, reduced_precision
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.optim import peak_lr
@@ -36,6 +37,7 @@ from vit_cls.training.runs import (
     RunFolder,
     announce_run,
     announce_weights,
+    check_imports,
     check_same_run,
     is_first_process,
     now,
@@ -86,6 +88,8 @@ def fit(
     _quiet_lightning()
     stem = _stem(options) if options.run_dir is None and options.resume is None else ""
     folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
+    if resuming:
+        check_imports(folder)
     existed = folder.path.exists()
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
@@ -298,7 +302,7 @@ def _run_folder(
 
 def _how_to_go_on(folder: RunFolder) -> str:
     if folder.last_checkpoint.exists():
-        return f"continue with --resume {folder.path}"
+        return f"continue with --resume {folder.path}{import_options()}"
     return "no epoch was complete, so nothing is kept"
 
 

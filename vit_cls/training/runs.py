@@ -22,6 +22,7 @@ from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.own_code import import_options, imported, not_imported
 from vit_cls.training.optim import lr_table, optimizer_groups
 from vit_cls.training.options import AUTO, FitOptions
 from vit_cls.training.task import Schedule
@@ -182,6 +183,16 @@ def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
         )
 
 
+def check_imports(folder: RunFolder) -> None:
+    """Refuse (RunError) to continue a run without the own code that it was given; imports nothing."""
+    missing = not_imported(folder.read_record().get("imports", {}))
+    if missing:
+        raise RunError(
+            f"the run in {folder.path} was given own code: {', '.join(missing)}. Give it again: --resume "
+            f"{folder.path}{import_options(missing)}. Nothing is imported by itself."
+        )
+
+
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
 
@@ -213,6 +224,7 @@ def run_record(
     return {
         "format_version": 1,
         "command": command,
+        "imports": imported(),
         "started": now(),
         **environment(),
         "seed": options.seed,

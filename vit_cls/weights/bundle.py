@@ -16,6 +16,7 @@ from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.files import replacing
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.pooling import POOLINGS
 from vit_cls.weights.architecture import architecture_from_dict, build_model
 
 FORMAT_VERSION = 1
@@ -140,6 +141,22 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_own_poolings(metadata: Mapping[str, Any], path: Path) -> None:
+    """Refuse (ModelFileError) a pooling that somebody registered, as a model file says, and that is not here.
+
+    Nothing is imported for it: that would run whatever code a file names.
+    """
+    for name, module in metadata.get("own_poolings", {}).items():
+        if name not in POOLINGS:
+            script = module == "__main__"
+            raise ModelFileError(
+                f"{path} cannot be built: its pooling {name} is not known here; it was registered by "
+                f"{'a script or a notebook' if script else f'module {module}'}: give --import "
+                f"{'FILE, the file that registers it,' if script else module} (or import it before "
+                "vit_cls.load). Nothing is imported by itself."
+            )
+
+
 def load_classifier(path: str | Path, *, which: str | None = None) -> ImageClassifier:
     """Rebuild a classifier, bit for bit and in evaluation mode, from a model file or checkpoint of ours.
 
@@ -151,6 +168,7 @@ def load_classifier(path: str | Path, *, which: str | None = None) -> ImageClass
     """
     metadata, state = read_own_file(Path(path), which=which)
     try:
+        check_own_poolings(metadata, Path(path))
         classifier = ImageClassifier.from_metadata(
             metadata, lambda values: build_model(architecture_from_dict(values), init=False)
         )

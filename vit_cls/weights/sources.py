@@ -21,7 +21,7 @@ from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.weights.architecture import architecture_from_dict
-from vit_cls.weights.bundle import MODEL_FILE, is_own_file, model_file, read_own_file
+from vit_cls.weights.bundle import MODEL_FILE, check_own_poolings, is_own_file, model_file, read_own_file
 from vit_cls.weights.tensor_files import SUFFIXES, Weights
 
 AUTO = "auto"
@@ -189,6 +189,7 @@ def _self_described(path: Path) -> Source | None:
 
 def _own(path: Path) -> Source:
     metadata = read_own_file(path, weights=False)[0]
+    check_own_poolings(metadata, path)
     try:
         config = architecture_from_dict(metadata["architecture"])
         preprocess = Preprocess(**metadata["preprocess"])
