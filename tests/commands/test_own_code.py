@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 
@@ -15,16 +16,22 @@ from vit_cls.data.digits import write_digits
 from vit_cls.data.transforms import AUGMENTS
 from vit_cls.errors import ModelFileError
 from vit_cls.model.pooling import POOLINGS
+from vit_cls.training.losses import LOSSES
+from vit_cls.training.validation import VAL_METRICS
 from vit_cls.weights.factory import create_model
 
 OWN = '''
-"""A pooling and an augmentation."""
+"""A pooling, an augmentation, a loss and a metric."""
 
+import torch.nn.functional as F
+from torchmetrics.classification import MulticlassCohenKappa
 from torchvision.transforms import v2
 
 from vit_cls.data.augmentations import register_augmentation
 from vit_cls.model.pooling import register_pooling
 from vit_cls.model.pooling_base import Pooling
+from vit_cls.training.losses import register_loss
+from vit_cls.training.validation import register_metric
 
 
 class Corners(Pooling):
@@ -36,13 +43,15 @@ class Corners(Pooling):
 
 register_pooling("corners", Corners)
 register_augmentation("shaken", v2.RandomAffine(10))
+register_loss("twice", lambda logits, targets: 2 * F.cross_entropy(logits, targets))
+register_metric("kappa", MulticlassCohenKappa)
 '''
 TINY = ["--recipe.epochs", "1", "--recipe.embed_dim", "8", "--recipe.depth", "1", "--recipe.num_heads", "2"]
 MODEL = ["--model.name", "vit_pico_patch7_28", "--model.embed_dim", "8", "--model.num_heads", "2"]
 FIT = ["fit", "--data.name", "digits", *MODEL, "--model.depth", "1", "--model.pool", "corners+cls"]
-FIT += ["--data.augment", "shaken"]
+FIT += ["--data.augment", "shaken", "--optim.loss", "twice", "--metrics", "[kappa]"]
 IMPORT = ["--import", "own/corners.py"]
-TABLES = (POOLINGS, AUGMENTS)
+TABLES = {"corners": POOLINGS, "shaken": AUGMENTS, "twice": LOSSES, "kappa": VAL_METRICS}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +77,8 @@ def inside(place, monkeypatch):
 
 
 def _forget():
-    for table in TABLES:
-        for name in ("corners", "shaken"):
-            table.pop(name, None)
+    for name, table in TABLES.items():
+        table.pop(name, None)
     sys.modules.pop("corners", None)
 
 
@@ -89,6 +97,12 @@ def test_a_run_says_which_code_it_was_given(place):
     config = (place / "run/config.yaml").read_text()
     assert config.startswith("# own code: --import own/corners.py\n")
     assert yaml.safe_load(config)["data"]["augment"] == "shaken"
+
+
+def test_an_own_loss_trains_and_an_own_metric_reaches_the_table(place):
+    (row,) = csv.DictReader((place / "run/metrics.csv").read_text().splitlines())
+    assert -1 <= float(row["val/kappa"]) <= 1
+    assert float(row["train/loss"]) > 1.9 * float(row["val/loss"])  # which stays the cross entropy
 
 
 def test_one_registration_makes_it_known_everywhere(capsys):
@@ -172,7 +186,9 @@ def test_without_its_registration_the_name_is_unknown_everywhere(capsys):
         (["study", "heads", "--data", "digits", "--heads", "cls,corners"], "must be one of cls, gap, max"),
         (["predict", "--model", "none", "x", "--features", "corners"], "must be one of cls, gap, max"),
         (["fit", *digits, "--data.augment", "shaken"], "data.augment must be one of crop_flip, affine"),
-        (["fit", "--config", "run/config.yaml", "--run_dir", "other"], "data.augment must be one of"),
+        (["fit", *digits, "--optim.loss", "twice"], "optim.loss must be one of cross_entropy, bce"),
+        (["fit", *digits, "--metrics", "[kappa]"], "metrics must be one of f1, auroc"),
+        (["fit", "--config", "run/config.yaml", "--run_dir", "other"], "must be one of"),
     ):
         complaint = _complaint(capsys, *words)
         assert message in complaint

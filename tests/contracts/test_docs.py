@@ -23,7 +23,9 @@ from vit_cls.lab.probes.table import PROBES
 from vit_cls.lab.studies.table import STUDIES
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.stats.metrics import METRICS
+from vit_cls.training.losses import LOSSES
 from vit_cls.training.optimizers import OPTIMIZERS
+from vit_cls.training.validation import VAL_METRICS
 from vit_cls.weights.bundle import save_classifier
 from vit_cls.weights.factory import create_classifier
 
@@ -162,7 +164,16 @@ def test_a_command_of_the_pages_runs(command, place, monkeypatch, capfd):
 @pytest.mark.parametrize(("page", "text"), PYTHON, ids=[page for page, _ in PYTHON])
 def test_a_block_of_python_runs(page, text, place, capfd, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))  # of a block that imports what it wrote
-    tables = (POOLINGS, AUGMENTS, METRICS, OPTIMIZERS, PROBES, STUDIES)  # to which a block may add a row
+    tables = (
+        POOLINGS,
+        AUGMENTS,
+        METRICS,
+        OPTIMIZERS,
+        LOSSES,
+        VAL_METRICS,
+        PROBES,
+        STUDIES,
+    )  # to which a block may add a row
     before = [dict(table) for table in tables]
     try:
         exec(text, {})

@@ -20,7 +20,7 @@ from vit_cls.training.losses import (
     register_loss,
 )
 from vit_cls.training.options import OptimOptions
-from vit_cls.training.validation import VAL_METRICS, ClassCounts, Validation, register_metric
+from vit_cls.training.validation import VAL_METRICS, ClassCounts, Validation, make_metrics, register_metric
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 40])
@@ -120,6 +120,45 @@ def test_an_own_loss_gets_classes_or_shares():
         register_loss("bce", own)
     with pytest.raises(ConfigError, match=r"optim.loss.*own-loss"):
         OptimOptions(loss="own-loss")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda logits, targets: F.nll_loss(logits, targets.float()), r"own-loss fails on logits .2, 3. and"),
+        (lambda logits, targets: logits.sum(dim=1), r"must give the mean over the images.*; got .2,.\."),
+        (lambda logits, targets: 1.0, r"a tensor with no dimension; got float\."),
+        (torch.nn.CrossEntropyLoss, r"an object that is called with them.* Give CrossEntropyLoss\(\)\."),
+        ("bce", r"the loss own-loss must be a function of logits and targets"),
+    ],
+    ids=["raises", "no mean", "number", "class", "word"],
+)
+def test_an_own_loss_that_is_none_is_one_paragraph(function, message):
+    with pytest.raises(ConfigError, match=message):
+        try:
+            register_loss("own-loss", function)
+            make_loss("own-loss")(torch.randn(2, 3), torch.tensor([0, 2]))
+        finally:
+            LOSSES.pop("own-loss", None)
+
+
+def test_names_of_losses_and_metrics_are_kept_apart():
+    for name in ("raw_acc1", "loss", "f1", "values"):
+        with pytest.raises(ConfigError, match=f"the metric {name} is there already"):
+            register_metric(name, MulticlassAccuracy)
+    with pytest.raises(ConfigError, match="the name of a metric must be small letters"):
+        register_metric("val/kappa", MulticlassAccuracy)
+    with pytest.raises(ConfigError, match="the name of a loss must be small letters"):
+        register_loss("My loss", F.cross_entropy)
+
+
+def test_an_own_metric_must_be_one():
+    register_metric("own", lambda classes: classes)
+    try:
+        with pytest.raises(ConfigError, match="the metric own must be made as a torchmetrics Metric"):
+            make_metrics(["own"], 3)
+    finally:
+        del VAL_METRICS["own"]
 
 
 def test_further_metrics_reach_the_table(image_root, tmp_path):

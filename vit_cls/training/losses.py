@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_cls.data.mixing import MixedTargets
 from vit_cls.errors import ConfigError
+from vit_cls.own_code import register
 
 Targets = Tensor | MixedTargets
 """Classes, int64, ``(batch,)``; or what mixup and CutMix made of them."""
@@ -80,16 +82,32 @@ the classes, ``(batch, classes)``, to the mean over the images: as `torch.nn.fun
 
 
 class GivenLoss(ClassificationLoss):
-    """Somebody's own function, as a loss of ours."""
+    """Somebody's own function, as a loss of ours; ``name`` is for messages."""
 
-    def __init__(self, function: OwnLoss) -> None:
+    def __init__(self, function: OwnLoss, name: str = "the loss") -> None:
         super().__init__()
         self.function = function
+        self.name = name
 
     def forward(self, logits: Tensor, targets: Targets) -> Tensor:
-        """What the function says."""
+        """What the function says; ConfigError where it fails, or says no single number."""
+        kind = "shares of the classes" if isinstance(targets, MixedTargets) else "classes"
         own = class_shares(targets, logits.shape[1]) if isinstance(targets, MixedTargets) else targets
-        return self.function(logits, own)
+        try:
+            loss = self.function(logits, own)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # somebody's own code may raise anything
+            raise ConfigError(
+                f"{self.name} fails on logits {tuple(logits.shape)} and "
+                f"{kind} {tuple(own.shape)}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(loss, Tensor) or loss.ndim:
+            said = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(
+                f"{self.name} must give the mean over the images, a tensor with no dimension; got {said}."
+            )
+        return loss
 
 
 LOSSES: dict[str, type[ClassificationLoss] | OwnLoss] = {
@@ -103,18 +121,23 @@ def register_loss(name: str, function: OwnLoss) -> None:
     """Let ``optim.loss`` name a loss of your own.
 
     Args:
-        name: Not that of a loss of this package.
+        name: What will be written: small letters, digits and hyphens; not that of another loss.
         function: From logits and targets to the mean over the images; see `OwnLoss`. It does its own
-            smoothing.
+            smoothing. An object of a torch module will do, or a class of this package's `ClassificationLoss`.
 
     Raises:
-        ConfigError: If the name is taken.
+        ConfigError: If the name is taken or cannot be written, or the function is another class.
 
     Example:
         >>> register_loss("margin", F.multi_margin_loss)
     """
-    if LOSSES.setdefault(name, function) is not function:
-        raise ConfigError(f"the loss {name} is there already. Choose another name.")
+    another = isinstance(function, type) and not issubclass(function, ClassificationLoss)
+    if another or not callable(function):
+        raise ConfigError(
+            f"the loss {name} must be a function of logits and targets, or an object that is called with "
+            f"them; got {function!r}.{f' Give {function.__name__}().' if another else ''}"
+        )
+    register(LOSSES, "loss", name, function)
 
 
 def make_loss(
@@ -129,7 +152,7 @@ def make_loss(
             f"optim.class_weights has no effect on the loss {name}, which is your own. Weigh the classes in "
             "it, or draw them equally often with data.weights balanced."
         )
-    return GivenLoss(loss)
+    return GivenLoss(loss, f"optim.loss {name}")
 
 
 def class_shares(targets: Targets, classes: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vit_cls.checks import check_choice, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.own_code import HINT
 from vit_cls.training.losses import LOSSES
 from vit_cls.training.optimizers import OPTIMIZERS
 from vit_cls.training.validation import VAL_METRICS
@@ -182,7 +183,7 @@ class OptimOptions:
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
-        check_choice("optim.loss", self.loss, LOSSES)
+        check_choice("optim.loss", self.loss, LOSSES, hint=HINT)
         _check_auto("optim.ema_decay", self.ema_decay)
         if not isinstance(self.ema_decay, str):
             check_range("optim.ema_decay", self.ema_decay, at_least=0, below=1)
@@ -250,6 +251,6 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         for name in self.metrics or []:
-            check_choice("metrics", name, VAL_METRICS)
+            check_choice("metrics", name, VAL_METRICS, hint=HINT)
         check_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         check_range("early_stopping_patience", self.early_stopping_patience, at_least=1)

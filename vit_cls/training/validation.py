@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
 
 from vit_cls.errors import ConfigError
+from vit_cls.own_code import register
 
 TOP_K = 5
 VAL_METRICS: dict[str, Callable[[int], Metric]] = {
@@ -24,20 +25,21 @@ def register_metric(name: str, make: Callable[[int], Metric]) -> None:
     """Let ``metrics`` name a metric of your own: ``val/NAME`` in ``metrics.csv`` and for every logger.
 
     Args:
-        name: Not that of another metric.
+        name: What will be written: small letters, digits and hyphens; not that of another metric.
         make: From the number of classes to a torchmetrics ``Metric`` whose ``update`` takes logits, float32,
             ``(batch, classes)``, and classes, int64, ``(batch,)``, and whose ``compute`` gives one number.
 
     Raises:
-        ConfigError: If the name is taken.
+        ConfigError: If the name is taken, or cannot be written.
 
     Example:
         >>> from torchmetrics.classification import MulticlassCohenKappa
         >>> register_metric("kappa", MulticlassCohenKappa)
     """
-    taken = name in ("loss", *ClassCounts.NAMES)
-    if taken or VAL_METRICS.setdefault(name, make) is not make:
+    ours = {f"{kind}{name}" for name in ("loss", *ClassCounts.NAMES) for kind in ("", "raw_", "ema_")}
+    if name in ours or hasattr(nn.ModuleDict, name):
         raise ConfigError(f"the metric {name} is there already. Choose another name.")
+    register(VAL_METRICS, "metric", name, make)
 
 
 class ClassCounts(Metric):
@@ -125,5 +127,12 @@ class Validation(nn.Module):
 
 
 def make_metrics(names: list[str], classes: int) -> dict[str, Metric]:
-    """The metrics of `VAL_METRICS` with these names."""
-    return {name: VAL_METRICS[name](classes) for name in names}
+    """The metrics of `VAL_METRICS` with these names; ConfigError where an own one makes no ``Metric``."""
+    metrics = {name: VAL_METRICS[name](classes) for name in names}
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            raise ConfigError(
+                f"the metric {name} must be made as a torchmetrics Metric, from the number of classes; got "
+                f"{metric!r}."
+            )
+    return metrics
