@@ -84,9 +84,10 @@ def test_images_in_memory_need_no_processes_unless_some_are_asked_for(classifier
         (in_memory, _config(4, 2)),
         (["a"] * 4, _config(4, None)),
         (["a"] * 5, _config(4, None)),
+        (["a"] * 100, _config(4, None)),
     ):
         list(batches(classifier, source, classifier, config))
-    assert started == [0, 2, 0, 5]
+    assert started == [0, 2, 0, 2, 5]
 
 
 def test_tokens_of_chosen_layers_come_by_layer_and_leave_no_hook(classifier, in_memory):

@@ -9,8 +9,9 @@ from operator import call
 import pytest
 
 from vit_cls import workers
+from vit_cls.environment import cpu_count
 from vit_cls.errors import ConfigError, RunError
-from vit_cls.workers import CHUNK, each_in_processes
+from vit_cls.workers import CHUNK, WorkerPool, each_in_processes
 
 
 def test_without_processes_the_answers_come_in_order():
@@ -36,3 +37,9 @@ def test_processes_that_cannot_start_are_not_blamed_on_files(monkeypatch):
     monkeypatch.setattr(workers, "_start", partial(os._exit, 1))
     with pytest.raises(RunError, match=r"cannot be started.*num_workers 0"):
         list(each_in_processes(call, [partial(int, 1)], crashed=-1, num_workers=1))
+
+
+def test_processes_side_by_side_share_the_usable_cores(monkeypatch):
+    monkeypatch.setattr(workers, "cpu_count", lambda: 3)
+    with WorkerPool(2) as pool:
+        assert pool.submit(cpu_count).result() == 1

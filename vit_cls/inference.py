@@ -61,8 +61,8 @@ class InferenceConfig:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``mps``; or a device of torch.
         precision: ``auto`` (autocast on a GPU, see `reduced_precision`), ``32`` or ``bf16``.
         batch_size: Images a forward pass.
-        num_workers: Loading processes; None means one a core, at most 8, and none for images in memory or for
-            no more than one batch.
+        num_workers: Loading processes; None means the usable cores, from 4 on without one for the model, no
+            more than batches, and none for images in memory or for no more than one batch.
         compile: Whether the encoder's blocks are compiled.
         exact: Whether images are resized by Pillow, as timm's loader does it.
         show_progress: Whether a bar is drawn on stderr.

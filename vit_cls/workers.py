@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from vit_cls.checks import check_range
+from vit_cls.environment import cpu_count
 from vit_cls.errors import RunError
 from vit_cls.own_code import import_modules, imported
 from vit_cls.signals import Stopped
@@ -38,7 +39,7 @@ class WorkerPool(ProcessPoolExecutor):
 
     If the block raises, as on Ctrl-C, what waits is cancelled and what runs is told to stop by SIGTERM, on
     which a training ends after its step. Ctrl-C itself reaches the parent alone, so that there is one that
-    decides; processes whose parent was killed leave on their own.
+    decides; processes whose parent was killed leave on their own. Each may use its share of the cores.
 
     Args:
         num_workers: How many processes, at least 1.
@@ -49,7 +50,9 @@ class WorkerPool(ProcessPoolExecutor):
     def __init__(self, num_workers: int, start: Callable[[], object] | None = None) -> None:
         # spawn: a forked copy of a process that has run torch's threads may hang
         context = multiprocessing.get_context("spawn")
-        super().__init__(num_workers, context, initializer=_start, initargs=(start, list(imported())))
+        share = max(1, cpu_count() // num_workers)
+        given = (share, start, list(imported()))
+        super().__init__(num_workers, context, initializer=_start, initargs=given)
         self._others = set(multiprocessing.active_children())
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -175,7 +178,8 @@ def _end(processes: set[BaseProcess]) -> None:
         process.kill()
 
 
-def _start(start: Callable[[], object] | None, modules: list[str]) -> None:
+def _start(cores: int, start: Callable[[], object] | None, modules: list[str]) -> None:
+    os.environ["LOKY_MAX_CPU_COUNT"] = str(cores)  # what `cpu_count` heeds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where signals cannot be held
     sys.stdout = sys.stderr  # the parent's stdout is for its result
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -1,5 +1,6 @@
 """The data of a run: settings are checked, images are split, and a file that fails stops the run by name."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,10 +150,15 @@ def test_digits_need_no_worker_processes_and_a_number_that_is_given_is_kept(spli
     folder = ImageDataModule(root=str(split_folder), num_workers=2)
     folder.configure(seed=0, preprocess=Preprocess((12, 12)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vit_cls.data.datamodule.default_num_workers", lambda: 2)
+        patch.setattr("vit_cls.data.datamodule.default_num_workers", lambda processes: 2 * processes)
         assert folder.val_dataloader().num_workers == 2
         folder.num_workers = None
+        assert folder.val_dataloader().num_workers == 1  # there is one batch
+        folder.batch_size = 1
         assert folder.val_dataloader().num_workers == 2
+        folder.trainer = _trainer(strategy="ddp", devices=2)
+        assert folder.val_dataloader().num_workers == 2 == math.ceil(4 / 2)
+        folder.trainer = None
         folder.num_workers = 1
         assert folder.val_dataloader().num_workers == 1
 

@@ -12,7 +12,7 @@ from vit_cls.data import loader as loader_module
 from vit_cls.data.dataset import Batch, FolderSource, ImageDataset, Sample, collate
 from vit_cls.data.decode import decode_image
 from vit_cls.data.index import index_folder
-from vit_cls.data.loader import default_num_workers, make_loader
+from vit_cls.data.loader import default_num_workers, loading_advice, make_loader
 from vit_cls.data.sampler import EpochSampler, sample_seed
 from vit_cls.data.transforms import Reader, eval_reader, keyed, train_reader
 from vit_cls.errors import ConfigError
@@ -225,10 +225,82 @@ def test_numbers_out_of_range_are_refused_by_name(folder, numbers, message):
         make_loader(_train_set(folder), EpochSampler(21, seed=0, shuffle=True), **numbers)
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (3, 3), (8, 8), (64, 8)])
-def test_default_is_a_worker_for_each_usable_core_up_to_eight(monkeypatch, cores, workers):
-    monkeypatch.setattr(loader_module, "cpu_count", lambda: cores)
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that says how many cores there are, how many are usable, and what the launcher says."""
+
+    def set_up(usable: int, cores: int | None = None, **environment: str) -> None:
+        monkeypatch.setattr(loader_module, "cpu_count", lambda: usable)
+        monkeypatch.setattr(loader_module.os, "cpu_count", lambda: cores or usable)
+        for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 3), (64, 1, 63), (64, 8, 7), (64, 32, 2), (4, 8, 1)],
+)
+def test_default_is_a_share_of_the_cores_with_one_for_training_itself_where_there_are_four(
+    machine, cores, processes, workers
+):
+    machine(cores)
+    assert default_num_workers(processes) == workers
+    machine(cores, LOCAL_WORLD_SIZE=str(processes))
     assert default_num_workers() == workers
+    machine(cores, SLURM_CPUS_PER_TASK=str(cores))  # these are this process's own
+    assert default_num_workers(processes) == default_num_workers(1)
+
+
+@pytest.mark.parametrize(
+    ("usable", "given", "advice"),
+    [
+        ((12,), (4, 100), "raise data.num_workers (now 4; this process may use 12 cores)"),
+        ((12,), (4, 100, 2), "raise data.num_workers (now 4; 2 processes share 12 cores)"),
+        (
+            (12,),
+            (11, 100),
+            "data.num_workers is 11 and this process may use 12 cores, so more will hardly help: make the "
+            "images smaller once (their shorter side near the model's input)",
+        ),
+        (
+            (1, 64),
+            (1, 100),
+            "data.num_workers is 1 and this process may use 1 core, so more will hardly help: make the "
+            "images smaller once (their shorter side near the model's input), or let it use more of the "
+            "machine's 64 cores",
+        ),
+        (
+            (12,),
+            (4, 4),  # batches: a fifth process would have none
+            "data.num_workers is 4 and this process may use 12 cores, so more will hardly help: make the "
+            "images smaller once (their shorter side near the model's input)",
+        ),
+    ],
+)
+def test_advice_names_the_machine_and_only_what_is_possible(machine, usable, given, advice):
+    machine(*usable)
+    assert loading_advice(*given) == advice
+
+
+def test_no_more_processes_are_started_than_there_are_batches(machine, folder, monkeypatch):
+    machine(64)
+    started = []
+    make = loader_module.DataLoader
+
+    def count(*given, num_workers, **settings):
+        started.append(num_workers)
+        return make(*given, num_workers=0, **settings)
+
+    monkeypatch.setattr(loader_module, "DataLoader", count)
+    source = FolderSource(index_folder(folder))  # 21 images
+    for batch_size in (4, 20, 21):
+        batches = list(loader_module.load_once(source, eval_reader(12), batch_size=batch_size))
+        assert [place for items, _ in batches for place in items] == list(range(21))
+    assert started == [6, 2, 0]
 
 
 def test_a_batch_of_decoded_photos_keeps_their_layout_and_their_pixels(generator):

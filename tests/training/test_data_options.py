@@ -213,10 +213,10 @@ def test_waiting_for_images_is_measured_and_advised_on(image_root, tmp_path, mon
     monkeypatch.setattr(dataset, "read_file", lambda *given: (time.sleep(0.02), read(*given))[1])
     with caplog.at_level(logging.INFO, logger="vit_cls"):
         result, _ = _fit(image_root, tmp_path / "slow", epochs=3)
-    assert all(0.5 < row["data_wait"] <= 1.0 for row in result.history)
+    assert all(0.3 < row["data_wait"] <= 1.0 for row in result.history)
     advice = [e.getMessage() for e in caplog.records if "waiting for images" in e.getMessage()]
     assert len(advice) == 1
-    assert "raise data.num_workers (now 0" in advice[0]
+    assert "raise data.num_workers (now 0; this process may use" in advice[0]
 
 
 # --- leakage, groups and manifests

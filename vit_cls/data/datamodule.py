@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class ImageDataModule(LightningDataModule):
             are never split between training and validation. A manifest has a column for that.
         batch_size: Images a step, for each process, at most: the batches of an epoch are as few as that
             allows, and differ by one image.
-        num_workers: Loading processes; null means one a core, at most 8 (0 for the digits).
+        num_workers: Loading processes; null means the usable cores, shared by the processes of the run, from
+            4 on without one for training itself, and no more than batches (0 for the digits).
         augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts), ``randaugment``,
             ``trivialaugment`` or ``none``; or the name of your own (``--import``, docs/extending.md).
         repeats: Copies of each image in an epoch, augmented each on its own; an epoch sees fewer images then.
@@ -271,8 +273,10 @@ class ImageDataModule(LightningDataModule):
             raise DataError(f"{len(dataset)} training image(s) cannot be shared by {world_size} processes.")
         workers = self.num_workers
         if workers is None:
-            in_memory = isinstance(dataset.source, ArraySource)
-            workers = 0 if in_memory else default_num_workers()
+            workers = 0
+            if not isinstance(dataset.source, ArraySource):
+                batches = math.ceil(len(sampler) / max(1, self.batch_size))
+                workers = min(batches, default_num_workers(1 if trainer is None else trainer.num_devices))
         pin_memory = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return make_loader(
             dataset, sampler, batch_size=self.batch_size, num_workers=workers, pin_memory=pin_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,9 @@ from vit_cls.signals import leave_signals_to_parent
 
 Images = ImageSource | Iterable[str | os.PathLike[str]]
 """What can be loaded once, in order: the images of an index, or any number of paths."""
+
+ROOM_FROM = 4
+"""Cores from which on one is kept free of loading."""
 
 
 def make_loader(
@@ -69,8 +73,8 @@ def load_once(
 
     Args:
         images: An index's, or paths; an endless source of them will do. It is read a few batches ahead.
-        num_workers: None means one a core, at most 8, and none for images in memory or for no more than one
-            batch.
+        num_workers: None means `default_num_workers`, no more than there are batches, and none for images in
+            memory or for no more than one batch.
 
     Yields:
         What was asked for, positions or paths, and the batch, whose ``indices`` are places in that list.
@@ -85,8 +89,10 @@ def load_once(
     else:
         items, dataset = (os.fspath(path) for path in images), ItemDataset(read_path, reader)
     if num_workers is None:
-        first = list(itertools.islice(items, batch_size + 1))
-        num_workers = default_num_workers() if len(first) > batch_size else 0  # they take longer to start
+        num_workers = default_num_workers()
+        first = list(itertools.islice(items, batch_size * num_workers + 1))
+        # No more than batches, and none for a single one: they take longer to start.
+        num_workers = min(num_workers, math.ceil(len(first) / batch_size)) if len(first) > batch_size else 0
         items = itertools.chain(first, items)
     pending: deque[list[Any]] = deque()
 
@@ -133,6 +139,42 @@ def _named_crashes(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def default_num_workers() -> int:
-    """Worker processes where the user gave no number: one a usable core, at most 8."""
-    return min(8, cpu_count())
+def default_num_workers(local_processes: int | None = None) -> int:
+    """Loading processes where the user gave no number: this process's share of the usable cores.
+
+    From `ROOM_FROM` cores on, one is left to the process itself, which feeds the device.
+
+    Args:
+        local_processes: Processes of the run on this machine; None means what ``torchrun`` says, or one.
+    """
+    cores = cpu_count() // _sharing(local_processes)
+    return max(1, cores - 1 if cores >= ROOM_FROM else cores)
+
+
+def loading_advice(num_workers: int, batches: int, local_processes: int = 1) -> str:
+    """What makes loading faster, with the numbers of this machine.
+
+    Args:
+        num_workers: Loading processes of the run.
+        batches: Of an epoch, for each process: more loading processes would have nothing to do.
+        local_processes: As for `default_num_workers`.
+    """
+    usable, machine, sharing = cpu_count(), os.cpu_count() or 1, _sharing(local_processes)
+    cores = f"{usable} core{'s' if usable > 1 else ''}"
+    where = f"this process may use {cores}" if sharing == 1 else f"{sharing} processes share {cores}"
+    if num_workers < min(default_num_workers(local_processes), batches):
+        return f"raise data.num_workers (now {num_workers}; {where})"
+    more = f", or let it use more of the machine's {machine} cores" if machine > usable else ""
+    return (
+        f"data.num_workers is {num_workers} and {where}, so more will hardly help: make the images smaller "
+        f"once (their shorter side near the model's input){more}"
+    )
+
+
+def _sharing(local_processes: int | None) -> int:
+    """How many processes of a run share the cores that this one may use."""
+    if local_processes is None:
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # Slurm gives each of its tasks cores of its own, where it was told how many.
+    own_cores = os.environ.get("SLURM_CPUS_PER_TASK") == str(cpu_count())
+    return 1 if own_cores else max(1, local_processes)

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from vit_cls import formatting as fmt
-from vit_cls.data.loader import default_num_workers
+from vit_cls.data.loader import loading_advice
 from vit_cls.environment import environment
 from vit_cls.signals import StopSignals
 from vit_cls.training.runs import RunFolder
@@ -137,13 +137,7 @@ class EpochLog(Callback):
             return
         self.advised = True
         loader: Any = trainer.train_dataloader
-        workers, cores = getattr(loader, "num_workers", 0), default_num_workers()
-        if workers < cores:
-            advice = f"raise data.num_workers (now {workers}; this machine has {cores} cores or more)"
-        else:
-            advice = (
-                "make the images smaller once (their shorter side near the model's input), or use more cores"
-            )
+        advice = loading_advice(getattr(loader, "num_workers", 0), len(loader), trainer.num_devices)
         share = fmt.percent(row["data_wait"], 0)
         log.info(f"{share} of the training time goes into waiting for images: {advice}")
 

@@ -22,6 +22,7 @@ from vit_cls.data.doctor.manifest_scan import scan_manifest
 from vit_cls.data.doctor.scan import FoundImage, Scan, scan_folder
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.manifest import inspect_manifest, is_manifest
+from vit_cls.environment import cpu_count
 from vit_cls.workers import each_in_processes
 
 MOST_IMBALANCE = 10.0
@@ -30,6 +31,9 @@ MIN_IMAGES = 10
 """Training images a class, below which a warning is due."""
 WORTH_PROCESSES = 5.0
 """Seconds of reading, by a rough guess, below which to start processes would take longer."""
+
+MAX_PROCESSES = 8
+"""Each is started anew and holds its own libraries."""
 
 
 def examine(
@@ -45,7 +49,8 @@ def examine(
     Args:
         root: A folder of parts, one folder of class folders, or a manifest, as training takes it.
         near_duplicates: Whether to look for pictures that look alike, beside files that are equal.
-        num_workers: None means one a core, at most 8, and none for a small folder; 0 reads in this process.
+        num_workers: None means one a core, at most `MAX_PROCESSES`, and none for a small folder; 0 reads in
+            this process.
         split: The part to look at, by any of its names; None looks at all parts, and across them.
 
     Returns:
@@ -121,9 +126,7 @@ def _workers(scan: Scan, num_workers: int | None) -> int:
         return num_workers
     if sum(3e-4 + (image.size or 0) / 60e6 for image in scan.images) < WORTH_PROCESSES:
         return 0
-    from vit_cls.data.loader import default_num_workers  # with torchvision: seconds that a small folder saves
-
-    return default_num_workers()
+    return min(MAX_PROCESSES, cpu_count())
 
 
 def _check(scan: Scan, near_duplicates: bool, num_workers: int, show_progress: bool) -> list[Checked]:
