@@ -14,7 +14,10 @@ from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.weights.bundle import save_classifier
 
 STABLE = {
-    "vit_cls": ("create_model", "load", "__version__"),
+    "vit_cls": (
+        *("create_model", "load", "__version__"),
+        *("ImageClassifier", "ClassificationTask", "ImageDataModule"),
+    ),
     "vit_cls.data.decode": ("decode_image",),
     "vit_cls.data.transforms": ("train_transform", "eval_transform", "train_reader", "eval_reader", "keyed"),
     "vit_cls.model.classifier": ("ImageClassifier", "Preprocess"),

@@ -54,6 +54,25 @@ def test_what_the_history_has_is_drawn(folder_of, outline_of, record):
     assert "No epoch is on record" in outline_of(fit_case(record, [])).words
 
 
+def test_averaged_weights_and_validations_within_an_epoch_are_shown(outline_of, record, history):
+    record["result"]["weights"] = "ema"
+    half = {
+        "epoch": 1.0,
+        "step": 25.5,
+        "lr": 0.001,
+        "val/acc1": 0.4,
+        "val/ema_acc1": 0.4,
+        "val/raw_acc1": 0.3,
+    }
+    history.insert(1, half)
+    history[2] |= {"val/ema_acc1": 0.5, "val/raw_acc1": 0.45}
+    page = outline_of(fit_case(record, history))
+    assert "with the running average of its weights" in page.words
+    accuracy = page.all("svg")[1]["aria-label"]
+    assert "top-1, averaged weights from 40 % at 0.5 to 50 % at 1" in accuracy
+    assert "weights as they are from 30 % at 0.5 to 45 % at 1" in accuracy
+
+
 def test_missing_and_diverged_values_are_dashes(outline_of, record, history):
     history[1] = {"epoch": 1.0, "train/loss": float("nan"), "grad/norm": 12.345}
     page = outline_of(fit_case(record, history))

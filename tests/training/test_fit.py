@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -97,6 +98,51 @@ def test_an_epoch_without_validation_has_no_validation_numbers_and_is_never_the_
     assert [row["epoch"] for row in result.history if "val/acc1" in row] == [1, 3, 5]
     assert result.best_epoch in (1, 3, 5)  # the last epoch ends early, and is validated all the same
     assert read_metadata(tmp_path / "run/model.safetensors")["metrics"]["epoch"] == result.best_epoch
+
+
+def test_validations_within_an_epoch_are_rows_and_may_be_the_best(image_root, tmp_path):
+    class Spoil(Callback):
+        """The second half of each epoch undoes what the first has learned."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                torch.nn.init.zeros_(pl_module.classifier.model.head.weight)
+                torch.nn.init.constant_(pl_module.classifier.model.head.bias[:1], 9.0)
+
+    trainer = {"val_check_interval": 0.5, "callbacks": [Spoil()]}
+    result = fit_tiny(
+        image_root, tmp_path / "run", epochs=6, data={"batch_size": 6}, trainer=trainer, optim={"lr": 1e-2}
+    )
+    rows = rows_of(tmp_path / "run")
+    assert [(row["epoch"], row["step"]) for row in rows[:4]] == [
+        ("0", "2"),
+        ("0", "4"),
+        ("1", "6"),
+        ("1", "8"),
+    ]
+    assert [bool(row["train/loss"]) for row in rows] == [False, True] * 6
+    assert all(row["val/acc1"] == "0.5" for row in rows[1::2])  # one class of two
+    best = read_metadata(tmp_path / "run/model.safetensors")["metrics"]
+    assert best["step"] % 4 == 2
+    assert best["val/correct"] == result.correct > 4
+    assert vit_cls.load(tmp_path / "run/checkpoints/best.ckpt").model.head.weight.any()
+    assert sum(row["seconds"] for row in result.history if "seconds" in row) == result.seconds
+
+
+def test_waiting_for_images_is_not_validation_and_an_epoch_has_its_own_time(image_root, tmp_path):
+    class Slow(Callback):
+        def on_validation_batch_start(self, *args):
+            time.sleep(0.2)
+
+    trainer = {"val_check_interval": 1, "check_val_every_n_epoch": 2, "callbacks": [Slow()]}
+    trainer["limit_val_batches"] = 1
+    result = fit_tiny(image_root, tmp_path / "run", epochs=4, trainer=trainer)
+    ends = [row for row in result.history if "seconds" in row]
+    assert [row["seconds"] > 1.0 for row in ends] == [False, True, False, True]
+    speeds = [row["train_images_per_second"] for row in ends]
+    assert all(24 / speed < 1.0 for speed in speeds)  # five validations of 0.2 s are not in it
+    assert all(24 / speed <= row["seconds"] + 1e-6 for speed, row in zip(speeds, ends, strict=True))
+    assert all(row["data_wait"] * 24 / speed < 0.5 for speed, row in zip(speeds, ends, strict=True))
 
 
 def test_a_moved_run_remembers_its_best_epoch(image_root, tmp_path):

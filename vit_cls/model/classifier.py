@@ -81,8 +81,10 @@ class ImageClassifier(nn.Module):
 
     Args:
         model: Takes normalised floats; its head has one output a class.
-        preprocess: How images become the model's input.
-        class_names: One unique name for each output, in the order of the outputs.
+        preprocess: How images become the model's input; None takes that of the model's weights, which
+            `vit_cls.create_model` knows, or else the usual one for its size.
+        class_names: One unique name for each output, in the order of the outputs; None names them
+            ``output_0``, ``output_1``...
         temperature: What logits are divided by before they become probabilities; not 1 where it was fitted
             on validation images.
 
@@ -108,12 +110,17 @@ class ImageClassifier(nn.Module):
     def __init__(
         self,
         model: TokenModel,
-        preprocess: Preprocess,
-        class_names: Sequence[str],
+        preprocess: Preprocess | None = None,
+        class_names: Sequence[str] | None = None,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
         config = model.config
+        if preprocess is None:
+            preprocess = model.preprocess or Preprocess.for_size(config.image_hw)
+            preprocess = preprocess.resized(config.image_hw, config.in_chans)
+        if class_names is None:
+            class_names = [f"output_{i}" for i in range(config.num_classes)]
         if len(set(class_names)) != len(class_names):
             repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
             raise ConfigError(f"class names must be unique; repeated: {', '.join(repeated)}.")
@@ -131,8 +138,8 @@ class ImageClassifier(nn.Module):
         self.preprocess = preprocess
         self.class_names = list(class_names)
         self.temperature = float(temperature)
-        self.weights_licence: str | None = None
-        self.weights_source: str | None = None
+        self.weights_licence: str | None = model.weights_licence
+        self.weights_source: str | None = model.weights_source
         # Not in the state dict: the metadata holds them exactly.
         shape = (1, config.in_chans, 1, 1)
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape), persistent=False)

@@ -33,6 +33,12 @@ class TokenModel(nn.Module):
     head: nn.Module
     load_report: Any = None
     """The fate of every key (`vit_cls.weights.load_report.LoadReport`); None with fresh weights."""
+    preprocess: Any = None
+    """What the weights were trained with (`vit_cls.model.classifier.Preprocess`); None where nobody knows."""
+    weights_licence: str | None = None
+    """Licence of the weights, or of those they were fine-tuned from."""
+    weights_source: str | None = None
+    """What the weights were fine-tuned from; None for fresh ones."""
     encoder_backend: Backend | None = None
     """What compiles the blocks; None runs them as they are."""
 

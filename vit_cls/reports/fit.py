@@ -15,7 +15,17 @@ from vit_cls.reports.html import FORMS, Files, figure_files, render
 
 CURVES = (
     ("loss", "Loss", {"val/loss": "validation", "train/loss": "training"}, False),
-    ("accuracy", "Validation accuracy", {"val/acc1": "top-1", "val/acc5": "top-{k}"}, True),
+    (
+        "accuracy",
+        "Validation accuracy",
+        {
+            "val/acc1": "top-1",
+            "val/acc5": "top-{k}",
+            "val/raw_acc1": "top-1, weights as they are",
+            "val/ema_acc1": "top-1, averaged weights",
+        },
+        True,
+    ),
     ("lr", "Learning rate at the end of the epoch", {"lr": "learning rate"}, False),
 )
 """Name, title, column of each line with its label, whether they are shares."""
@@ -29,6 +39,11 @@ EPOCH_COLUMNS = {
     "val/acc1": ("top-1", "percent"),
     "val/acc5": ("top-{k}", "percent"),
     "val/balanced_acc1": ("balanced accuracy", "percent"),
+    "val/raw_acc1": ("top-1, raw", "percent"),
+    "val/raw_loss": ("loss, raw", "decimals"),
+    "val/ema_acc1": ("top-1, averaged", "percent"),
+    "val/ema_loss": ("loss, averaged", "decimals"),
+    "val/kept_ema": ("averaged kept", "count"),
     "data_wait": ("waiting for images", "percent"),
     "val/correct": ("correct", "count"),
     "val/images": ("images", "count"),
@@ -78,10 +93,24 @@ def fit_files(result: Any, *, versions: Mapping[str, str], record: Mapping[str, 
 def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) -> list[tuple[str, Markup]]:
     """Title and chart of each of `CURVES` that the history has values for."""
     charts = []
+    places = _places(history)
     for name, title, labels, percent in CURVES:
-        points = {c: [(row["epoch"], row[c]) for row in history if c in row] for c in labels}
+        points = {
+            c: [(place, row[c]) for place, row in zip(places, history, strict=True) if c in row]
+            for c in labels
+        }
         lines = [Line(labels[c].format(k=k), points[c]) for c in labels if points[c]]
         chart = line_chart(name, LineChart(title, "epoch", "", lines, percent=percent), mark=mark)
         if chart is not None:
             charts.append((title, Markup(chart)))
     return charts
+
+
+def _places(history: Sequence[Mapping[str, float]]) -> list[float]:
+    """Where rows stand on the axis of epochs: at their number, a validation within an epoch by its steps."""
+    ends = [row for row in history if row.get("step") and "seconds" in row]
+    steps = ends[0]["step"] / (ends[0]["epoch"] + 1) if ends else 1
+    within = ["step" in row and "seconds" not in row for row in history]
+    return [
+        row["step"] / steps - 1 if part else row["epoch"] for row, part in zip(history, within, strict=True)
+    ]

@@ -92,10 +92,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequenc
 
 
 def _fit(result: Any) -> Iterator[RenderableType]:
+    averaged = ", averaged weights" if result.weights == "ema" else ""
     yield _line(
         f"{result.correct} of {result.images} validation images right: top-1 {fmt.decimals(result.top1)} "
         f"({fmt.interval(result.top1_ci95)}), best of {result.epochs} epochs "
-        f"(epoch {result.best_epoch}, counted from 0).",
+        f"(epoch {result.best_epoch}, counted from 0{averaged}).",
         "bold",
     )
     yield f"Run folder: {result.folder.path}"

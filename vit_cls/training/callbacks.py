@@ -14,8 +14,9 @@ from vit_cls import formatting as fmt
 from vit_cls.data.loader import loading_advice
 from vit_cls.environment import environment
 from vit_cls.signals import StopSignals
+from vit_cls.training.batches import images_and_targets
 from vit_cls.training.runs import RunFolder
-from vit_cls.training.task import ClassificationTask, images_and_targets
+from vit_cls.training.task import ClassificationTask
 from vit_cls.weights.bundle import KEPT, save_classifier
 
 log = logging.getLogger("vit_cls")

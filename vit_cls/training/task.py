@@ -19,6 +19,7 @@ from vit_cls.data.mixing import UNMIXED, MixOptions, mix_batch
 from vit_cls.data.sampler import sample_seed
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training.batches import batch_size_of, images_and_targets
 from vit_cls.training.ema import Ema, auto_decay, warm_decay
 from vit_cls.training.losses import GivenLoss, OwnLoss, Targets, make_loss
 from vit_cls.training.optim import Freezer, make_optimizer, make_schedule, peak_lr
@@ -146,7 +147,7 @@ class ClassificationTask(LightningModule):
             torch.set_rng_state(rng["cpu"])
             if rng["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
-        size = torch.tensor(float(_batch_size(self.trainer.train_dataloader) or 1), device=self.device)
+        size = torch.tensor(float(batch_size_of(self.trainer.train_dataloader) or 1), device=self.device)
         self._batch_weight = float(self.trainer.strategy.reduce(size, reduce_op="max"))
         steps = self.trainer.estimated_stepping_batches
         if self.schedule is not None and steps > self.schedule.total_steps:
@@ -318,7 +319,7 @@ class ClassificationTask(LightningModule):
                 "Schedule."
             )
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        size = _batch_size(trainer.train_dataloader)
+        size = batch_size_of(trainer.train_dataloader)
         if size is None and self.optim.lr is None:
             raise ConfigError(
                 "the learning rate goes by the images of a step, and the loader does not say its batch_size. "
@@ -380,21 +381,3 @@ class ClassificationTask(LightningModule):
         task.load_state_dict(checkpoint["state_dict"])
         task.kept = checkpoint[CHECKPOINT_KEY].get(KEPT, RAW)
         return task
-
-
-def images_and_targets(batch: Any) -> tuple[Tensor, Tensor]:
-    """The two of a batch of ours, or of anybody's pair; TypeError where it is neither."""
-    if isinstance(batch, tuple | list) and len(batch) >= 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    raise TypeError(
-        "a batch must be (images, targets): uint8 pixels and int64 classes; got "
-        f"{type(batch).__name__}. Let the loader's collate_fn make that."
-    )
-
-
-def _batch_size(loader: Any) -> int | None:
-    """The images that a loader puts in a batch, as far as it says."""
-    size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
-    return size if isinstance(size, int) else None

@@ -146,23 +146,20 @@ def _classifier(
         changes["num_classes"] = len(head.class_names)
     config = changed(source.config, **changes)
     names = head.class_names
-    if names is None:
-        fits = source.class_names is not None and len(source.class_names) == config.num_classes
-        names = (fits and source.class_names) or [f"output_{i}" for i in range(config.num_classes)]
-    preprocess = source.preprocess.resized(config.image_hw, config.in_chans)
-    model = _build(config, source if load_weights else dataclasses.replace(source, read=None), head)
-    classifier = ImageClassifier(model, dataclasses.replace(preprocess, **crop), list(names))
-    classifier.weights_licence = (
-        FROM_SCRATCH_LICENCE if source.read is None else source.licence or UNKNOWN_LICENCE
-    )
-    classifier.weights_source = source.label
-    return classifier
+    if names is None and source.class_names is not None and len(source.class_names) == config.num_classes:
+        names = source.class_names
+    model = _build(config, source, head, load=load_weights)
+    return ImageClassifier(model, dataclasses.replace(model.preprocess, **crop), names)
 
 
-def _build(config: Any, source: Source, head: HeadOptions) -> TokenModel:
-    model = build_model(config, init=source.read is None)
+def _build(config: Any, source: Source, head: HeadOptions, *, load: bool = True) -> TokenModel:
+    load = load and source.read is not None
+    model = build_model(config, init=not load)
+    model.preprocess = source.preprocess.resized(config.image_hw, config.in_chans)
+    model.weights_licence = FROM_SCRATCH_LICENCE if source.read is None else source.licence or UNKNOWN_LICENCE
+    model.weights_source = source.label
     report = None
-    if source.read is not None:
+    if load:
         load_weights(model, source, head)
         report = model.load_report
         _announce(report)
