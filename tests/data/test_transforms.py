@@ -348,3 +348,32 @@ def test_the_reader_of_a_model_takes_every_setting_of_its_preprocessing():
 
 def _file(image: torch.Tensor) -> bytes:
     return image_file(image.permute(1, 2, 0).numpy())
+
+
+def test_grey_pixels_are_pillows_luma_before_the_resize_and_have_a_description_of_their_own(generator):
+    pixels = torch.randint(0, 256, (3, 40, 30), generator=generator, dtype=torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
+    same_size = eval_reader((40, 30), crop_pct=1.0, in_chans=1)
+    assert torch.equal(same_size(pixels)[0], torch.from_numpy(np.array(picture)))
+    exact = eval_reader(16, crop_pct=1.0, exact=True, in_chans=1)
+    resized = picture.resize((16, 21), Image.Resampling.BICUBIC).crop((0, 2, 16, 18))
+    assert torch.equal(exact(pixels)[0], torch.from_numpy(np.array(resized)))
+    grey = same_size(pixels)
+    assert torch.equal(same_size(grey), grey)  # grey already
+    for make in (eval_reader, train_reader):
+        assert make(16).description != make(16, in_chans=1).description
+
+
+@pytest.mark.parametrize("augment", list(AUGMENTS))
+def test_every_augmentation_makes_grey_pixels_of_a_grey_model(augment, generator):
+    pixels = torch.randint(0, 256, (3, 40, 30), generator=generator, dtype=torch.uint8)
+    reader = train_reader(16, augment=augment, in_chans=1)
+    for key in range(12):
+        image = reader(pixels, key=key)
+        assert (image.shape, image.dtype) == ((1, 16, 16), torch.uint8)
+
+
+@pytest.mark.parametrize("in_chans", [0, 2, 4])
+def test_images_are_read_as_rgb_or_grey_alone(in_chans):
+    with pytest.raises(ConfigError, match=rf"model.in_chans must be 3 .* or 1 .*; got {in_chans}"):
+        eval_reader(16, in_chans=in_chans)

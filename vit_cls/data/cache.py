@@ -43,7 +43,7 @@ class PixelCache:
     """
 
     def __init__(self, folder: Path, index: ImageIndex, reader: Reader) -> None:
-        self.shape = (len(index), 3, *reader.size)
+        self.shape = (len(index), reader.in_chans, *reader.size)
         self._image_bytes = math.prod(self.shape[1:])
         self.path = folder / f"{_digest(index, reader)}.uint8"
         self._descriptor: int | None = None
@@ -61,7 +61,7 @@ class PixelCache:
         return self._descriptor
 
     def get(self, index: int) -> Tensor | None:
-        """Pixels of one image, uint8 ``(3, height, width)``; None where they are not there yet."""
+        """Pixels of one image, uint8 ``(channels, height, width)``; None where they are not there yet."""
         recorded = os.pread(self._open(), _CHECKSUM.size, index * _CHECKSUM.size)
         if not any(recorded):
             return None

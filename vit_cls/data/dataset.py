@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     position: int
     """Index in the dataset."""
     image: Tensor | None
-    """uint8, ``(3, H, W)``; None where the file could not be read."""
+    """uint8, ``(3, H, W)``, grey ``(1, H, W)``; None where the file could not be read."""
     target: int
     error: str | None
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     """The images of some samples, and the samples that have none."""
 
     images: Tensor
-    """uint8, ``(batch, 3, H, W)``."""
+    """uint8, ``(batch, 3, H, W)``, grey ``(batch, 1, H, W)``."""
     targets: Tensor
     """int64, ``(batch,)``."""
     indices: Tensor

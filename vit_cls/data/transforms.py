@@ -15,16 +15,19 @@ from torchvision.transforms.v2 import functional as F
 
 from vit_cls.checks import check_choice
 from vit_cls.data.decode import BACKGROUND, decode_image
+from vit_cls.errors import ConfigError
 from vit_cls.own_code import HINT
 
 Transform = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]
 CROP_MODES = ("center", "squash")
+CHANNELS = (1, 3)
+"""Grey and RGB: what images can be read as."""
 MAX_LENGTH = 100
 """In sides of the target: what lies further out is cut off before an image is resized to cover the target. A
 line of pixels would need gigabytes; and a photo is never that long, so that timm's rounding is kept."""
-_GREY = [128, 128, 128]
-"""What a turned or shifted image leaves empty."""
+_GREY = 128
+"""What a turned or shifted image leaves empty, in each channel."""
 
 
 Resize = Callable[[Tensor, list[int], InterpolationMode], Tensor]
@@ -37,8 +40,17 @@ def _resize(image: Tensor, size: list[int], interpolation: InterpolationMode) ->
 
 
 def _resize_as_pillow(image: Tensor, size: list[int], interpolation: InterpolationMode) -> Tensor:
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = _picture(image)
     return F.pil_to_tensor(F.resize(picture, size, interpolation=interpolation))
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def _to_grey(image: Tensor) -> Tensor:
+    """RGB, or grey already, to grey, ``(1, height, width)``: ITU-R 601 luma, to the bit Pillow's ``L``."""
+    return image if len(image) == 1 else F.pil_to_tensor(_picture(image).convert("L"))
 
 
 # The two transforms that every image goes through call functions: a chain of torchvision's transform objects
@@ -149,12 +161,14 @@ class Reader:
         size: Height and width of the result, in pixels.
         background: Colour under transparent pixels.
         description: All settings; readers that give the same pixels have the same.
+        in_chans: Channels of the result: 3 is RGB, and 1 grey, which an image becomes before it is resized.
     """
 
     transform: Transform
     size: tuple[int, int]
     background: tuple[int, int, int]
     description: str
+    in_chans: int = 3
 
     def __call__(self, data: bytes | Tensor, key: int | None = None) -> Tensor:
         """Decode and transform a file, or transform pixels, uint8 ``(3, height, width)``; ImageError if it is
@@ -164,6 +178,8 @@ class Reader:
             key: Seed of the random draws, as for `keyed`; None draws from torch's global generator.
         """
         image = data if isinstance(data, Tensor) else decode_image(data, self.background)
+        if self.in_chans == 1:
+            image = _to_grey(image)
         return self.transform(image) if key is None else keyed(self.transform, image, key)
 
 
@@ -175,6 +191,7 @@ def eval_reader(
     interpolation: str = "bicubic",
     exact: bool = False,
     background: tuple[int, int, int] = BACKGROUND,
+    in_chans: int = 3,
 ) -> Reader:
     """The fixed pixels of validation, evaluation and prediction.
 
@@ -186,9 +203,10 @@ def eval_reader(
         exact: Whether the resize is Pillow's, pixel for pixel what timm's loader gives. The tensor resize is
             about three times as fast and differs by 2 grey levels at most.
         background: Colour under transparent pixels.
+        in_chans: Channels of the result: 3 is RGB; 1 is grey, ITU-R 601 luma as Pillow's ``L``.
 
     Raises:
-        ConfigError: If ``crop_mode`` is unknown.
+        ConfigError: If ``crop_mode`` is unknown, or there are other channels than 1 or 3.
 
     Example:
         >>> eval_reader(224)(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
@@ -205,7 +223,7 @@ def eval_reader(
     transform = _Eval(resize, InterpolationMode(interpolation), resized, (height, width), squash)
     settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     words = ((height, width), sorted(settings.items()), background, *(["exact"] if exact else []))
-    return Reader(transform, (height, width), background, repr(words))
+    return _reader(transform, (height, width), background, words, in_chans)
 
 
 def train_reader(
@@ -214,11 +232,12 @@ def train_reader(
     augment: str = "crop_flip",
     interpolation: str = "bicubic",
     background: tuple[int, int, int] = BACKGROUND,
+    in_chans: int = 3,
 ) -> Reader:
     """The pixels of training, by a row of `AUGMENTS`; the other arguments are those of `eval_reader`.
 
     Raises:
-        ConfigError: If ``augment`` is unknown.
+        ConfigError: If ``augment`` is unknown, or there are other channels than 1 or 3.
 
     Example:
         >>> train_reader(96)(torch.zeros(3, 300, 400, dtype=torch.uint8), key=1).shape
@@ -226,7 +245,24 @@ def train_reader(
     """
     check_choice("data.augment", augment, AUGMENTS, hint=HINT)
     transform = AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
-    return Reader(transform, _pair(size), background, repr((_pair(size), augment, interpolation, background)))
+    words = (_pair(size), augment, interpolation, background)
+    return _reader(transform, _pair(size), background, words, in_chans)
+
+
+def _reader(
+    transform: Transform,
+    size: tuple[int, int],
+    background: tuple[int, int, int],
+    words: tuple[object, ...],
+    in_chans: int,
+) -> Reader:
+    if in_chans not in CHANNELS:
+        raise ConfigError(
+            f"model.in_chans must be 3 (images are RGB) or 1 (they are made grey); got {in_chans}. For other "
+            "models no images are read: call them with tensors of your own."
+        )
+    grey = () if in_chans == 3 else ("grey",)
+    return Reader(transform, size, background, repr((*words, *grey)), in_chans)
 
 
 def eval_transform(
@@ -261,21 +297,28 @@ class Preprocessing(Protocol):
     def interpolation(self) -> str: ...
     @property
     def background(self) -> tuple[int, int, int]: ...
+    @property
+    def in_chans(self) -> int: ...  # 1 is grey, 3 RGB
 
 
 def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str | None = None) -> Reader:
     """How images become the input of a model; whoever makes pixels for one asks here.
+
+    A model of one channel gets grey: ITU-R 601 luma of the decoded RGB, to the bit Pillow's mode ``L``.
 
     Args:
         exact: As for `eval_reader`.
         augment: As for `train_reader`; None reads as for evaluation, with no random draws.
 
     Raises:
-        ConfigError: If ``augment`` is unknown.
+        ConfigError: If ``augment`` is unknown, or the model takes other channels than 1 or 3.
     """
     size, background, interpolation = preprocess.img_size, preprocess.background, preprocess.interpolation
+    in_chans = preprocess.in_chans
     if augment is not None:
-        return train_reader(size, augment=augment, interpolation=interpolation, background=background)
+        return train_reader(
+            size, augment=augment, interpolation=interpolation, background=background, in_chans=in_chans
+        )
     return eval_reader(
         size,
         crop_pct=preprocess.crop_pct,
@@ -283,6 +326,7 @@ def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str
         interpolation=interpolation,
         exact=exact,
         background=background,
+        in_chans=in_chans,
     )
 
 

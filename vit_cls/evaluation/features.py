@@ -48,7 +48,7 @@ def feature_function(
             return reader.read(features, tokens(images), reader.depth)
 
     height, width = classifier.preprocess.img_size
-    blank = torch.zeros(1, len(classifier.preprocess.mean), height, width, dtype=torch.uint8)
+    blank = torch.zeros(1, classifier.preprocess.in_chans, height, width, dtype=torch.uint8)
     classifier.eval()
     with torch.inference_mode():
         shape = tuple(compute(blank.to(classifier.mean.device)).shape[1:])

@@ -60,6 +60,16 @@ class Preprocess:
                 f"mean and std must have one value a channel, std above 0; got {self.mean} and {self.std}."
             )
 
+    @property
+    def in_chans(self) -> int:
+        """Channels that the model takes."""
+        return len(self.mean)
+
+    @property
+    def colour(self) -> str:
+        """What the channels are, in words."""
+        return "grey (ITU-R 601 luma of the decoded RGB)" if self.in_chans == 1 else "RGB"
+
     @classmethod
     def for_size(cls, img_size: tuple[int, int]) -> Preprocess:
         """The usual one for training from scratch; up to 64 pixels, and from 384, nothing is cropped."""
@@ -128,9 +138,9 @@ class ImageClassifier(nn.Module):
             raise ConfigError(
                 f"the head has {config.num_classes} outputs, but there are {len(class_names)} class names."
             )
-        if preprocess.img_size != config.image_hw or len(preprocess.mean) != config.in_chans:
+        if preprocess.img_size != config.image_hw or preprocess.in_chans != config.in_chans:
             raise ConfigError(
-                f"preprocessing makes {len(preprocess.mean)} channels of {preprocess.img_size} pixels, but "
+                f"preprocessing makes {preprocess.in_chans} channels of {preprocess.img_size} pixels, but "
                 f"the model takes {config.in_chans} of {config.image_hw}."
             )
         check_range("temperature", temperature, above=0, below=math.inf)
@@ -146,7 +156,9 @@ class ImageClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std).view(shape), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """RGB pixels, uint8, shape ``(batch, channels, height, width)``, to the model's input.
+        """Pixels, uint8, shape ``(batch, channels, height, width)``, to the model's input.
+
+        They are RGB, or grey where the model takes one channel.
 
         Returns:
             Floats in the model's dtype: pixels over 255, less the mean, over the standard deviation; to
@@ -164,7 +176,7 @@ class ImageClassifier(nn.Module):
         return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB pixels, uint8, shape ``(batch, channels, height, width)``, to logits, ``(batch, classes)``.
+        """Pixels as for `normalise` to logits, ``(batch, classes)``.
 
         Raises:
             TypeError: If the images are not uint8.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vit_cls.checks import check_choice, check_range
+from vit_cls.data.transforms import CHANNELS
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import HINT
@@ -39,6 +40,7 @@ class ModelOptions:
         head_init: A new head's weights: ``normal`` or ``zero``.
         max_fresh: Largest share of the encoder that the weights may lack, in [0, 1].
         img_size: Side of the input in pixels; divisible by the patch size.
+        in_chans: Channels of the input: 3 is RGB; 1 is grey, ITU-R 601 luma of the decoded RGB.
         patch_size: Side of a patch in pixels.
         embed_dim: Width of a token; divisible by the number of heads.
         depth: Encoder blocks.
@@ -69,6 +71,7 @@ class ModelOptions:
     head_init: str = "normal"
     max_fresh: float = MAX_FRESH
     img_size: int | None = None
+    in_chans: int | None = None
     patch_size: int | None = None
     embed_dim: int | None = None
     depth: int | None = None
@@ -93,6 +96,10 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         _check_auto("model.drop_path_rate", self.drop_path_rate)
+        if self.in_chans not in (None, *CHANNELS):
+            raise ConfigError(
+                f"model.in_chans must be 3 (images are RGB) or 1 (they are made grey); got {self.in_chans}."
+            )
 
     @property
     def pool_name(self) -> str:

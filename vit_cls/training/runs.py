@@ -248,6 +248,7 @@ def run_record(
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens": model.layout.num_tokens,
             "preprocess": _plain(dataclasses.asdict(classifier.preprocess)),
+            "colour": classifier.preprocess.colour,
             "weights_licence": classifier.weights_licence,
             "weights_source": classifier.weights_source,
             "load_report": None if model.load_report is None else model.load_report.to_dict(),
@@ -297,9 +298,10 @@ def announce_run(record: Mapping[str, Any], data: ImageDataModule, schedule: Sch
         f"{model['name']}, pool {model['pool']}: {fmt.count(model['parameters'])} parameters, "
         f"{model['tokens']} tokens, {len(data.class_names)} classes"
     )
+    colour = "" if model["colour"] == "RGB" else f"{model['colour']}, "
     log.info(
-        f"input {' x '.join(map(str, pre['img_size']))} pixels, mean {pre['mean']}, std {pre['std']}, crop "
-        f"{pre['crop_pct']:g} {pre['crop_mode']}, {pre['interpolation']}"
+        f"input {' x '.join(map(str, pre['img_size']))} pixels, {colour}mean {pre['mean']}, std "
+        f"{pre['std']}, crop {pre['crop_pct']:g} {pre['crop_mode']}, {pre['interpolation']}"
     )
     log.info(
         f"{fmt.count(len(data.train_set))} images to train on, {fmt.count(len(data.val_set))} to validate "

@@ -241,6 +241,7 @@ def enlarge(image: np.ndarray) -> np.ndarray:
     """Pixels in [0, 1], ``(channels, height, width)``, as a picture that is large enough for the eye."""
     times = -(-ENLARGED // max(image.shape[1:]))
     pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))  # grey ones too are shown as RGB
     return pixels.repeat(times, axis=0).repeat(times, axis=1)
 
 

@@ -358,7 +358,7 @@ def token_pictures(source: ImageSource, measured: Mapping[str, ClassTokens]) -> 
     rows = []
     for i in chosen:
         pixels = reader(source.read(int(first.rows.positions[i])))
-        row = [np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())]
+        row = [np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())]
         for tokens in shown.values():
             assert tokens.maps is not None
             row += [_picture(values, tokens.grid_size, row[0].shape[:2]) for values in tokens.maps[i]]
