@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from tests.training.runs import fit_tiny, record_of
-from vit_cls.training.fit import _default_precision
+from vit_cls.training.trainer import default_precision
 
 HALF = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
 
@@ -36,7 +36,7 @@ def test_auto_is_what_the_device_has(available, native, arguments, expected, mon
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert _default_precision(arguments) == expected
+    assert default_precision(arguments) == expected
 
 
 class _Look(Callback):

@@ -23,6 +23,8 @@ def run(words: list[str]) -> Outcome:
     result = fit(cli.options, cli.datamodule, cli.trainer_options, config_yaml=config_yaml, command=command)
     if not is_first_process():
         return Outcome({}, (), silent=True)
+    if not result.kept:
+        return Outcome.of(result, {})
     record = result.folder.read_record()
     write_folder(result.folder.path, result, record=record, option="--run_dir")
     return Outcome.of(result, {})

@@ -9,11 +9,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
-from vit_cls.training.fit import TRAINER_DEFAULTS
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.training.task import ClassificationTask
+from vit_cls.training.trainer import TRAINER_DEFAULTS, lightnings_refusals
 
-FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile", "metrics")
+FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile", "metrics", "logger")
 
 
 class FitCLI(LightningCLI):
@@ -61,7 +61,8 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the options and the data; the model needs the class names, so `fit` builds it."""
-        built = self.parser.instantiate(self.config)
+        with lightnings_refusals():
+            built = self.parser.instantiate(self.config)
         self.datamodule = built.data
         run = {key: built[key] for key in FIT_KEYS}
         self.options = FitOptions(model=built.model, optim=built.optim, **run)

@@ -99,6 +99,9 @@ def _fit(result: Any) -> Iterator[RenderableType]:
         f"(epoch {result.best_epoch}, counted from 0{averaged}).",
         "bold",
     )
+    if not result.kept:
+        yield "This was trainer.fast_dev_run: nothing is kept."
+        return
     yield f"Run folder: {result.folder.path}"
     yield f"Next: vit-cls evaluate --model {result.folder.path} --data FOLDER"
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import shutil
-import sys
-import warnings
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,22 +13,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins import Precision as PrecisionPlugin
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
-from vit_cls.inference import BF16, FP16, FP32, reduced_precision
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
-from vit_cls.training.optim import peak_lr
+from vit_cls.training.length import make_schedule_of, run_length
+from vit_cls.training.loggers import begin_logging, end_logging, make_loggers
 from vit_cls.training.options import AUTO, FitOptions
 from vit_cls.training.result import FitResult, result_of
 from vit_cls.training.runs import (
@@ -45,23 +37,21 @@ from vit_cls.training.runs import (
     run_identity,
     run_record,
 )
-from vit_cls.training.task import ClassificationTask, Schedule
+from vit_cls.training.settings import flat, run_settings, settings_yaml
+from vit_cls.training.task import ClassificationTask
+from vit_cls.training.trainer import (
+    TRAINER_DEFAULTS,
+    check_arguments,
+    lightnings_refusals,
+    make_trainer,
+    quiet_lightning,
+    with_defaults,
+)
 from vit_cls.training.validation import make_metrics
 
+__all__ = ["TRAINER_DEFAULTS", "FitResult", "fit"]
+
 log = logging.getLogger("vit_cls")
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 100,
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 20,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
-"""Where our defaults differ from Lightning's. The sampler is ours: Lightning's repeats validation images."""
-
-LIGHTNING_PRECISION = {FP32: "32-true", BF16: "bf16-mixed", FP16: "16-mixed"}
-"""Lightning's words; its fp16 scales the loss."""
 
 
 def fit(
@@ -69,15 +59,16 @@ def fit(
     data: ImageDataModule,
     trainer_options: Mapping[str, Any] | None = None,
     *,
-    config_yaml: str = "",
+    config_yaml: str | None = None,
     command: list[str] | None = None,
 ) -> FitResult:
     """Train one classifier and leave a run folder; what it returns is of the best epoch.
 
     Args:
         data: The images, not yet configured.
-        trainer_options: Arguments of Lightning's Trainer, on top of `TRAINER_DEFAULTS`.
-        config_yaml: The resolved configuration, stored as ``config.yaml``.
+        trainer_options: Arguments of Lightning's Trainer, on top of `TRAINER_DEFAULTS`. With ``fast_dev_run``
+            nothing is left, and the result's folder is gone.
+        config_yaml: The resolved configuration, stored as ``config.yaml``; None writes it from the options.
         command: The words that started the run, for the record.
 
     Raises:
@@ -85,12 +76,34 @@ def fit(
             left behind.
         Stopped: If SIGINT or SIGTERM came; complete epochs are kept.
     """
-    _quiet_lightning()
+    quiet_lightning()
+    arguments = with_defaults(trainer_options or {})
+    check_arguments(arguments)
+    if not arguments.get("fast_dev_run"):
+        return _fit(options, data, arguments, config_yaml, command)
+    if options.resume is not None:
+        raise ConfigError(
+            f"trainer.fast_dev_run keeps nothing, so it cannot resume {options.resume}. Leave one of the two "
+            "out."
+        )
+    with tempfile.TemporaryDirectory(prefix="vit_cls_") as place:
+        tried = dataclasses.replace(options, run_dir=str(Path(place) / "run"))
+        return dataclasses.replace(_fit(tried, data, arguments, config_yaml, command), kept=False)
+
+
+def _fit(
+    options: FitOptions,
+    data: ImageDataModule,
+    arguments: dict[str, Any],
+    config_yaml: str | None,
+    command: list[str] | None,
+) -> FitResult:
     stem = _stem(options) if options.run_dir is None and options.resume is None else ""
     folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
     if resuming:
         check_imports(folder)
     existed = folder.path.exists()
+    loggers = make_loggers(options.logger, arguments.get("logger"), folder.path)
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
     # Dropout and drop path draw from here on: the same whatever the model drew before.
@@ -99,14 +112,11 @@ def fit(
     states = RunCheckpoint(folder)
     epoch_log, stop = EpochLog(folder, states), StopSignals(lambda: _how_to_go_on(folder))
     callbacks: list[Callback] = [epoch_log, states, StopBetweenSteps(stop)]
-    trainer = _make_trainer(options, folder, dict(trainer_options or {}), callbacks)
-    if trainer.world_size > 1 and options.run_dir is None and options.resume is None:
-        raise ConfigError(
-            f"run_dir is missing: {trainer.world_size} processes must agree on one folder. Give --run_dir, "
-            "or train in one process with --trainer.devices 1."
-        )
-    schedule = _schedule(options, data, trainer)
-    _check_strategy(options, trainer)
+    trainer = make_trainer(options, arguments, folder=folder.path, loggers=loggers, callbacks=callbacks)
+    _check_processes(options, trainer)
+    world_size = trainer.world_size
+    length = run_length(len(data.train_set) // world_size, data.batch_size, trainer, arguments)
+    schedule = make_schedule_of(length, options.optim, images_per_batch=data.batch_size * world_size)
     task = ClassificationTask(
         classifier,
         options.optim,
@@ -124,15 +134,21 @@ def fit(
     record = run_record(options, data, classifier, trainer, schedule, identity, command)
     if resuming:
         record["model"]["load_report"] = folder.read_record().get("model", {}).get("load_report")
+    settings = run_settings(options, data, arguments)
     announce_run(record, data, schedule)
     announce_weights(options, classifier, schedule)
     with stop, _run_folder(folder, record, trainer, stop, existed=existed):
         if trainer.is_global_zero:
-            write_text(folder.config_file, config_yaml)
+            text = settings_yaml(settings) if config_yaml is None else config_yaml
+            write_text(folder.config_file, text)
+        begin_logging(loggers, flat(settings))
         checkpoint = str(folder.last_checkpoint) if resuming else None
-        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+        with lightnings_refusals():
+            trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
-    summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "history")}
+        end_logging(loggers, flat(settings), result.top1)
+    shown = ("folder", "history", "kept")
+    summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in shown}
     if trainer.is_global_zero:
         record["data"]["bad_images"] = data.bad_images
         folder.write_record({**record, "status": "finished", "finished": now(), "result": summary})
@@ -154,10 +170,19 @@ def _class_weights(options: FitOptions, data: ImageDataModule) -> torch.Tensor |
     return counts.sum() / (len(counts) * counts.clamp_min(1))
 
 
-def _check_strategy(options: FitOptions, trainer: Trainer) -> None:
-    """Two stages leave parameters without gradient for a while, which DDP must be told."""
+def _check_processes(options: FitOptions, trainer: Trainer) -> None:
+    """Several processes need one folder; and DDP must be told of two stages, in the first of which
+    parameters are without gradient.
+    """
+    if trainer.world_size == 1:
+        return
+    if options.run_dir is None and options.resume is None:
+        raise ConfigError(
+            f"run_dir is missing: {trainer.world_size} processes must agree on one folder. Give --run_dir, "
+            "or train in one process with --trainer.devices 1."
+        )
     told = getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
-    if options.optim.head_first_epochs and trainer.world_size > 1 and not told:
+    if options.optim.head_first_epochs and not told:
         raise ConfigError(
             f"optim.head_first_epochs with {trainer.world_size} processes needs "
             "--trainer.strategy ddp_find_unused_parameters_true: parameters are without gradient in the "
@@ -174,98 +199,6 @@ def _prepare(options: FitOptions, data: ImageDataModule, *, load_weights: bool) 
         classifier.model.compile_encoder()
     data.configure(seed=options.seed, preprocess=classifier.preprocess)
     return classifier
-
-
-def _make_trainer(
-    options: FitOptions, folder: RunFolder, given: dict[str, Any], callbacks: list[Callback]
-) -> Trainer:
-    """Lightning's Trainer with our defaults, our callbacks and the user's."""
-    arguments = {**TRAINER_DEFAULTS, **given}
-    if arguments.get("overfit_batches"):
-        raise ConfigError(
-            f"trainer.overfit_batches swaps the sampler that makes runs repeatable; got "
-            f"{arguments['overfit_batches']}. Use trainer.limit_train_batches."
-        )
-    loggers: list[Any] = []
-    if arguments.get("logger") is not False:
-        loggers = [TensorBoardLogger(folder.path, name="", version="tensorboard", default_hp_metric=False)]
-        callbacks = [*callbacks, LearningRateMonitor("step")]
-        extra = arguments.get("logger")
-        loggers += extra if isinstance(extra, list) else [extra] if extra not in (None, True) else []
-    if options.early_stopping_patience is not None:
-        stopping = EarlyStopping("val/acc1", mode="max", patience=options.early_stopping_patience)
-        callbacks = [*callbacks, stopping]
-    bar = arguments.pop("enable_progress_bar", None)
-    if bar is None:
-        bar = sys.stderr.isatty()
-    if bar:
-        callbacks = [*callbacks, RichProgressBar(refresh_rate=10, console_kwargs={"stderr": True})]
-    arguments["callbacks"] = [*callbacks, *(arguments.get("callbacks") or [])]
-    arguments["logger"] = loggers or False
-    if arguments.get("precision") is None:
-        arguments["precision"] = _default_precision(arguments)
-    arguments["default_root_dir"] = folder.path
-    try:
-        return Trainer(enable_progress_bar=bool(bar), **arguments)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"Lightning's trainer refuses these settings: {error}") from error
-
-
-def _default_precision(arguments: Mapping[str, Any]) -> str | None:
-    """What a run on this device is trained in; None where a plugin or a strategy brings its own."""
-    plugins = arguments.get("plugins") or ()
-    plugins = plugins if isinstance(plugins, list | tuple) else (plugins,)
-    strategy = arguments.get("strategy")
-    if any(isinstance(plugin, PrecisionPlugin) for plugin in plugins) or (
-        isinstance(strategy, Strategy) and strategy._precision_plugin is not None
-    ):
-        return None
-    accelerator = arguments.get("accelerator") or "auto"
-    named = accelerator in ("auto", "gpu", "cuda") or isinstance(accelerator, CUDAAccelerator)
-    on_gpu = named and torch.cuda.is_available()
-    precision = reduced_precision(torch.device("cuda" if on_gpu else "cpu")) or FP32
-    return LIGHTNING_PRECISION[precision]
-
-
-def _schedule(options: FitOptions, data: ImageDataModule, trainer: Trainer) -> Schedule:
-    """Steps of the run. Lightning's own estimate drops the state of a resumed loader."""
-    if trainer.limit_val_batches == 0:
-        raise ConfigError(
-            "trainer.limit_val_batches must not be 0: without validation there is no best epoch."
-        )
-    images = len(data.train_set) // trainer.world_size
-    batches = math.ceil(images / max(1, data.batch_size))
-    limit = trainer.limit_train_batches
-    batches = (
-        min(batches, limit)
-        if isinstance(limit, int)
-        else int(batches * limit)
-        if limit is not None
-        else batches
-    )
-    accumulate = trainer.accumulate_grad_batches
-    first = options.optim.head_first_epochs
-    steps_per_epoch = max(1, math.ceil(batches / accumulate))
-    epochs = trainer.max_epochs
-    if (epochs is None or epochs < 1) and trainer.max_steps < 1:
-        raise ConfigError(
-            f"trainer.max_epochs must be at least 1 (the learning rate ends there); got {epochs}."
-        )
-    by_epochs = epochs * steps_per_epoch if epochs is not None and epochs > 0 else math.inf
-    total_steps = int(min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf))
-    if first * steps_per_epoch >= total_steps:
-        raise ConfigError(
-            f"optim.head_first_epochs must be fewer than the run's; got {first} of "
-            f"{total_steps / steps_per_epoch:g}. To train the head alone use optim.freeze backbone."
-        )
-    warmup = options.optim.warmup_epochs
-    if warmup is not None and warmup * steps_per_epoch >= total_steps - first * steps_per_epoch:
-        raise ConfigError(
-            f"optim.warmup_epochs must be shorter than the run; got {warmup:g} of "
-            f"{total_steps / steps_per_epoch:g} epochs. Leave it out for a tenth of the run."
-        )
-    images_per_step = data.batch_size * trainer.world_size * accumulate
-    return Schedule(steps_per_epoch, total_steps, peak_lr(options.optim, images_per_step=images_per_step))
 
 
 @contextmanager
@@ -304,20 +237,3 @@ def _how_to_go_on(folder: RunFolder) -> str:
     if folder.last_checkpoint.exists():
         return f"continue with --resume {folder.path}{import_options()}"
     return "no epoch was complete, so nothing is kept"
-
-
-def _quiet_lightning() -> None:
-    """Keep Lightning's hints off the screen; what matters is said by us, errors still are by it."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    messages = (
-        ".*does not have many workers.*",
-        ".*`training_step` returned `None`.*",  # no image of the batch could be read
-        ".*module.s. in eval mode at the start of training.*",  # frozen ones, on purpose
-        ".*exists and is not empty.*",
-        ".*lr_scheduler.step.. before .optimizer.step.*",  # fp16 skips steps until it has its scale
-        ".*number of training batches.*",
-        ".*It is recommended to use `self.log.*sync_dist.*",  # torchmetrics has reduced those values already
-    )
-    for message in messages:
-        warnings.filterwarnings("ignore", message=message)

@@ -242,6 +242,8 @@ class FitOptions:
         compile: Whether the encoder's blocks are compiled.
         metrics: More of each validation: ``f1`` and ``auroc``, means over the classes, or
             registered ones of your own; columns ``val/NAME`` of ``metrics.csv``.
+        logger: Where losses, metrics and hyperparameters go: ``tensorboard``, ``csv``, ``wandb``, ``mlflow``,
+            several separated by commas; null is ``tensorboard``.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -255,6 +257,7 @@ class FitOptions:
     early_stopping_patience: int | None = None
     compile: bool = False
     metrics: list[str] | None = None
+    logger: list[str] | str | None = None
 
     def __post_init__(self) -> None:
         for name in self.metrics or []:

@@ -25,6 +25,7 @@ class FitResult:
         train_images_per_second: Median over the epochs.
         history: One row an epoch, and one for each validation within an epoch.
         weights: Those of the model file: ``raw``, or ``ema``, their running average.
+        kept: Whether the folder is still there; a ``fast_dev_run`` leaves none.
     """
 
     folder: RunFolder
@@ -37,6 +38,7 @@ class FitResult:
     train_images_per_second: float
     history: list[dict[str, float]]
     weights: str = RAW
+    kept: bool = True
 
     @property
     def top1(self) -> float:
@@ -51,7 +53,7 @@ class FitResult:
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data that JSON can hold."""
         return {
-            "run_dir": str(self.folder.path),
+            "run_dir": str(self.folder.path) if self.kept else None,
             "top1": self.top1,
             "top1_ci95": list(self.top1_ci95),
             "top5": self.top5,
@@ -61,7 +63,7 @@ class FitResult:
             "best_epoch": self.best_epoch,
             "seconds": round(self.seconds, 3),
             "train_images_per_second": round(self.train_images_per_second, 1),
-            "model": str(self.folder.model_file),
+            "model": str(self.folder.model_file) if self.kept else None,
             "weights": self.weights,
         }
 
@@ -71,8 +73,8 @@ def result_of(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:
     validated = [row for row in rows if "val/acc1" in row]
     if not validated:
         raise RunError(
-            "no epoch was validated, so there is no best model; check trainer.max_steps and "
-            "trainer.check_val_every_n_epoch."
+            "no epoch was validated, so there is no best model; check trainer.max_steps, trainer.max_time "
+            "and trainer.check_val_every_n_epoch."
         )
     best = max(
         reversed(validated), key=lambda row: row["val/acc1"]
