@@ -39,6 +39,14 @@ def _is_within_epoch(trainer: Trainer) -> bool:
     return not trainer.sanity_checking and not ends
 
 
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether steps or epochs are up, by the Trainer's limits."""
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return True
+    last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+
+
 class EpochLog(Callback):
     """Write one row an epoch to ``metrics.csv``, and one for each validation within an epoch.
 
@@ -80,8 +88,8 @@ class EpochLog(Callback):
     ) -> None:
         """Count images; reads shapes only, so nothing waits for the device."""
         self.images += len(images_and_targets(batch)[1]) * trainer.world_size
-        if 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True  # Lightning would end here too, but leave the last epoch unvalidated
+        if _is_last_step(trainer):
+            trainer.should_stop = True  # Lightning would end here too, but may leave the weights unvalidated
         self.waiting_since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

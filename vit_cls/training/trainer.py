@@ -297,6 +297,7 @@ def quiet_lightning() -> None:
         ".*`training_step` returned `None`.*",  # no image of the batch could be read
         ".*module.s. in eval mode at the start of training.*",  # frozen ones, on purpose
         ".*exists and is not empty.*",
+        ".*overriding `LightningModule.optimizer_.*",  # the average follows steps, not batches, on purpose
         ".*lr_scheduler.step.. before .optimizer.step.*",  # fp16 skips steps until it has its scale
         ".*number of training batches.*",
         ".*It is recommended to use `self.log.*sync_dist.*",  # torchmetrics has reduced those values already
