@@ -93,6 +93,13 @@ class InferenceConfig:
             return reduced_precision(choose_device(self.device)) or FP32
         return BF16 if self.precision == "bf16" else FP32
 
+    @property
+    def record(self) -> dict[str, str | None]:
+        """Device, its name where it is a GPU, and precision, as every result has them."""
+        device = choose_device(self.device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return {"device": str(device), "device_name": name, "precision": self.computes_in.name}
+
 
 def reduced_precision(device: torch.device) -> Precision | None:
     """The shorter numbers that a device computes fast with: bf16, or fp16 on a GPU that only emulates bf16.

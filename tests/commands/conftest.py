@@ -22,6 +22,7 @@ PRESENT_KEYS = {
     *("seconds", "images_per_second", "classes", "classes_present", "output"),
     *("ece", "ece_ci95", "ece_equal_mass", "brier", "brier_ci95", "accuracy_at_coverage", "most_confused"),
     *("calibrated", "temperature", "restricted", "tta", "exact", "seed"),
+    *("device", "device_name", "precision"),
 }
 """Of the JSON object of ``evaluate``, which scripts read."""
 

@@ -57,7 +57,15 @@ def test_models_agree_with_what_evaluate_says_of_each(folder, cli):
     assert code == 0
     assert err.count("could not be read: data/red/1.png: ") == 2
     result = json.loads(out)
-    assert list(result) == ["models", "pairs", "seed", "split", "origin", "output"]
+    assert list(result) == [
+        "models",
+        "pairs",
+        "seed",
+        "split",
+        "origin",
+        *("device", "device_name", "precision"),
+        "output",
+    ]
     assert " ".join(result["pairs"][0]) == PAIR_KEYS
     assert [list(model) for model in result["models"]] == [
         ["name", "correct", "scored", "top1", "top1_ci95"]

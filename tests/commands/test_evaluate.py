@@ -93,6 +93,7 @@ def test_json_has_the_keys_that_scripts_read(place, evaluate):
     assert (result["classes"], result["classes_present"]) == (4, 3)
     told = [result[k] for k in ("calibrated", "temperature", "restricted", "tta", "exact", "seed")]
     assert told == [False, 1.0, False, "none", False, 0]
+    assert [result[k] for k in ("device", "device_name", "precision")] == ["cpu", None, "32"]
     assert [p["coverage"] for p in result["accuracy_at_coverage"]] == [0.5, 0.8, 0.9, 0.95, 1.0]
     assert result["accuracy_at_coverage"][-1]["accuracy"] == pytest.approx(result["top1"])
     pairs = result["most_confused"]

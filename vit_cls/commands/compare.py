@@ -30,7 +30,7 @@ from vit_cls.evaluation.comparison import (
     compare_answers,
     disagreements,
 )
-from vit_cls.evaluation.predictions import ScoredImages, images_for_model, predict_index
+from vit_cls.evaluation.predictions import AS_IS, ScoredImages, Scoring, images_for_model, predict_index
 from vit_cls.evaluation.row_formats import read_predictions
 from vit_cls.files import output_folder
 from vit_cls.reports.folder import write_folder
@@ -55,10 +55,11 @@ def run(words: list[str]) -> Outcome:
     output = output_folder(args.output)
     files, names = args.predictions or [], args.model or []
     images: ScoredImages | None = None
+    scoring = AS_IS
     source = _source(args) if files else None
     answers = [answers_of(path, read_predictions(path)) for path in files]
     for name in names:
-        each, images = _predict(name, args)
+        each, images, scoring = _predict(name, args)
         answers.append(each)
     answers = align(answers)
     result = compare_answers(answers, margin=args.margin, seed=args.seed)
@@ -66,10 +67,15 @@ def run(words: list[str]) -> Outcome:
         source = source if images is None else images.source
         pictures = no_pictures if source is None else partial(thumbnails, reader_by_path(source))
         found = disagreements(answers)
-        write_folder(output, result, found=found, data=args.data, thumbnails=pictures)
+        write_folder(
+            output, result, found=found, data=args.data, computed=scoring.computed, thumbnails=pictures
+        )
     told = {
         "split": None if images is None else images.split,
         "origin": None if images is None else images.origin,
+        "device": scoring.device,
+        "device_name": scoring.device_name,
+        "precision": scoring.precision,
         "output": path_or_none(output),
     }
     return Outcome.of(result, told, output, above=[] if images is None else [images.words])
@@ -93,13 +99,13 @@ def _check(args: Namespace) -> None:
     check_range("--seed", args.seed, at_least=0)
 
 
-def _predict(name: str, args: Namespace) -> tuple[Answers, ScoredImages]:
+def _predict(name: str, args: Namespace) -> tuple[Answers, ScoredImages, Scoring]:
     classifier = load(name)
     images = images_for_model(args.data, classifier, split=args.split)
     config = inference_config(args, show_progress=sys.stderr.isatty())
     predictions = predict_index(classifier, images.source, config)
     tell_unreadable(predictions)
-    return answers_of(name, predictions.rows()), images
+    return answers_of(name, predictions.rows()), images, predictions.scoring
 
 
 def _source(args: Namespace) -> ImageSource | None:

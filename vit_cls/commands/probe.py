@@ -71,7 +71,8 @@ def run(words: list[str]) -> Outcome:
     parts.refuse_unused(fractions)
     result = probe.run(Subject(classifier, parts, config, cache))
     architecture = described(classifier.model)
-    settings = {"model": args.model, "architecture": architecture, "data": args.data, **result.settings}
+    settings = {"model": args.model, "architecture": architecture, "data": args.data, **config.record}
+    settings |= result.settings
     notes = [*result.notes, *overlap_note(find_record(args.model), parts, args.data)]
     seconds = time.perf_counter() - started
     result = replace(result, settings=settings, notes=notes, seconds=seconds)

@@ -98,6 +98,7 @@ def predict(
         "temperature": classifier.temperature,
         "seconds": round(saved.seconds, 3),
         "images_per_second": round(done / saved.seconds, 1),
+        **request.config.record,
     }
     return data if predictions is None else {**data, "predictions": predictions}
 

@@ -34,12 +34,24 @@ class Scoring:
         restricted: Whether only classes that the folder has could be predicted.
         tta: Test-time augmentation: ``none``, or ``flip``: the mean of an image and its mirror image.
         exact: Whether images were resized by Pillow, as timm's loader does it.
+        device: Where the model ran, such as ``cuda``; None where that is not known.
+        device_name: Of a GPU.
+        precision: What it computed with: ``32``, ``bf16`` or ``fp16``.
     """
 
     temperature: float = 1.0
     restricted: bool = False
     tta: str = "none"
     exact: bool = False
+    device: str | None = None
+    device_name: str | None = None
+    precision: str | None = None
+
+    @property
+    def computed(self) -> str:
+        """Where and with what the model ran, for people; empty where that is not known."""
+        name = "" if self.device_name is None else f" ({self.device_name})"
+        return "" if self.device is None else f"computed on {self.device}{name}, precision {self.precision}"
 
     @property
     def calibrated(self) -> bool:
@@ -231,7 +243,7 @@ def predict_index(
             logits[outputs.done] = outputs.values
     if restrict:
         logits[:, torch.from_numpy(index.counts() == 0)] = -torch.inf
-    scoring = Scoring(classifier.temperature, restrict, tta, config.exact)
+    scoring = Scoring(classifier.temperature, restrict, tta, config.exact, **config.record)
     probs = classifier.probs(logits).numpy()
     return Predictions(index, probs, errors, time.perf_counter() - started, scoring)
 

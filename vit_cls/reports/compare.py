@@ -27,6 +27,7 @@ def comparison_files(
     versions: Mapping[str, str],
     found: Sequence[Disagreement],
     data: str | None,
+    computed: str = "",
     thumbnails: Thumbnails = no_pictures,
 ) -> Files:
     """``comparison.csv`` with every image that models disagree on, the page and its chart.
@@ -34,6 +35,7 @@ def comparison_files(
     Args:
         found: All images that models disagree on.
         data: The image folder as the user named it, or None where the answers came from files.
+        computed: On which device and in which precision, where that is known.
         thumbnails: Where it gives none, the images are a table.
     """
     yield "comparison.csv", _disagreements(found, len(result.models))
@@ -51,6 +53,7 @@ def comparison_files(
         "found": found,
         "shown": shown,
         "data": data,
+        "computed": computed,
         "pictures": embedded(thumbnails([image.path for image in shown])),
         "few": FEW_DISCORDANT,
     }

@@ -131,7 +131,7 @@ def _evaluation(result: Any) -> Iterator[RenderableType]:
         + ("" if scoring.tta == "none" else f"; test-time augmentation: {scoring.tta}")
         + ("; resized by Pillow" if scoring.exact else "")
     )
-    yield f"{result.images / result.seconds:.0f} images/s"
+    yield f"{result.images / result.seconds:.0f} images/s{scoring.computed and ', ' + scoring.computed}"
     if missing:
         more = " ..." if len(missing) > MOST_MISSING else ""
         yield f"no images of: {', '.join(missing[:MOST_MISSING])}{more}"
