@@ -189,8 +189,8 @@ def test_a_part_of_the_validation_is_of_all_classes_and_said_to_be_a_part(
     assert (data["scored_val_images"], data["val_images"]) == (4, 8)
     said = [entry.getMessage() for entry in caplog.records if "limit_val_batches" in entry.getMessage()]
     assert said == [
-        f"trainer.limit_val_batches {limit:g}: validation scores 4 of 8 images, the same in every epoch, "
-        "spread over the classes"
+        f"trainer.limit_val_batches {limit:g}: 4 of 8 images are scored, the same each time, spread over the "
+        "classes"
     ]
 
 

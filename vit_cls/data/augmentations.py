@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
-from vit_cls.data.transforms import AUGMENTS, Transform, eval_transform, keyed
+from vit_cls.data.transforms import AUGMENTS, Augmentation, Transform, eval_transform, keyed
 from vit_cls.errors import ConfigError
 from vit_cls.own_code import import_modules, imported, register
 
@@ -39,6 +39,15 @@ def register_augmentation(name: str, transform: Callable[..., Any]) -> None:
         torch.Size([3, 96, 96])
         >>> _ = AUGMENTS.pop("upside-down")
     """
+    register(AUGMENTS, "augmentation", name, augmentation_of(name, transform), transform)
+
+
+def augmentation_of(name: str, transform: Callable[..., Any]) -> Augmentation:
+    """A row for `AUGMENTS`, of a transform or of what makes one; see `register_augmentation`.
+
+    Raises:
+        ConfigError: If ``transform`` cannot be called with one or two arguments.
+    """
     arguments = 1 if isinstance(transform, nn.Module) else _required(transform)
     if arguments not in (1, 2):
         raise ConfigError(
@@ -46,8 +55,15 @@ def register_augmentation(name: str, transform: Callable[..., Any]) -> None:
             f"interpolation that makes one; got {transform!r}."
         )
     make = transform if arguments == 2 else lambda size, interpolation: transform
-    row: Callable[[tuple[int, int], InterpolationMode], Transform] = partial(_Own, name, make)
-    register(AUGMENTS, "augmentation", name, row, transform)
+    return partial(_Own, name, make)
+
+
+def name_of(transform: Callable[..., Any]) -> str:
+    """What a transform without a name is called in records: its settings, or where its code stands."""
+    if isinstance(transform, nn.Module):
+        return " ".join(repr(transform).split())
+    module, name = (getattr(transform, key, None) for key in ("__module__", "__qualname__"))
+    return f"{module}.{name}" if name else type(transform).__qualname__
 
 
 def _required(function: object) -> int:
@@ -108,7 +124,7 @@ class _Own:
 
     def __reduce__(self) -> Any:
         """By name where a module of ``--import`` has it: what stands there need not be picklable."""
-        if not imported():
+        if not imported() or self.name not in AUGMENTS:
             return super().__reduce__()
         return _made_again, (list(imported()), self.name, self.size, self.interpolation)
 

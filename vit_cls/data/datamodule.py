@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vit_cls.checks import check_choice, check_range
+from vit_cls.data.agreement import refuse_mixing_elsewhere, refuse_other_classes, refuse_other_samplers
+from vit_cls.data.augmentations import augmentation_of, name_of
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
 from vit_cls.data.doctor.issues import Problem
 from vit_cls.data.doctor.report import quick_check
-from vit_cls.data.folders import DIGITS, find_parts
+from vit_cls.data.folders import DIGITS, FoundParts, find_parts
 from vit_cls.data.index import balanced_weights
 from vit_cls.data.loader import default_num_workers, make_loader
 from vit_cls.data.mixing import UNMIXED, MixOptions
+from vit_cls.data.own_datasets import DatasetSource, dataset_sources
 from vit_cls.data.partition import Split, split_for_training
-from vit_cls.data.sampler import EpochSampler, scored_images, spread_order
+from vit_cls.data.sampler import LIMITS, EpochSampler, scored_images, spread_order
 from vit_cls.data.transforms import AUGMENTS, Preprocessing, model_reader
 from vit_cls.errors import ConfigError, DataError, ImageError
 from vit_cls.own_code import HINT
@@ -35,7 +39,11 @@ ALLOWED = ("leakage",)
 
 
 class ImageDataModule(LightningDataModule):
-    """Training and validation images, as uint8 batches.
+    """Images to train, validate, test and predict on, as uint8 batches, in anybody's ``Trainer``.
+
+    How images are read it asks the model (``classifier.preprocess`` of the LightningModule), and the seed of
+    split, order and augmentation is the LightningModule's ``seed``, or 0. ``test`` and ``predict`` take the
+    test part, or where there is none the validation images, in their order.
 
     Args:
         root: The images: ``train/`` and ``val/`` (or other usual spellings) with one folder a class; one
@@ -50,7 +58,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: Loading processes; null means the usable cores, shared by the processes of the run, from
             4 on without one for training itself, and no more than batches (0 for the digits).
         augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts), ``randaugment``,
-            ``trivialaugment`` or ``none``; or the name of your own (``--import``, docs/extending.md).
+            ``trivialaugment`` or ``none``; or the name of your own (``--import``, docs/extending.md); from
+            Python also such a transform itself.
         repeats: Copies of each image in an epoch, augmented each on its own; an epoch sees fewer images then.
         weights: ``balanced`` draws every class equally often; null draws every image once an epoch, or as a
             manifest's weights say.
@@ -63,9 +72,7 @@ class ImageDataModule(LightningDataModule):
         ConfigError: If a setting is unknown or cannot take effect.
 
     Example:
-        >>> from vit_cls.model.classifier import Preprocess
         >>> data = ImageDataModule(name="digits")
-        >>> data.configure(seed=0, preprocess=Preprocess((28, 28)))
         >>> len(data.class_names), len(data.train_source.index) + len(data.val_source.index)
         (10, 1198)
     """
@@ -78,7 +85,7 @@ class ImageDataModule(LightningDataModule):
         group_by: str | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
-        augment: str = "crop_flip",
+        augment: str | Callable[..., Any] = "crop_flip",
         repeats: int = 1,
         weights: str | None = None,
         max_bad_images: int = 0,
@@ -88,7 +95,8 @@ class ImageDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_choice("data.name", name, NAMES)
-        check_choice("data.augment", augment, AUGMENTS, hint=HINT)
+        if isinstance(augment, str):
+            check_choice("data.augment", augment, AUGMENTS, hint=HINT)
         if name == "folder" and root is None:
             raise ConfigError(
                 "data.root is missing: the folder with the images, train/ and val/ or one folder a class; a "
@@ -109,7 +117,9 @@ class ImageDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.augment = augment
+        self.augment = augment if isinstance(augment, str) else name_of(augment)
+        """The transform's name in records."""
+        self._augmentation = augment if isinstance(augment, str) else augmentation_of(self.augment, augment)
         self.group_by = group_by
         self.repeats = repeats
         self.weights = weights
@@ -123,6 +133,10 @@ class ImageDataModule(LightningDataModule):
         self.val_source: ImageSource
         self.origin = ""
         self.given: Split | None = None
+        self.given_test: ImageSource | None = None
+        self._parts: FoundParts | None = None
+        self._chosen_seed: int | None = None
+        self._configured: tuple[int, Preprocessing] | None = None
 
     @classmethod
     def of_sources(
@@ -138,33 +152,121 @@ class ImageDataModule(LightningDataModule):
         data.given = Split(train, val, origin)
         return data
 
+    @classmethod
+    def of_datasets(
+        cls,
+        train: Any,
+        val: Any,
+        class_names: Sequence[str] | None = None,
+        *,
+        test: Any = None,
+        **settings: Any,
+    ) -> ImageDataModule:
+        """Datasets of your own, map-style, of (image, label): see `vit_cls.data.own_datasets.DatasetSource`.
+
+        Args:
+            class_names: In the order of the labels; None takes the ``classes`` of ``train``.
+            settings: Further arguments of the constructor; those that find or split images have no effect.
+
+        Raises:
+            ConfigError: If there are no class names, or an item is not of that form.
+            DataError: If a label is none of the classes.
+        """
+        sources = dataset_sources(class_names, train=train, val=val, test=test)
+        origin = f"the datasets {type(train).__name__} and {type(val).__name__}"
+        data = cls.of_sources(sources["train"], sources["val"], origin, **settings)
+        data.given_test = sources.get("test")
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Find the images and read them as the model wants them; Lightning calls this.
+
+        Raises:
+            ConfigError: If the Trainer would change the order of the images, or the LightningModule does not
+                say what it needs.
+            DataError: If the images cannot be used, or have other classes than the classifier.
+        """
+        assert self.trainer is not None  # Lightning sets it before
+        module = self.trainer.lightning_module
+        refuse_other_samplers(self.trainer)
+        refuse_mixing_elsewhere(self.mix, module)
+        classifier = getattr(module, "classifier", None)
+        preprocess = getattr(classifier, "preprocess", None)
+        if preprocess is not None:
+            wanted = self._seed_of(module), preprocess
+            if wanted != self._configured:
+                self._configure(*wanted)
+        elif self._configured is None:
+            raise ConfigError(
+                f"ImageDataModule asks the model how it wants its images, and {type(module).__name__} has no "
+                "classifier.preprocess. Train a vit_cls.ClassificationTask, or call "
+                "data.configure(seed=0, preprocess=Preprocess((224, 224))) before."
+            )
+        if stage != "predict":
+            refuse_other_classes(self.class_names, getattr(classifier, "class_names", None))
+        if stage in ("test", "predict"):
+            self._setup_test()
+
+    def _seed_of(self, module: Any) -> int:
+        """The seed of the LightningModule, or the one that was chosen here; they must not differ."""
+        seed = getattr(module, "seed", None)
+        if seed is None:
+            return self._chosen_seed or 0
+        if self._chosen_seed not in (None, seed):
+            raise ConfigError(
+                f"the data has the seed {self._chosen_seed}, but {type(module).__name__} has {seed}. Give it "
+                f"seed={self._chosen_seed}: the split and the order of the images depend on it."
+            )
+        return int(seed)
+
     def configure(self, *, seed: int, preprocess: Preprocessing) -> None:
-        """Set the seed of split, order and augmentation, and the model's preprocessing.
+        """Do before there is a Trainer what `setup` does: set the seed, and how the model wants its images.
 
         Raises:
             DataError: If the images cannot be used.
         """
+        self._chosen_seed = seed
+        self._configure(seed, preprocess)
+
+    def _configure(self, seed: int, preprocess: Preprocessing) -> None:
         if not self.origin or seed != self.seed:
-            self.load_index(seed)
+            self._find(seed)
         val = model_reader(preprocess)
         cache = None
         if self.cache is not None and isinstance(self.val_source, FolderSource):
             cache = PixelCache(Path(self.cache), self.val_source.index, val)
-        train = model_reader(preprocess, augment=self.augment)
+        train = model_reader(preprocess, augment=self._augmentation)
+        for source in (self.train_source, self.val_source, self.given_test):
+            if isinstance(source, DatasetSource):
+                source.background = preprocess.background
         self.train_set = ImageDataset(self.train_source, train, seed=seed)
         self.val_set = ImageDataset(self.val_source, val, cache=cache)
+        self._configured = seed, preprocess
+
+    def _setup_test(self) -> None:
+        """The test part, or else the validation images."""
+        source, where = self.given_test, "the test dataset"
+        if source is None and self._parts is not None and "test" in self._parts.places:
+            source, where = self._parts.read("test", self.class_names), self._parts.where("test")
+        if source is None:
+            self.test_set, where = self.val_set, "the validation images, for there is no test part"
+        else:
+            self.test_set = ImageDataset(source, self.val_set.reader)
+        log.info(f"{len(self.test_set):,} images to test or predict: {where}")
 
     def load_index(self, seed: int) -> None:
         """Find the images and split them, if they are to be split, by a seed; reads names, no pixels."""
+        self._chosen_seed = seed
+        self._find(seed)
+
+    def _find(self, seed: int) -> None:
         self.seed = seed
         split = self.given
         if split is None:
             root, embedded = (DIGITS, True) if self.root is None else (self.root, False)
+            self._parts = find_parts(root, name="data.root", embedded=embedded)
             split = split_for_training(
-                find_parts(root, name="data.root", embedded=embedded),
-                val_fraction=self.val_fraction,
-                seed=seed,
-                group_by=self.group_by,
+                self._parts, val_fraction=self.val_fraction, seed=seed, group_by=self.group_by
             )
             self._check(split)
         self.train_source, self.val_source, self.origin = split.train, split.val, split.origin
@@ -195,14 +297,15 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The training classes, in the order of the labels."""
+        """The training classes, in the order of the labels; finds the images where that was not done."""
+        if not self.origin:
+            self._find(0)
         return self.train_source.index.class_names
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Name images that cannot be read, and raise ImageError at one too many, in the main process."""
+        source = self._read_now().source
         for index, reason in batch.failures:
-            training = self.trainer is not None and self.trainer.training
-            source = self.train_source if training else self.val_source
             path = str(source.index.path(index))
             if path in self.bad_images:
                 continue
@@ -211,6 +314,13 @@ class ImageDataModule(LightningDataModule):
                 raise ImageError(self._too_many(path, reason))
             log.warning(f"skipped, cannot be read as an image: {path}: {reason}")
         return batch
+
+    def _read_now(self) -> ImageDataset:
+        """What the Trainer is going through."""
+        if self.trainer is not None and self.trainer.training:
+            return self.train_set
+        scores = self.trainer is not None and (self.trainer.testing or self.trainer.predicting)
+        return self.test_set if scores else self.val_set
 
     def _too_many(self, path: str, reason: str) -> str:
         count = len(self.bad_images)
@@ -223,13 +333,21 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of this process."""
-        return self._loader(self.train_set, shuffle=True)
+        return self._loader(self.train_set, "train", weights=self._weights(), repeats=self.repeats)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation image once, over all processes; spread over the classes where Lightning takes but
         some of the batches (``trainer.limit_val_batches``).
         """
-        return self._loader(self.val_set, shuffle=False)
+        return self._loader(self.val_set, "val", order=self._order(self.val_set, "val"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The images of the test part likewise, or of the validation where there is none."""
+        return self._loader(self.test_set, "test", order=self._order(self.test_set, "test"))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The images of `test_dataloader` in their order, dealt out to the processes in turn."""
+        return self._loader(self.test_set, "predict")
 
     def scored_images(self, limit: float | None, world_size: int) -> int:
         """Validation images that are scored where Lightning takes but some of the batches.
@@ -243,31 +361,25 @@ class ImageDataModule(LightningDataModule):
         """
         return scored_images(len(self.val_set), self.batch_size, limit, world_size)
 
-    def _order(self, dataset: ImageDataset) -> np.ndarray | None:
+    def _order(self, dataset: ImageDataset, stage: str) -> np.ndarray | None:
         """The order of images that are scored: None is their own; over the classes where not all are."""
         if self.trainer is None:
             return None
-        limit, images = self.trainer.limit_val_batches, len(dataset)
-        scored = scored_images(images, self.batch_size, limit, self.trainer.world_size)
+        limit, images = getattr(self.trainer, LIMITS[stage].removeprefix("trainer.")), len(dataset)
+        scored = scored_images(images, self.batch_size, limit, self.trainer.world_size, stage)
         if scored == images:
             return None
         if self.trainer.is_global_zero:
-            log.info(
-                f"trainer.limit_val_batches {limit:g}: validation scores {scored:,} of {images:,} images, "
-                "the same in every epoch, spread over the classes"
-            )
+            part = f"{scored:,} of {images:,} images are scored, the same each time, spread over the classes"
+            log.info(f"{LIMITS[stage]} {limit:g}: {part}")
         return spread_order(dataset.source.index.labels)
 
-    def _loader(self, dataset: ImageDataset, *, shuffle: bool) -> DataLoader[Batch]:
+    def _loader(self, dataset: ImageDataset, stage: str, **order: Any) -> DataLoader[Batch]:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        extra: dict[str, Any]
-        if shuffle:
-            extra = {"weights": self._weights(), "repeats": self.repeats}
-        else:
-            extra = {"order": self._order(dataset)}
+        shuffle = stage == "train"
         sampler = EpochSampler(
-            len(dataset), seed=self.seed, shuffle=shuffle, rank=rank, world_size=world_size, **extra
+            len(dataset), seed=self.seed, shuffle=shuffle, rank=rank, world_size=world_size, **order
         )
         if shuffle and not len(sampler):
             raise DataError(f"{len(dataset)} training image(s) cannot be shared by {world_size} processes.")
@@ -277,7 +389,11 @@ class ImageDataModule(LightningDataModule):
             if not isinstance(dataset.source, ArraySource):
                 batches = math.ceil(len(sampler) / max(1, self.batch_size))
                 workers = min(batches, default_num_workers(1 if trainer is None else trainer.num_devices))
-        pin_memory = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return make_loader(
-            dataset, sampler, batch_size=self.batch_size, num_workers=workers, pin_memory=pin_memory
+            dataset,
+            sampler,
+            batch_size=self.batch_size,
+            num_workers=workers,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+            even=stage != "predict",
         )

@@ -70,6 +70,15 @@ def decode_image(data: bytes, background: tuple[int, int, int] = BACKGROUND) -> 
     return pixels if pixels is not None else _with_pillow(data, background)
 
 
+def picture_to_tensor(image: Image.Image, background: tuple[int, int, int] = BACKGROUND) -> Tensor:
+    """The pixels of a Pillow image, as those of a file: upright, RGB, over ``background`` where transparent.
+
+    Returns:
+        uint8, ``(3, height, width)``.
+    """
+    return _to_tensor(_to_rgb(_upright(image), background))
+
+
 def _plain_jpeg(data: bytes) -> Tensor | None:
     """An ordinary JPEG by the faster of two libraries; None for all that may need more care.
 
@@ -143,7 +152,7 @@ def _with_pillow(data: bytes, background: tuple[int, int, int]) -> Tensor:
                 image.load()
                 if transparent is not None:
                     image.info["transparency"] = transparent
-                return _to_tensor(_to_rgb(_upright(image), background))
+                return picture_to_tensor(image, background)
     except ImageError:
         raise
     except Image.DecompressionBombError:

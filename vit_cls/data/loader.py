@@ -42,20 +42,25 @@ def make_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool = False,
+    even: bool = True,
 ) -> DataLoader[Batch]:
     """Load the sampler's keys in its order, epoch after epoch, in batches of almost one size (`EvenBatches`).
 
     Args:
         batch_size: Of the largest batch; ``loader.batch_sampler.batch_size`` keeps it.
+        even: False makes torch's own batches, the last one smaller: Lightning's ``predict`` takes no others.
 
     Raises:
         ConfigError: If a number is out of range.
     """
     check_range("data.batch_size", batch_size, at_least=1)
     check_range("data.num_workers", num_workers, at_least=0)
+    batches: dict[str, Any] = {"batch_sampler": EvenBatches(sampler, batch_size)}
+    if not even:
+        batches = {"sampler": sampler, "batch_size": batch_size}
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # keys are (epoch, index)
-        batch_sampler=EvenBatches(sampler, batch_size),
+        **batches,
         persistent_workers=num_workers > 0,
         **_settings(num_workers, pin_memory),
     )

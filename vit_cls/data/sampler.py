@@ -155,8 +155,18 @@ class EvenBatches(Sampler[list[SampleKey]]):
             yield list(itertools.islice(keys, size))
 
 
-def scored_images(images: int, batch_size: int, limit: float | None, world_size: int) -> int:
+LIMITS = {"val": "trainer.limit_val_batches", "test": "trainer.limit_test_batches"}
+"""Lightning's options to score but some of the batches."""
+
+
+def scored_images(
+    images: int, batch_size: int, limit: float | None, world_size: int, stage: str = "val"
+) -> int:
     """Images that are scored where Lightning takes but some of the batches; see `ImageDataModule`.
+
+    Args:
+        limit: A number of batches, or a share of them; None is all.
+        stage: A key of `LIMITS`.
 
     Raises:
         ConfigError: If ``limit`` is a share that is less than one batch.
@@ -171,8 +181,8 @@ def scored_images(images: int, batch_size: int, limit: float | None, world_size:
             taken = limit if isinstance(limit, int) else int(len(sizes) * limit)
         if sizes and not taken and isinstance(limit, float) and limit > 0:
             raise ConfigError(
-                f"trainer.limit_val_batches {limit:g} is less than one of the {len(sizes)} batches of "
-                f"validation. Give at least {1 / len(sizes):.2g}, a whole number of batches, or a smaller "
+                f"{LIMITS[stage]} {limit:g} is less than one of the {len(sizes)} batches. "
+                f"Give at least {1 / len(sizes):.2g}, a whole number of batches, or a smaller "
                 "data.batch_size."
             )
         scored += sum(sizes[:taken])

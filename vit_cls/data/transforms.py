@@ -128,7 +128,9 @@ def _none(size: tuple[int, int], interpolation: InterpolationMode) -> Transform:
     return v2.Resize(size, interpolation=interpolation, antialias=True)
 
 
-AUGMENTS: dict[str, Callable[[tuple[int, int], InterpolationMode], Transform]] = {
+Augmentation = Callable[[tuple[int, int], InterpolationMode], Transform]
+"""From height and width in pixels, and the filter of resizes, to a training transform."""
+AUGMENTS: dict[str, Augmentation] = {
     "crop_flip": _CropFlip,
     "affine": _affine,
     "randaugment": _randaugment,
@@ -229,12 +231,12 @@ def eval_reader(
 def train_reader(
     size: Size,
     *,
-    augment: str = "crop_flip",
+    augment: str | Augmentation = "crop_flip",
     interpolation: str = "bicubic",
     background: tuple[int, int, int] = BACKGROUND,
     in_chans: int = 3,
 ) -> Reader:
-    """The pixels of training, by a row of `AUGMENTS`; the other arguments are those of `eval_reader`.
+    """The pixels of training, by a row of `AUGMENTS` or another; the rest are arguments of `eval_reader`.
 
     Raises:
         ConfigError: If ``augment`` is unknown, or there are other channels than 1 or 3.
@@ -243,8 +245,10 @@ def train_reader(
         >>> train_reader(96)(torch.zeros(3, 300, 400, dtype=torch.uint8), key=1).shape
         torch.Size([3, 96, 96])
     """
-    check_choice("data.augment", augment, AUGMENTS, hint=HINT)
-    transform = AUGMENTS[augment](_pair(size), InterpolationMode(interpolation))
+    if isinstance(augment, str):
+        check_choice("data.augment", augment, AUGMENTS, hint=HINT)
+    row = AUGMENTS[augment] if isinstance(augment, str) else augment
+    transform = row(_pair(size), InterpolationMode(interpolation))
     words = (_pair(size), augment, interpolation, background)
     return _reader(transform, _pair(size), background, words, in_chans)
 
@@ -301,7 +305,9 @@ class Preprocessing(Protocol):
     def in_chans(self) -> int: ...  # 1 is grey, 3 RGB
 
 
-def model_reader(preprocess: Preprocessing, *, exact: bool = False, augment: str | None = None) -> Reader:
+def model_reader(
+    preprocess: Preprocessing, *, exact: bool = False, augment: str | Augmentation | None = None
+) -> Reader:
     """How images become the input of a model; whoever makes pixels for one asks here.
 
     A model of one channel gets grey: ITU-R 601 luma of the decoded RGB, to the bit Pillow's mode ``L``.

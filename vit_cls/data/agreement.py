@@ -1,0 +1,55 @@
+"""What a Trainer and its LightningModule must agree on with the data, and what is said where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vit_cls.data.mixing import UNMIXED, MixOptions
+from vit_cls.errors import ConfigError, DataError
+
+
+def refuse_other_samplers(trainer: Any) -> None:
+    """The order of the images, and which process has which, are this module's."""
+    connector = trainer._accelerator_connector  # there is no public word for it
+    if connector.use_distributed_sampler and connector.is_distributed:
+        raise ConfigError(
+            f"Trainer(use_distributed_sampler=True), Lightning's default, would share out among "
+            f"{trainer.world_size} process(es) what ImageDataModule has shared out already, and repeat "
+            "validation images. Use Trainer(use_distributed_sampler=False)."
+        )
+    if trainer.overfit_batches:
+        raise ConfigError(
+            f"Trainer(overfit_batches={trainer.overfit_batches:g}) swaps the sampler that makes runs "
+            "repeatable. Use Trainer(limit_train_batches=...), or a folder with a few images."
+        )
+
+
+def refuse_mixing_elsewhere(mix: MixOptions, module: Any) -> None:
+    """Batches are mixed on the device, by the LightningModule."""
+    if mix != UNMIXED and getattr(module, "mix", None) != mix:
+        raise ConfigError(
+            f"the data's MixOptions have no effect in {type(module).__name__}, which mixes otherwise or not "
+            "at all. Give the task the same: ClassificationTask(classifier, mix=MixOptions(...))."
+        )
+
+
+def refuse_other_classes(data: Sequence[str], model: Sequence[str] | None) -> None:
+    """Labels are positions in the list of names, so the two lists must be one."""
+    if model is None or list(data) == list(model):
+        return
+    lacking = [name for name in data if name not in set(model)]
+    unknown = [name for name in model if name not in set(data)]
+    differences = [
+        f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+        for what, names in (("only the data has", lacking), ("only the classifier has", unknown))
+        if names
+    ]
+    if not differences:
+        place = next(i for i, pair in enumerate(zip(data, model, strict=True)) if pair[0] != pair[1])
+        pair = f"class {place} is {data[place]} of the data, {model[place]} of the classifier"
+        differences = [f"the same names in another order: {pair}"]
+    raise DataError(
+        f"the classes of data and classifier differ: {'; '.join(differences)}. Make the classifier with "
+        "the class_names of the data, or give it data with its own classes."
+    )
