@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,6 +175,70 @@ def test_the_model_computes_in_the_dtype_of_the_precision():
             assert layer(row).dtype == dtype
 
 
+class _SlowDevice:
+    """Copies that are there when their event has come, and not before; an event is all that was begun."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self._begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy_later(self, tensor):
+        there = torch.full_like(tensor, False if tensor.dtype == torch.bool else -1)
+        self._begun.append((there, tensor.clone()))
+        return there
+
+    def mark(self, device):
+        begun, self._begun = self._begun, []
+        number = sum(line.startswith("begun") for line in self.log)
+        self.log.append(f"begun {number}")
+
+        def synchronize():
+            self.log.append(f"waited {number}")
+            with torch.inference_mode():
+                for there, values in begun:
+                    there.copy_(values)
+
+        return SimpleNamespace(synchronize=synchronize)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_results_come_back_while_the_next_batch_is_computed(layers, classifier, in_memory, monkeypatch):
+    compute = classifier if layers is None else layer_tokens(classifier, layers)
+    expected = list(batches(classifier, in_memory, compute, _config(batch_size=4)))
+    device = _SlowDevice()
+    monkeypatch.setattr("vit_cls.inference._overlaps", lambda _: True)
+    monkeypatch.setattr("vit_cls.inference._copy_later", device.copy_later)
+    monkeypatch.setattr("vit_cls.inference._mark", device.mark)
+    found = []
+    for out in batches(classifier, in_memory, compute, _config(batch_size=4)):
+        found.append(out)
+        device.log.append(f"given {len(found) - 1}")
+    assert [out.items for out in found] == [out.items for out in expected]
+    for out, other in zip(found, expected, strict=True):
+        for layer in layers or [None]:
+            values = [one.values if layer is None else one.values[layer] for one in (out, other)]
+            assert torch.equal(*values)
+    assert device.log == [
+        *("begun 0", "begun 1", "waited 0", "given 0", "begun 2", "waited 1", "given 1"),
+        *("waited 2", "given 2"),
+    ]
+
+
+def test_a_batch_of_unreadable_files_keeps_its_place_while_others_are_computed(
+    classifier, image_root, monkeypatch
+):
+    good = str(next((image_root / "train").rglob("*.png")))
+    paths = [good, good, "gone.png", "gone.png", good, good]
+    device = _SlowDevice()
+    monkeypatch.setattr("vit_cls.inference._overlaps", lambda _: True)
+    monkeypatch.setattr("vit_cls.inference._copy_later", device.copy_later)
+    monkeypatch.setattr("vit_cls.inference._mark", device.mark)
+    outputs = list(batches(classifier, paths, classifier, _config(batch_size=2)))
+    assert [out.items for out in outputs] == [paths[:2], paths[2:4], paths[4:]]
+    assert torch.equal(outputs[0].values, outputs[2].values)
+    assert outputs[1].values is None
+
+
 def test_compile_compiles_the_encoder_and_gives_the_same(classifier, in_memory, monkeypatch):
     original, counted = TokenModel.compile_encoder, []
 
@@ -182,8 +247,8 @@ def test_compile_compiles_the_encoder_and_gives_the_same(classifier, in_memory, 
         return graph.forward
 
     monkeypatch.setattr(TokenModel, "compile_encoder", lambda model: original(model, backend))
-    _, expected = _all(classifier, in_memory, _config())
+    _, expected = _all(classifier, in_memory, _config(10))
     assert not counted
-    _, values = _all(classifier, in_memory, _config(compile=True))
+    _, values = _all(classifier, in_memory, _config(10, compile=True))
     assert counted
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)

@@ -195,7 +195,7 @@ def batches(
         pin_memory=device.type == "cuda",
     )
     # A GPU is given the next batch before the results of the last are waited for.
-    ahead = 1 if device.type == "cuda" else 0
+    ahead = 1 if _overlaps(device) else 0
     running: deque[_Running[Values]] = deque()
     with _progress(images, config) as advance:
         for items, batch in loaded:
@@ -208,13 +208,15 @@ def batches(
 
 @dataclass(frozen=True)
 class _Running(Generic[Values]):
-    """A batch that the device may still be at work on."""
+    """A batch that the device may still be at work on; its tensors are for the CPU."""
 
     items: list[Any]
     batch: Batch
     values: Values | None
     finite: dict[Any, Tensor]
     """Whether each row is finite, by layer; None is no layer."""
+    ready: torch.cuda.Event | None = None
+    """Comes when the tensors are there; None where they are."""
 
 
 def _start(
@@ -231,7 +233,33 @@ def _start(
         values = compute(pixels)
         parts: dict[Any, Tensor] = {None: values} if isinstance(values, Tensor) else values
         finite = {layer: part.reshape(len(part), -1).isfinite().all(dim=1) for layer, part in parts.items()}
-    return _Running(items, batch, values, finite)
+    with torch.inference_mode():
+        overlaps = _overlaps(device)
+        fetch = _copy_later if overlaps else Tensor.cpu
+        finite = {layer: fetch(rows) for layer, rows in finite.items()}
+        if isinstance(values, Tensor):
+            values = fetch(values.float())
+        else:
+            values = {layer: fetch(part.float()) for layer, part in values.items()}
+    return _Running(items, batch, values, finite, _mark(device) if overlaps else None)
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether the device works while the host does something else, and copies too."""
+    return device.type == "cuda"
+
+
+def _copy_later(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that begins when the device has come so far; into memory that is page-locked, or
+    the host would wait.
+    """
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return there.copy_(tensor, non_blocking=True)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event:
+    """An event that comes when the device has done what it was given so far."""
+    return torch.cuda.current_stream(device).record_event()
 
 
 def _finish(
@@ -239,6 +267,8 @@ def _finish(
 ) -> Outputs[Values]:
     """The results, on the CPU; raises where one is not finite."""
     items, places = running.items, running.batch.indices.tolist()
+    if running.ready is not None:
+        running.ready.synchronize()
     for layer, finite in running.finite.items():
         if not bool(finite.all()):
             first = items[places[int((~finite).nonzero()[0])]]
@@ -247,13 +277,7 @@ def _finish(
             short = "" if precision.dtype is None else f", or {precision.name} is too short (--precision 32)"
             raise ModelFileError(f"{what} not finite for {name}: weights that diverged{short}.")
     advance(len(items))
-    values = running.values
-    with torch.inference_mode():
-        if isinstance(values, Tensor):
-            values = values.float().cpu()
-        elif values is not None:
-            values = {layer: part.float().cpu() for layer, part in values.items()}
-    return Outputs(items, places, values, dict(running.batch.failures))
+    return Outputs(items, places, running.values, dict(running.batch.failures))
 
 
 @contextlib.contextmanager

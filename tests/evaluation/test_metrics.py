@@ -166,5 +166,6 @@ def test_json_keeps_the_keys_that_scripts_read_in_their_order():
     assert " ".join(keys) == (
         "images failed scored correct top1 top1_ci95 top5 balanced_accuracy nll nll_ci95 brier brier_ci95 "
         "ece ece_ci95 ece_equal_mass ece_equal_mass_ci95 accuracy_at_coverage aurc most_confused calibrated "
-        "temperature restricted tta exact seed seconds images_per_second classes classes_present"
+        "temperature restricted tta exact device device_name precision seed seconds "
+        "images_per_second classes classes_present"
     )

@@ -168,7 +168,7 @@ def test_the_temperature_divides_the_logits_and_changes_no_prediction(image_root
         expected = plain.probs**2 / (plain.probs**2).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(sharp.probs, expected, atol=1e-6)
         assert (sharp.probs.argmax(axis=1) == plain.probs.argmax(axis=1)).all()
-        assert sharp.scoring == Scoring(temperature=0.5, tta=tta)
+        assert sharp.scoring == Scoring(temperature=0.5, tta=tta, device="cpu", precision="32")
 
 
 def test_restricting_shares_the_probability_among_the_classes_of_the_folder(image_root):
