@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,20 @@ def test_the_last_step_of_an_epoch_counts_the_batches_that_it_has(classifier, im
         _fit(task, loader, max_epochs=1, accumulate_grad_batches=accumulate)
         updates[accumulate] = task.classifier.model.head.weight - classifier.model.head.weight
     assert torch.allclose(updates[4], updates[1], atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_several_processes_are_weighed_by_their_images(accumulate, classifier):
+    """DDP has made the mean over the processes; the other one had 3 images, and this one 5."""
+    task = vit_cls.ClassificationTask(classifier)
+    others = SimpleNamespace(reduce=lambda mine, reduce_op: mine + 3.0)
+    task._trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=accumulate, strategy=others)
+    task._batch_weight, task._step_weight = 8.0, 5.0
+    head = classifier.model.head
+    head.weight.grad = torch.ones_like(head.weight)
+    task.on_before_optimizer_step(torch.optim.SGD([head.weight, head.bias], lr=1.0))
+    assert torch.allclose(head.weight.grad, torch.full_like(head.weight, 2 * accumulate * 8 / (5 + 3)))
+    assert task._step_weight == 0.0
 
 
 def test_a_checkpoint_of_anybodys_trainer_is_a_model_and_a_task(classifier, images, tmp_path):

@@ -140,6 +140,12 @@ def register_loss(name: str, function: OwnLoss) -> None:
     register(LOSSES, "loss", name, function)
 
 
+def is_smoothed(name: str) -> bool:
+    """Whether a loss heeds ``optim.label_smoothing``; an own function does not get it."""
+    loss = LOSSES[name]
+    return isinstance(loss, type) and issubclass(loss, ClassificationLoss)
+
+
 def make_loss(
     name: str, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
 ) -> ClassificationLoss:

@@ -23,6 +23,7 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options, imported, not_imported
+from vit_cls.training.losses import is_smoothed
 from vit_cls.training.optim import lr_table, optimizer_groups
 from vit_cls.training.options import AUTO, FitOptions
 from vit_cls.training.task import Schedule
@@ -282,6 +283,11 @@ def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule:
         log.info(
             f"epochs 0 to {optim.head_first_epochs - 1}: the head alone, learning rate "
             f"{optim.head_first_lr:g}; then all"
+        )
+    if optim.label_smoothing and not is_smoothed(optim.loss):
+        log.info(
+            f"the loss {optim.loss} is your own, so optim.label_smoothing ({optim.label_smoothing:g}) has no "
+            "effect: smooth in it"
         )
     groups = optimizer_groups(classifier.model, optim, lr=schedule.lr)
     if len({group["lr"] for group in groups}) > 1:
