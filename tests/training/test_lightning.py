@@ -163,6 +163,8 @@ def test_a_checkpoint_of_anybodys_trainer_is_a_model_and_a_task(classifier, imag
     assert (again.optim, again.mix, again.seed, again.kept) == (task.optim, task.mix, 4, task.kept)
     assert same_weights(task.state_dict(), again.state_dict())
     assert again.classifier.class_names == ["a", "b", "c"]
+    (tested,) = trainer.test(task, loader, verbose=False)
+    assert not any("raw" in name or "ema" in name for name in tested)  # a test chooses nothing
     kept = vit_cls.load(tmp_path / "mine.ckpt")
     pixels = images.tensors[0]
     task.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,9 @@ class ClassificationTask(LightningModule):
     ``accumulate_grad_batches`` or several processes the gradient of a step is the mean over all its images.
 
     Logged: ``train/loss``; ``val/loss``, ``val/acc1``, ``val/acc5``, ``val/balanced_acc1``, ``val/correct``,
-    ``val/images`` and ``val/NAME`` of each metric; likewise ``test/``. With ``optim.ema_decay`` these are of
-    the weights that did better, raw or averaged; ``val/raw_acc1``, ``val/raw_loss``, ``val/ema_acc1`` and
-    ``val/ema_loss`` are of each, and ``val/kept_ema`` says which.
+    ``val/images`` and ``val/NAME`` of each metric; likewise ``test/``. With ``optim.ema_decay`` ``val/`` is
+    of the weights that did better, raw or averaged, and ``test/`` of those; ``val/raw_acc1``,
+    ``val/raw_loss``, ``val/ema_acc1`` and ``val/ema_loss`` are of each, ``val/kept_ema`` says which.
 
     Args:
         classifier: What is trained; takes uint8 images.
@@ -139,6 +140,11 @@ class ClassificationTask(LightningModule):
         if hasattr(self, "freezer"):  # Lightning calls this while the object is being made
             self.freezer.set_eval()
         return self
+
+    def on_fit_start(self) -> None:
+        """Averaged and frozen parts are in evaluation mode on purpose: Lightning would warn of them."""
+        if self.ema is not None or self.freezer.current is not None:
+            warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
 
     def on_train_start(self) -> None:
         """After a resume, continue the random draws; set last, since loading draws too."""
@@ -237,10 +243,6 @@ class ClassificationTask(LightningModule):
         """Begin to count."""
         self._validated = None
 
-    def on_test_epoch_start(self) -> None:
-        """Begin to count."""
-        self._validated = None
-
     def validation_step(self, batch: Any, batch_index: int) -> None:
         """Count one batch."""
         images, targets = images_and_targets(batch)
@@ -251,8 +253,10 @@ class ClassificationTask(LightningModule):
             self.ema_validation.update(self.ema(images).float(), targets)
 
     def test_step(self, batch: Any, batch_index: int) -> None:
-        """Count one batch."""
-        self.validation_step(batch, batch_index)
+        """Count one batch, by the weights that the last validation kept: a test chooses nothing."""
+        images, targets = images_and_targets(batch)
+        if len(targets):
+            self.validation.update(self.kept_classifier(images).float(), targets)
 
     def predict_step(self, batch: Any, batch_index: int = 0) -> Tensor:
         """Logits, float32, ``(batch, classes)``, of a batch, or of images alone."""
@@ -285,15 +289,12 @@ class ClassificationTask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what was found."""
-        self._log_found("val")
+        for name, value in self.validated().items():
+            self.log(f"val/{name}", value, prog_bar=name == "acc1")
 
     def on_test_epoch_end(self) -> None:
         """Log what was found."""
-        self._log_found("test")
-
-    def _log_found(self, stage: str) -> None:
-        for name, value in self.validated().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "acc1")
+        self.log_dict({f"test/{name}": value for name, value in self.validation.compute().items()})
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and a learning rate that changes with every step."""
