@@ -131,9 +131,9 @@ def test_test_takes_the_test_part_and_says_so(parts, image_root, caplog):
         _trainer().test(_task(["blue", "red"]), _data(image_root), verbose=False)
     said = [entry.getMessage() for entry in caplog.records if entry.name == "vit_cls"]
     assert said == [
-        f"3 images to test or predict: {parts}/test",
-        f"3 images to test or predict: {parts}/test",
-        "8 images to test or predict: the validation images, for there is no test part",
+        f"3 images to test: {parts}/test",
+        f"3 images to predict: {parts}/test",
+        "8 images to test: the validation images, for there is no test part",
     ]
 
 
@@ -172,9 +172,14 @@ def test_a_trainer_that_would_change_the_order_is_refused(image_root, options, m
 
 
 def test_a_module_without_classifier_is_told_what_to_do_and_mixing_must_be_the_modules(image_root):
-    with pytest.raises(ConfigError, match=r"_Foreign has no classifier.preprocess.*data.configure\("):
-        _trainer().validate(_Foreign(), datamodule=_data(image_root))
     data = _data(image_root)
+    for run in (
+        lambda: _trainer().validate(_Foreign(), datamodule=data),
+        data.test_dataloader,
+        lambda: _data(image_root).setup("fit"),
+    ):
+        with pytest.raises(ConfigError, match=r"does not know how.*classifier.preprocess.*data.configure\("):
+            run()
     data.configure(seed=0, preprocess=Preprocess((16, 16)))
     _trainer().validate(_Foreign(), datamodule=data)
     mix = MixOptions(mixup_alpha=0.2)

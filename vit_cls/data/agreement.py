@@ -9,6 +9,19 @@ from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.errors import ConfigError, DataError
 
 
+def agreed_seed(chosen: int | None, module: Any) -> int:
+    """The seed of the LightningModule, or the one chosen for the data, which must not differ; else 0."""
+    seed = getattr(module, "seed", None)
+    if seed is None:
+        return chosen or 0
+    if chosen not in (None, seed):
+        raise ConfigError(
+            f"the data has the seed {chosen}, but {type(module).__name__} has {seed}. Give it seed={chosen}: "
+            "the split and the order of the images depend on it."
+        )
+    return int(seed)
+
+
 def refuse_other_samplers(trainer: Any) -> None:
     """The order of the images, and which process has which, are this module's."""
     connector = trainer._accelerator_connector  # there is no public word for it
@@ -22,6 +35,16 @@ def refuse_other_samplers(trainer: Any) -> None:
         raise ConfigError(
             f"Trainer(overfit_batches={trainer.overfit_batches:g}) swaps the sampler that makes runs "
             "repeatable. Use Trainer(limit_train_batches=...), or a folder with a few images."
+        )
+
+
+def refuse_unconfigured(configured: object) -> None:
+    """Raise ConfigError for images that are asked for before a model has said how it wants them."""
+    if configured is None:
+        raise ConfigError(
+            "ImageDataModule does not know how the model wants its images. In a Trainer it asks the "
+            "classifier.preprocess of the LightningModule, such as a vit_cls.ClassificationTask; without one "
+            "call data.configure(seed=0, preprocess=classifier.preprocess) before."
         )
 
 

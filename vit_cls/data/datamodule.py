@@ -13,7 +13,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vit_cls.checks import check_choice, check_range
-from vit_cls.data.agreement import refuse_mixing_elsewhere, refuse_other_classes, refuse_other_samplers
+from vit_cls.data.agreement import (
+    agreed_seed,
+    refuse_mixing_elsewhere,
+    refuse_other_classes,
+    refuse_other_samplers,
+    refuse_unconfigured,
+)
 from vit_cls.data.augmentations import augmentation_of, name_of
 from vit_cls.data.cache import PixelCache
 from vit_cls.data.dataset import ArraySource, Batch, FolderSource, ImageDataset, ImageSource
@@ -186,38 +192,19 @@ class ImageDataModule(LightningDataModule):
                 say what it needs.
             DataError: If the images cannot be used, or have other classes than the classifier.
         """
-        assert self.trainer is not None  # Lightning sets it before
-        module = self.trainer.lightning_module
-        refuse_other_samplers(self.trainer)
-        refuse_mixing_elsewhere(self.mix, module)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if self.trainer is not None:
+            refuse_other_samplers(self.trainer)
+            refuse_mixing_elsewhere(self.mix, module)
         classifier = getattr(module, "classifier", None)
         preprocess = getattr(classifier, "preprocess", None)
         if preprocess is not None:
-            wanted = self._seed_of(module), preprocess
+            wanted = agreed_seed(self._chosen_seed, module), preprocess
             if wanted != self._configured:
                 self._configure(*wanted)
-        elif self._configured is None:
-            raise ConfigError(
-                f"ImageDataModule asks the model how it wants its images, and {type(module).__name__} has no "
-                "classifier.preprocess. Train a vit_cls.ClassificationTask, or call "
-                "data.configure(seed=0, preprocess=Preprocess((224, 224))) before."
-            )
+        refuse_unconfigured(self._configured)
         if stage != "predict":
             refuse_other_classes(self.class_names, getattr(classifier, "class_names", None))
-        if stage in ("test", "predict"):
-            self._setup_test()
-
-    def _seed_of(self, module: Any) -> int:
-        """The seed of the LightningModule, or the one that was chosen here; they must not differ."""
-        seed = getattr(module, "seed", None)
-        if seed is None:
-            return self._chosen_seed or 0
-        if self._chosen_seed not in (None, seed):
-            raise ConfigError(
-                f"the data has the seed {self._chosen_seed}, but {type(module).__name__} has {seed}. Give it "
-                f"seed={self._chosen_seed}: the split and the order of the images depend on it."
-            )
-        return int(seed)
 
     def configure(self, *, seed: int, preprocess: Preprocessing) -> None:
         """Do before there is a Trainer what `setup` does: set the seed, and how the model wants its images.
@@ -243,8 +230,11 @@ class ImageDataModule(LightningDataModule):
         self.val_set = ImageDataset(self.val_source, val, cache=cache)
         self._configured = seed, preprocess
 
-    def _setup_test(self) -> None:
-        """The test part, or else the validation images."""
+    def _dataset(self, stage: str) -> ImageDataset:
+        """The images of a stage; to test and to predict those of the test part, or else of the validation."""
+        refuse_unconfigured(self._configured)
+        if stage not in ("test", "predict"):
+            return self.train_set if stage == "train" else self.val_set
         source, where = self.given_test, "the test dataset"
         if source is None and self._parts is not None and "test" in self._parts.places:
             source, where = self._parts.read("test", self.class_names), self._parts.where("test")
@@ -252,7 +242,8 @@ class ImageDataModule(LightningDataModule):
             self.test_set, where = self.val_set, "the validation images, for there is no test part"
         else:
             self.test_set = ImageDataset(source, self.val_set.reader)
-        log.info(f"{len(self.test_set):,} images to test or predict: {where}")
+        log.info(f"{len(self.test_set):,} images to {stage}: {where}")
+        return self.test_set
 
     def load_index(self, seed: int) -> None:
         """Find the images and split them, if they are to be split, by a seed; reads names, no pixels."""
@@ -333,21 +324,21 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of this process."""
-        return self._loader(self.train_set, "train", weights=self._weights(), repeats=self.repeats)
+        return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation image once, over all processes; spread over the classes where Lightning takes but
         some of the batches (``trainer.limit_val_batches``).
         """
-        return self._loader(self.val_set, "val", order=self._order(self.val_set, "val"))
+        return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The images of the test part likewise, or of the validation where there is none."""
-        return self._loader(self.test_set, "test", order=self._order(self.test_set, "test"))
+        return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The images of `test_dataloader` in their order, dealt out to the processes in turn."""
-        return self._loader(self.test_set, "predict")
+        return self._loader("predict")
 
     def scored_images(self, limit: float | None, world_size: int) -> int:
         """Validation images that are scored where Lightning takes but some of the batches.
@@ -363,7 +354,7 @@ class ImageDataModule(LightningDataModule):
 
     def _order(self, dataset: ImageDataset, stage: str) -> np.ndarray | None:
         """The order of images that are scored: None is their own; over the classes where not all are."""
-        if self.trainer is None:
+        if self.trainer is None or stage not in LIMITS:
             return None
         limit, images = getattr(self.trainer, LIMITS[stage].removeprefix("trainer.")), len(dataset)
         scored = scored_images(images, self.batch_size, limit, self.trainer.world_size, stage)
@@ -374,10 +365,14 @@ class ImageDataModule(LightningDataModule):
             log.info(f"{LIMITS[stage]} {limit:g}: {part}")
         return spread_order(dataset.source.index.labels)
 
-    def _loader(self, dataset: ImageDataset, stage: str, **order: Any) -> DataLoader[Batch]:
-        trainer = self.trainer
+    def _loader(self, stage: str) -> DataLoader[Batch]:
+        trainer, dataset, shuffle = self.trainer, self._dataset(stage), stage == "train"
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        shuffle = stage == "train"
+        order: dict[str, Any]
+        if shuffle:
+            order = {"weights": self._weights(), "repeats": self.repeats}
+        else:
+            order = {"order": self._order(dataset, stage)}
         sampler = EpochSampler(
             len(dataset), seed=self.seed, shuffle=shuffle, rank=rank, world_size=world_size, **order
         )
