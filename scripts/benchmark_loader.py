@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-import simplejpeg
 import timm
 import torch
 import torchvision
@@ -46,7 +45,7 @@ from torch import Tensor
 
 import vit_cls
 from vit_cls.data.dataset import FolderSource, ImageDataset
-from vit_cls.data.decode import decode_image
+from vit_cls.data.decode import FAST_JPEG, decode_image
 from vit_cls.data.index import index_folder
 from vit_cls.data.loader import make_loader
 from vit_cls.data.sampler import EpochSampler, sample_seed
@@ -261,9 +260,12 @@ def run(settings: Settings) -> Row:
             print(f"{name}: {row['ratio']['median']:.3f}", file=sys.stderr, flush=True)
     finally:
         torch.set_num_threads(threads)
-    modules = {"pillow": PIL, "simplejpeg": simplejpeg, "torch": torch, "torchvision": torchvision}
+    modules = {"pillow": PIL, "torch": torch, "torchvision": torchvision}
     versions: dict[str, Any] = {name: module.__version__ for name, module in modules.items()}
-    versions |= {"libjpeg_turbo of pillow": features.version("libjpeg_turbo")}
+    versions |= {
+        "simplejpeg": FAST_JPEG or "absent",
+        "libjpeg_turbo of pillow": features.version("libjpeg_turbo"),
+    }
     versions |= {"timm": timm.__version__, "vit_cls": vit_cls.__version__}
     shown = {key: value for key, value in vars(settings).items() if key not in ("data", "output")}
     return {

@@ -35,6 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "bash scripts/quickstart.sh": "sets up an environment, and trains for two minutes",
     "bash scripts/test.sh": "runs this test",
+    "bash scripts/gpu_check.sh": "needs a GPU, or a minute; tests/scripts/test_gpu_check.py has its parts",
     "source .venv/bin/activate": "a matter of the shell",
 }
 """Lines of bash blocks that no test can run, by their start, and why."""

@@ -199,8 +199,9 @@ def test_other_settings_format_root_size_or_libraries_are_another_cache(folder, 
     paths = [_cache(folder, **own).path for own in ({}, {"crop_mode": "squash"}, {"size": SIZE[::-1]})]
     shutil.copytree(folder, folder.parent / "copy")  # keeps the times
     paths.append(_cache(folder.parent / "copy").path)
-    libraries = (cache_module.PIL, torch, cache_module.torchvision, cache_module.simplejpeg)
-    for owner, name in [(cache_module, "FORMAT_VERSION"), *((each, "__version__") for each in libraries)]:
+    libraries = (cache_module.PIL, torch, cache_module.torchvision)
+    own = [(cache_module, name) for name in ("FORMAT_VERSION", "FAST_JPEG")]
+    for owner, name in [*own, *((each, "__version__") for each in libraries)]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, "99.0")
             paths.append(_cache(folder).path)

@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from tests.data.files import TEST_DATA, image_file, outcome
+from vit_cls.data import decode as decode_module
 from vit_cls.data.decode import decode_image
 
 SIZES = [(1, 1), (7, 13), (8, 1), (1, 9), (16, 16), (17, 33), (40, 56)]
@@ -64,6 +65,17 @@ def _decoded(data: bytes) -> tuple[torch.Tensor | str, bool]:
 def _by_pillow(data: bytes) -> torch.Tensor | str:
     with mock.patch.object(simplejpeg, "decode_jpeg_header", side_effect=ValueError):
         return outcome(data)
+
+
+def test_a_machine_without_the_fast_library_decodes_the_same(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    data = simplejpeg.encode_jpeg(pixels)
+    expected, fast = _decoded(data)
+    assert fast
+    monkeypatch.setattr(decode_module, "simplejpeg", None)
+    found, fast = _decoded(data)
+    assert not fast
+    assert torch.equal(found, expected)
 
 
 def _same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:

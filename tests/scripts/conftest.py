@@ -1,30 +1,42 @@
-"""The benchmark script as a module."""
+"""The scripts as modules."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture(scope="session")
-def benchmark() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("vit_cls_benchmark_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
+def load_script() -> Iterator[Callable[[str], ModuleType]]:
+    """Makes a module of a script, by its name without ending."""
+    path, loaded = list(sys.path), []
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"vit_cls_{name}_script", SCRIPTS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        loaded.append(spec.name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
     sys.path[:] = path
-    del sys.modules[spec.name]
+    for name in loaded:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def benchmark(load_script) -> ModuleType:
+    return load_script("benchmark")
 
 
 @pytest.fixture

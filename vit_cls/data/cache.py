@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-import simplejpeg
 import torch
 import torchvision
 from torch import Tensor
 
+from vit_cls.data.decode import FAST_JPEG
 from vit_cls.data.index import ImageIndex
 from vit_cls.data.transforms import Reader
 from vit_cls.files import writing
@@ -106,7 +106,7 @@ def _write(descriptor: int, data: bytes, place: int) -> None:
 def _digest(index: ImageIndex, reader: Reader) -> str:
     digest = hashlib.blake2b(digest_size=16)
     root = str(index.root.absolute())
-    versions = (PIL.__version__, torch.__version__, torchvision.__version__, simplejpeg.__version__)
+    versions = (PIL.__version__, torch.__version__, torchvision.__version__, FAST_JPEG)
     digest.update(repr((FORMAT_VERSION, versions, reader.description, reader.size, root)).encode())
     for path in index.paths:
         digest.update(os.fsencode(path))

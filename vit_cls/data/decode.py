@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor
@@ -17,7 +16,14 @@ from torch import Tensor
 from vit_cls import formatting as fmt
 from vit_cls.errors import ImageError
 
+try:
+    import simplejpeg
+except ImportError:  # where a machine lacks it, Pillow gives the same pixels in more time
+    simplejpeg = None
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FAST_JPEG: str | None = None if simplejpeg is None else simplejpeg.__version__
+"""Version of the library that decodes ordinary JPEGs; None where Pillow decodes them too."""
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 300 MB of RGB."""
 MAX_BYTES = 400_000_000
@@ -84,7 +90,7 @@ def _plain_jpeg(data: bytes) -> Tensor | None:
 
     Both decode through libjpeg-turbo with the same settings, so the pixels are Pillow's to the bit.
     """
-    if not data.startswith(b"\xff\xd8\xff"):
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
