@@ -70,6 +70,36 @@ FIT_CASES = {
     "name": (f"{PICO} --data.root good --model.name vit_tny_patch16_224", r"mean `vit_tiny_patch16_224`"),
     "batch size": (f"{GOOD} --data.batch_size 0", r"data.batch_size must be at least 1"),
     "device": (f"{GOOD} --trainer.devices 0", r"Lightning's trainer refuses"),
+    "callback that cannot be imported": (
+        f"{GOOD} --trainer.callbacks+=nowhere.Mine",
+        r"trainer.callbacks: nowhere.Mine cannot be imported: No module named 'nowhere'",
+    ),
+    "callback typo": (
+        f"{GOOD} --trainer.callbacks+=EarlyStoping",
+        r"trainer.callbacks: there is no class 'EarlyStoping'",
+    ),
+    "no callback": (f"{GOOD} --trainer.callbacks+=torch.nn.Linear", r"torch.nn.Linear is no Callback"),
+    "option of a callback": (
+        f"{GOOD} --trainer.callbacks+=EarlyStopping --trainer.callbacks.patience=x",
+        r"EarlyStopping: patience must be a whole number; got 'x'",
+    ),
+    "callback without its argument": (
+        f"{GOOD} --trainer.callbacks+=EarlyStopping",
+        r"EarlyStopping: the following arguments are required: monitor",
+    ),
+    "callback that refuses": (
+        f"{GOOD} --trainer.callbacks+=StochasticWeightAveraging --trainer.callbacks.swa_lrs=-1",
+        r"StochasticWeightAveraging cannot be made: The `swa_lrs` should",
+    ),
+    "logger without its package": (
+        f"{GOOD} --trainer.logger WandbLogger",
+        r"WandbLogger cannot be made: Requirement 'wandb",
+    ),
+    "logger by one word": (f"{GOOD} --trainer.logger csv", r"trainer.logger: .*By one word: --logger csv"),
+    "sharded strategy": (
+        f"{GOOD} --trainer.strategy.class_path DeepSpeedStrategy",
+        r"trainer.strategy must be one device or DDP .*; got DeepSpeedStrategy",
+    ),
     "resume": ("--data.root good --resume nowhere", r"resume nowhere: there is no nowhere/checkpoints"),
 }
 MODEL = "--model model.safetensors "

@@ -7,11 +7,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from vit_cls.commands.complaints import explain_object
 from vit_cls.commands.parsing import EPILOG, parse
 from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.errors import ConfigError, VitClsError
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.training.task import ClassificationTask
-from vit_cls.training.trainer import TRAINER_DEFAULTS, lightnings_refusals
+from vit_cls.training.trainer import SHARDED, TRAINER_DEFAULTS, refuse_strategy
 
 FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile", "metrics", "logger")
 
@@ -61,8 +63,15 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the options and the data; the model needs the class names, so `fit` builds it."""
-        with lightnings_refusals():
+        strategy = str(getattr(self.config.trainer.strategy, "class_path", "")).rpartition(".")[2]
+        if strategy in SHARDED:
+            refuse_strategy(strategy)
+        try:
             built = self.parser.instantiate(self.config)
+        except VitClsError:
+            raise
+        except Exception as error:  # of any class that the user named
+            raise ConfigError(explain_object(str(error))) from error
         self.datamodule = built.data
         run = {key: built[key] for key in FIT_KEYS}
         self.options = FitOptions(model=built.model, optim=built.optim, **run)

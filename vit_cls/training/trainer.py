@@ -152,7 +152,7 @@ def make_trainer(
     with lightnings_refusals():
         trainer = Trainer(**arguments)
     if not _is_supported(trainer.strategy):
-        _refuse_strategy(type(trainer.strategy).__name__)
+        refuse_strategy(type(trainer.strategy).__name__)
     return trainer
 
 
@@ -206,9 +206,9 @@ def _check_strategy(strategy: str | Strategy) -> None:
     """Refuse whatever is neither one device nor DDP: by its name, or as an object."""
     if isinstance(strategy, str):
         if strategy.lower() not in STRATEGIES:
-            _refuse_strategy(repr(strategy), did_you_mean(strategy, STRATEGIES))
+            refuse_strategy(repr(strategy), did_you_mean(strategy, STRATEGIES))
     elif not _is_supported(strategy):
-        _refuse_strategy(type(strategy).__name__)
+        refuse_strategy(type(strategy).__name__)
 
 
 def _is_supported(strategy: Strategy) -> bool:
@@ -219,7 +219,20 @@ def _is_supported(strategy: Strategy) -> bool:
     return isinstance(strategy, SingleDeviceStrategy)
 
 
-def _refuse_strategy(given: str, near: str = "") -> None:
+SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAStrategy")
+"""Classes that are refused by name: some cannot even be made without their package."""
+
+
+def refuse_strategy(given: str, near: str = "") -> None:
+    """Say that a strategy cannot be used.
+
+    Args:
+        given: As the user wrote it.
+        near: What was meant, as `did_you_mean` says it.
+
+    Raises:
+        ConfigError: Always.
+    """
     raise ConfigError(
         f"trainer.strategy must be one device or DDP ({', '.join(STRATEGIES)}, or an object of those); got "
         f"{given}.{near} Models up to ViT-g train with DDP; shards of a model would be clipped, decayed and "
