@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -115,12 +116,18 @@ def reduced_precision(device: torch.device) -> Precision | None:
     return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP16
 
 
+AUTO_DEVICE: ContextVar[str | torch.device] = ContextVar("AUTO_DEVICE", default="auto")
+"""What ``auto`` means here: a study that runs on a device sets it for all that it calls."""
+
+
 def choose_device(device: str | torch.device) -> torch.device:
     """The device that ``--device`` means; one of torch is itself.
 
     Raises:
         ConfigError: If it is unknown or not there.
     """
+    if device == "auto":
+        device = AUTO_DEVICE.get()
     if isinstance(device, torch.device):
         return device
     check_choice("--device", device, DEVICES)

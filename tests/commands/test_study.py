@@ -36,6 +36,7 @@ CASES = {
     "no seeds": ([*SMALL, "--seeds", "0"], r"--seeds must be at least 1; got 0"),
     "bad shard": ([*SMALL, "--shard", "3/2"], r"--shard i/n needs i from 1 to n; got 3/2"),
     "shard in words": ([*SMALL, "--shard", "half"], r"--shard must be written i/n, such as 1/4; got 'half'"),
+    "no device": ([*SMALL, "--device", "tpu"], r"--device must be one of auto, cpu, cuda, mps; got 'tpu'"),
     "no jobs": ([*SMALL, "--jobs", "0"], r"--jobs must be at least 1; got 0"),
     "unknown head": ([*SMALL, "--heads", "cls,gab"], r"--heads must be one of .*gab.*Did you mean `gap`"),
     "head that does not fit": ([*SMALL, "--heads", "cls,last:7"], r"last:K .* at most 1 .*; got 7"),

@@ -17,11 +17,13 @@ from vit_cls.commands.parsing import DATA_HELP, make_parser, parse
 from vit_cls.commands.words import comma_lists, name_and_rest
 from vit_cls.data.parts import PARTS
 from vit_cls.errors import VitClsError
+from vit_cls.inference import AUTO_DEVICE, choose_device
 from vit_cls.lab.studies.folder import claim_folder
+from vit_cls.lab.studies.jobs import default_jobs
 from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.table import STUDIES
-from vit_cls.lab.studies.trials import Spread, Trial, check_models, default_jobs, is_done, run_trials
+from vit_cls.lab.studies.trials import Spread, Trial, check_models, is_done, run_trials
 from vit_cls.reports.folder import write_folder
 from vit_cls.signals import Stopped, StopSignals
 from vit_cls.training.trial import train_trial
@@ -41,8 +43,18 @@ def run(words: list[str]) -> Outcome:
     parser.add_class_arguments(Recipe, "recipe")
     parser.add_class_arguments(kind, None, skip={"setup"})
     parser.add_argument("--jobs", type=int | None, default=None, help="processes; null suits the machine")
+    parser.add_argument("--device", default="auto", help="auto (job i on GPU i), cpu, cuda or mps")
     parser.add_argument("--shard", type=str | None, default=None, help="i/n: train the i-th part of n here")
     args = parse(parser, comma_lists(rest, kind))
+    choose_device(args.device)
+    before = AUTO_DEVICE.set(args.device)
+    try:
+        return _run(name, kind, args, started)
+    finally:
+        AUTO_DEVICE.reset(before)
+
+
+def _run(name: str, kind: type[Study], args: Namespace, started: float) -> Outcome:
     study, folder = _study(name, kind, args)
     spread = Spread.parse(default_jobs(study.setup.data) if args.jobs is None else args.jobs, args.shard)
     trials = study.trials()
@@ -66,7 +78,7 @@ def run(words: list[str]) -> Outcome:
 def _study(name: str, kind: type[Study], args: Namespace) -> tuple[Study, Path]:
     stem = "digits" if args.data == "digits" else Path(args.data).resolve().name
     folder = Path(args.output) if args.output is not None else Path("studies") / f"{name}_{stem}"
-    own = ("data", "output", "jobs", "shard", "recipe", "seeds", "seed", "margin")
+    own = ("data", "output", "jobs", "shard", "device", "recipe", "seeds", "seed", "margin")
     shared = {key: args[key] for key in ("seeds", "seed", "margin", "val_fraction", "test_fraction")}
     recipe = Recipe(**vars(args.recipe))
     setup = Setup(data=args.data, folder=folder, recipe=recipe, **shared)

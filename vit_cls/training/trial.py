@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.data.dataset import ImageSource
+from vit_cls.inference import choose_device
 from vit_cls.training.fit import fit
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 
@@ -28,7 +27,7 @@ def train_trial(
     loader: Mapping[str, Any],
     epochs: int,
 ) -> Path:
-    """Train one model, or go on with it where an earlier try stopped; returns the model file.
+    """Train one model on one device, or go on where an earlier try stopped; returns the model file.
 
     Args:
         origin: One sentence: where the images come from.
@@ -48,12 +47,14 @@ def train_trial(
         run_dir=str(run_dir),
         resume="auto",
     )
+    device = choose_device("auto")
     trainer: dict[str, Any] = {
         "max_epochs": epochs,
         "check_val_every_n_epoch": epochs,
         "logger": False,
         "enable_progress_bar": False,
-        "accelerator": "auto" if torch.cuda.is_available() else "cpu",
+        "accelerator": device.type,
+        "devices": [device.index or 0] if device.type == "cuda" else 1,
     }
     # Of Lightning's own, about what it calls in torch; a study runs it in many processes.
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")

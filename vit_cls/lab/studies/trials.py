@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +28,11 @@ from vit_cls import formatting as fmt
 from vit_cls.checks import check_range
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition, partition_data
-from vit_cls.environment import cpu_count
 from vit_cls.errors import ConfigError, ModelFileError, RunError
 from vit_cls.files import replacing, write_text
 from vit_cls.lab.features import logits_of
 from vit_cls.lab.seeding import seeded
+from vit_cls.lab.studies.jobs import beginning_of_jobs
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import Stopped
 from vit_cls.weights.factory import create_classifier, load
@@ -131,7 +130,7 @@ class Spread:
     """How the trials of a study are spread.
 
     Args:
-        jobs: Processes on this machine.
+        jobs: Processes on this machine; job i trains on GPU i, modulo their number.
         shard: Which part of the trials is trained here, from 1.
         shards: How many parts there are.
 
@@ -263,7 +262,7 @@ def _run_spread(trials: Sequence[Trial], study: Path, train: TrainFunction, jobs
     names: dict[Future[float], str] = {}
     done = 0
     jobs = min(jobs, len(trials))
-    with WorkerPool(jobs, partial(torch.set_num_threads, max(1, cpu_count() // jobs))) as pool:
+    with WorkerPool(jobs, beginning_of_jobs(jobs)) as pool:
 
         def submit(ready: Sequence[Trial]) -> set[Future[float]]:
             new = {pool.submit(run_trial, trial, study, train): trial.key for trial in ready}
@@ -373,14 +372,3 @@ def _save_answers(path: Path, classifier: ImageClassifier, parts: dict[str, Imag
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
     return failures
-
-
-def default_jobs(data: str) -> int:
-    """Processes where the user gave no number: one a core for tiny images on a CPU, else one.
-
-    Args:
-        data: ``digits``, or a folder.
-    """
-    if torch.cuda.is_available() or data != "digits":
-        return 1
-    return min(8, cpu_count())
