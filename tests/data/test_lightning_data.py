@@ -150,6 +150,10 @@ def test_an_unreadable_image_of_the_test_part_is_named(parts):
     data = _data(parts)
     with pytest.raises(ImageError, match=r"test/b/test0.png cannot be read as an image: the file is empty"):
         _trainer().test(_task(data.class_names), data, verbose=False)
+    data = _data(parts, max_bad_images=3)
+    assert _trainer().test(_task(data.class_names), data, verbose=False)[0]["test/images"] == 2
+    with pytest.raises(ImageError, match=r"test/b/test0.png cannot be read.*so none is skipped"):
+        _trainer().predict(_task(data.class_names), data)  # its rows have no names
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit_cls.data.mixing import UNMIXED, MixOptions
-from vit_cls.errors import ConfigError, DataError
+from vit_cls.errors import ConfigError, DataError, ImageError
 
 
 def agreed_seed(chosen: int | None, module: Any) -> int:
@@ -46,6 +46,15 @@ def refuse_unconfigured(configured: object) -> None:
             "classifier.preprocess of the LightningModule, such as a vit_cls.ClassificationTask; without one "
             "call data.configure(seed=0, preprocess=classifier.preprocess) before."
         )
+
+
+def refuse_gap(path: str, reason: str) -> None:
+    """Rows of a prediction are known by their place alone: an image without one would shift the others."""
+    raise ImageError(
+        f"{path} cannot be read as an image: {reason}. Trainer.predict gives a row for each image in their "
+        "order, so none is skipped, whatever data.max_bad_images says. Repair the file or move it out of the "
+        "data; `vit-cls predict` has a row for such files too."
+    )
 
 
 def refuse_mixing_elsewhere(mix: MixOptions, module: Any) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from vit_cls.checks import check_choice, check_range
 from vit_cls.data.agreement import (
     agreed_seed,
+    refuse_gap,
     refuse_mixing_elsewhere,
     refuse_other_classes,
     refuse_other_samplers,
@@ -298,6 +299,8 @@ class ImageDataModule(LightningDataModule):
         source = self._read_now().source
         for index, reason in batch.failures:
             path = str(source.index.path(index))
+            if self.trainer is not None and self.trainer.predicting:
+                refuse_gap(path, reason)
             if path in self.bad_images:
                 continue
             self.bad_images[path] = reason
