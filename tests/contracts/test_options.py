@@ -38,6 +38,7 @@ def test_stable_keys_are_there():
 def test_model_options_are_fields_of_the_architecture_or_of_the_crop():
     fields = {field.name for field in dataclasses.fields(ViTConfig)} | {"name", "crop_pct", "crop_mode"}
     fields |= {"pretrained", "keep_head", "head_init", "max_fresh"}  # what becomes of weights
+    fields |= {"grad_checkpointing"}  # how it is trained
     assert {field.name for field in dataclasses.fields(ModelOptions)} <= fields
 
 

@@ -74,6 +74,7 @@ ADAPTED = {
     "deit_tiny_distilled_patch16_224": {"img_size": 32},
     "vit_small_patch16_dinov3": {"img_size": 32},
     "aimv2_large_patch14_224": {"img_size": 28},
+    "vit_pe_spatial_tiny_patch16_512": {"img_size": 32},  # no final norm
 }
 
 
@@ -127,6 +128,7 @@ def test_an_adapted_model_opens_in_timm_and_comes_back(name, settings, tmp_path)
         ("vit_small_patch16_dinov3", "gap"),
         ("vit_small_patch16_dinov3", "avgmax"),
         ("aimv2_large_patch14_224", "max"),
+        ("vit_pe_spatial_tiny_patch16_512", "cls"),
     ],
 )
 def test_an_adapted_model_keeps_another_pool(name, pool, tmp_path):

@@ -27,6 +27,7 @@ from vit_cls.weights.timm_models import (
     make_timm,
     module_of,
     native_config,
+    placement,
     ratio_of,
     skeleton,
     timm_arguments,
@@ -189,13 +190,12 @@ def _adapter_arguments(config: AdapterConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"timm has no counterpart of model.pool {config.pool}; it knows {', '.join(names)}."
             )
-        after = config.pool in NORM_AFTER if config.fc_norm is None else config.fc_norm
-        spelled = (
-            "fc_norm"
-            if module_of(config.timm_architecture) in ("vision_transformer", "deit")
-            else "use_fc_norm"
-        )
-        arguments |= {"global_pool": names[config.pool], spelled: after}
+        arguments["global_pool"] = names[config.pool]
+        # Told where the norm stands, timm's constructor would make one for an architecture that has none.
+        if placement(skeleton(config.timm_architecture, **config.arguments)).final_norm:
+            plain = module_of(config.timm_architecture) in ("vision_transformer", "deit")
+            after = config.pool in NORM_AFTER if config.fc_norm is None else config.fc_norm
+            arguments["fc_norm" if plain else "use_fc_norm"] = after
     return arguments
 
 

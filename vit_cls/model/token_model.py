@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vit_cls.model.block_calls import Backend, call_plainly, compiled_call, has_hooks
 from vit_cls.model.config import ModelConfig
@@ -41,6 +43,8 @@ class TokenModel(nn.Module):
     """What the weights were fine-tuned from; None for fresh ones."""
     encoder_backend: Backend | None = None
     """What compiles the blocks; None runs them as they are."""
+    grad_checkpointing: bool = False
+    """Whether a block in training keeps its input alone and is computed again for its gradient."""
 
     def compile_encoder(self, backend: Backend = "inductor") -> None:
         """Compile each block when it is first called; keys, copies and pickles of the model stay as they are.
@@ -57,10 +61,16 @@ class TokenModel(nn.Module):
         self.encoder_backend = backend
 
     def call_block(self, block: nn.Module, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """One block's output, compiled where `compile_encoder` asked for it; for `run_blocks` alone."""
+        """One block's output, compiled and checkpointed as was asked for; for `run_blocks` alone.
+
+        Source:
+            Checkpointing: https://arxiv.org/abs/1604.06174; random draws of the block are repeated.
+        """
         call = call_plainly
         if self.encoder_backend is not None and not has_hooks(block):
             call = compiled_call(self.encoder_backend)
+        if self.grad_checkpointing and block.training and torch.is_grad_enabled():
+            return checkpoint(call, block, tokens, *args, use_reentrant=False, **kwargs)
         return call(block, tokens, *args, **kwargs)
 
     @property

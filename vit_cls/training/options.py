@@ -60,6 +60,8 @@ class ModelOptions:
         proj_drop_rate: Dropout after the projections of attention and MLP.
         attn_drop_rate: Dropout of the attention weights.
         drop_path_rate: Stochastic depth of the last block; rises linearly from 0; ``auto`` suits the weights.
+        grad_checkpointing: Whether training keeps of each block its input alone, and computes the block
+            again for its gradient: less memory, more time (docs/speed.md).
         crop_pct: Side of the evaluation crop over the side of the resized image.
         crop_mode: Evaluation crop: ``center`` or ``squash``.
     """
@@ -91,6 +93,7 @@ class ModelOptions:
     proj_drop_rate: float | None = None
     attn_drop_rate: float | None = None
     drop_path_rate: float | str | None = None
+    grad_checkpointing: bool = False
     crop_pct: float | None = None
     crop_mode: str | None = None
 
@@ -128,7 +131,10 @@ class ModelOptions:
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "name"}
         if given.get("drop_path_rate") == AUTO:
             given["drop_path_rate"] = self.recipe.drop_path_rate
-        return create_classifier(self.name, class_names, load_weights=load_weights, **given)
+        checkpointing = given.pop("grad_checkpointing")
+        classifier = create_classifier(self.name, class_names, load_weights=load_weights, **given)
+        classifier.model.grad_checkpointing = checkpointing
+        return classifier
 
 
 def _check_auto(name: str, value: object) -> None:
@@ -260,6 +266,11 @@ class FitOptions:
     logger: list[str] | str | None = None
 
     def __post_init__(self) -> None:
+        if self.model.grad_checkpointing and self.optim.freeze == BACKBONE:
+            raise ConfigError(
+                "model.grad_checkpointing has no effect with optim.freeze backbone: no block has a gradient. "
+                "Leave one of them out."
+            )
         for name in self.metrics or []:
             check_choice("metrics", name, VAL_METRICS, hint=HINT)
         check_range("seed", self.seed, at_least=0, at_most=2**32 - 1)

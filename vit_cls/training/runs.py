@@ -269,12 +269,18 @@ def run_record(
     }
 
 
+USUAL_SIZE = 224
+LARGE = 4
+
+
 def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule: Schedule) -> None:
     """Say what became of the weights, and at which rate each layer learns."""
     if not is_first_process():
         return
     if classifier.model.load_report is not None:
         log.info(classifier.model.load_report.table())
+    if options.model.img_size is None and (hint := size_hint(classifier)) is not None:
+        log.info(hint)
     optim = options.optim
     if optim.freeze is not None:
         counts = [p.numel() for p in classifier.model.parameters() if not p.requires_grad]
@@ -292,6 +298,20 @@ def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule:
     groups = optimizer_groups(classifier.model, optim, lr=schedule.lr)
     if len({group["lr"] for group in groups}) > 1:
         log.info(lr_table(groups))
+
+
+def size_hint(classifier: ImageClassifier) -> str | None:
+    """What 224 pixels would save, where the model's own size has `LARGE` times as many patches or more."""
+    config = classifier.model.config
+    patches, patch = classifier.model.layout.num_patches, config.patch_size
+    usual = (USUAL_SIZE // patch) ** 2
+    if USUAL_SIZE % patch or patches < LARGE * usual:
+        return None
+    return (
+        f"{' x '.join(map(str, config.image_hw))} pixels are the model's own size, and make "
+        f"{fmt.count(patches)} patches of an image. --model.img_size {USUAL_SIZE} would make "
+        f"{fmt.count(usual)}, {patches / usual:.1f} times fewer, for less memory and time"
+    )
 
 
 def announce_run(record: Mapping[str, Any], data: ImageDataModule, schedule: Schedule) -> None:
