@@ -152,12 +152,14 @@ def test_gradients_of_several_processes_are_weighed_by_their_images(accumulate, 
     assert task._step_weight == 0.0
 
 
-def test_a_checkpoint_of_anybodys_trainer_is_a_model_and_a_task(classifier, images, tmp_path):
+@pytest.mark.parametrize("which", ["raw", "ema"])
+def test_a_checkpoint_of_anybodys_trainer_is_a_model_and_a_task(which, classifier, images, tmp_path):
     task = vit_cls.ClassificationTask(
         classifier, OptimOptions(lr=2e-3, ema_decay=0.5), mix=MixOptions(mixup_alpha=0.2), seed=4
     )
     loader = DataLoader(images, batch_size=4)
     trainer = _fit(task, loader, val=loader)
+    task.kept = which  # as if the validation had found it better
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     again = vit_cls.ClassificationTask.load_from_checkpoint(tmp_path / "mine.ckpt")
     assert (again.optim, again.mix, again.seed, again.kept) == (task.optim, task.mix, 4, task.kept)
@@ -165,6 +167,8 @@ def test_a_checkpoint_of_anybodys_trainer_is_a_model_and_a_task(classifier, imag
     assert again.classifier.class_names == ["a", "b", "c"]
     (tested,) = trainer.test(task, loader, verbose=False)
     assert not any("raw" in name or "ema" in name for name in tested)  # a test chooses nothing
+    logits = {"raw": task, "ema": task.ema}[which](images.tensors[0])
+    assert tested["test/loss"] == pytest.approx(F.cross_entropy(logits, images.tensors[1]).item(), rel=1e-5)
     kept = vit_cls.load(tmp_path / "mine.ckpt")
     pixels = images.tensors[0]
     task.eval()

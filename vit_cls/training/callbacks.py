@@ -103,32 +103,32 @@ class EpochLog(Callback):
         assert isinstance(pl_module, ClassificationTask)
         found = pl_module.validated()
         names = [*COLUMNS, *(name for name in found if name not in COLUMNS)]
-        self._add_validation()
+        self._take_validation()
         self.validation = {**_where(trainer), **{f"val/{name}": float(found[name]) for name in names}}
         self.checkpoint.keep_if_best(trainer, pl_module, self.validation)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks again; within an epoch the validation is a row of its own."""
+        """Start the clocks again, and show what was found before the epoch is at its end."""
         now = time.perf_counter()
         self.validated_for += now - self.validating_since
         self.waiting_since = now
-        if _is_within_epoch(trainer):
-            self._add_validation()
-            if trainer.is_global_zero:
-                self.folder.write_history(self.rows)
+        if self.validation and trainer.is_global_zero:
+            self.folder.write_history([*self.rows, self.validation])
 
-    def _add_validation(self) -> None:
-        if self.validation:
-            self.rows.append(self.validation)
-            self.validation = {}
+    def _take_validation(self, step: float | None = None) -> dict[str, float]:
+        """The validation that is in no row yet, if it was at that step; at another it is a row of its own."""
+        found, self.validation = self.validation, {}
+        if not found or found["step"] == step:
+            return found
+        self.rows.append(found)
+        return {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the row; on the first process alone."""
         row = _where(trainer)
         if "train/loss" in trainer.callback_metrics:
             row["train/loss"] = float(trainer.callback_metrics["train/loss"])
-        row |= self.validation
-        self.validation = {}
+        row |= self._take_validation(row["step"])
         row["seconds"] = time.perf_counter() - self.started
         train_seconds = max(row["seconds"] - self.validated_for, 1e-9)
         row["train_images_per_second"] = self.images / train_seconds
