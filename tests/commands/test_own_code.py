@@ -15,6 +15,7 @@ from vit_cls.cli import main
 from vit_cls.data.digits import write_digits
 from vit_cls.data.transforms import AUGMENTS
 from vit_cls.errors import ModelFileError
+from vit_cls.lab.probes.table import PROBES
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.training.losses import LOSSES
 from vit_cls.training.validation import VAL_METRICS
@@ -48,8 +49,19 @@ register_metric("kappa", MulticlassCohenKappa)
 '''
 TINY = ["--recipe.epochs", "1", "--recipe.embed_dim", "8", "--recipe.depth", "1", "--recipe.num_heads", "2"]
 MODEL = ["--model.name", "vit_pico_patch7_28", "--model.embed_dim", "8", "--model.num_heads", "2"]
-FIT = ["fit", "--data.name", "digits", *MODEL, "--model.depth", "1", "--model.pool", "corners+cls"]
-FIT += ["--data.augment", "shaken", "--optim.loss", "twice", "--metrics", "[kappa]"]
+DIGITS = ["--data.name", "digits", *MODEL, "--model.depth", "1"]
+FIT = [
+    "fit",
+    *DIGITS,
+    "--model.pool",
+    "corners+cls",
+    "--data.augment",
+    "shaken",
+    "--optim.loss",
+    "twice",
+    "--metrics",
+    "[kappa]",
+]
 IMPORT = ["--import", "own/corners.py"]
 TABLES = {"corners": POOLINGS, "shaken": AUGMENTS, "twice": LOSSES, "kappa": VAL_METRICS}
 
@@ -132,6 +144,26 @@ def test_one_registration_makes_it_known_everywhere(capsys):
         *IMPORT,
     )
     assert load_file("out/features.safetensors")["features"].shape == (599, 8)
+
+
+def test_a_row_of_another_table_is_known_as_well(place, capsys, monkeypatch):
+    monkeypatch.setitem(PROBES, "near", None)
+    del PROBES["near"]  # and again afterwards
+    (place / "own_probe.py").write_text(
+        "from vit_cls.lab.probes.knn import KnnProbe\n"
+        "from vit_cls.lab.probes.table import PROBES\n"
+        "PROBES['near'] = type('Near', (KnnProbe,), {'name': 'near', 'question': 'Who is near?'})\n"
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main(["probe", "near", "--help", "--import", "own_probe.py"])
+    assert "Who is near?" in capsys.readouterr().out
+    del sys.modules["own_probe"]
+
+
+def test_a_run_keeps_what_it_was_given_though_python_goes_on_with_it(place, capsys, monkeypatch):
+    _json(capsys, "fit", *DIGITS, "--run_dir", "plain", "--trainer.max_epochs", "1", *IMPORT)
+    _json(capsys, "fit", "--resume", "plain", "--trainer.max_epochs", "2")  # the module is there already
+    assert json.loads((place / "plain/run.json").read_text())["imports"] == {"own/corners.py": "corners"}
 
 
 def test_a_study_knows_it_too(capsys):

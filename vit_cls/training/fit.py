@@ -133,7 +133,9 @@ def _fit(
         check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
     record = run_record(options, data, classifier, trainer, schedule, identity, command)
     if resuming:
-        record["model"]["load_report"] = folder.read_record().get("model", {}).get("load_report")
+        before = folder.read_record()
+        record["model"]["load_report"] = before.get("model", {}).get("load_report")
+        record["imports"] = {**before.get("imports", {}), **record["imports"]}
     settings = run_settings(options, data, arguments)
     announce_run(record, data, schedule)
     announce_weights(options, classifier, schedule)
