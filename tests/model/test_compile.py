@@ -147,6 +147,19 @@ def test_a_hook_is_called_though_its_block_was_compiled_before():
     assert graphs > 0
 
 
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_every_kind_of_hook_is_called(kind):
+    model = _make("mean", depth=1)
+    model.compile_encoder("eager")
+    images = _images(model, 2)
+    model(images).sum().backward()
+    calls = []
+    part = model.blocks[0].mlp if kind.startswith("forward") else model.blocks[0]
+    getattr(part, f"register_{kind}_hook")(lambda *_: calls.append(kind))
+    model(images).sum().backward()
+    assert calls == [kind]
+
+
 def test_a_copy_is_of_its_own_and_a_compiled_model_can_be_pickled():
     model = _make("mean").eval()
     images = _images(model, 2)

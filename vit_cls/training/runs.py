@@ -270,7 +270,9 @@ def run_record(
 
 
 USUAL_SIZE = 224
+"""Side in pixels at which most weights are fine-tuned."""
 LARGE = 4
+"""Times the patches of `USUAL_SIZE`."""
 
 
 def announce_weights(options: FitOptions, classifier: ImageClassifier, schedule: Schedule) -> None:
