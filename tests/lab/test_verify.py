@@ -214,10 +214,10 @@ SigmoidAttention.__name__ = UnbiasedAttention.__name__ = "Attention"
 class OffByOneEncoder(Encoder):
     """Reads the neighbours of the tokens it was asked for."""
 
-    def forward(self, tokens, read=None, num_layers=1):
+    def forward(self, tokens, read=None, *settings):
         if read is not None:
             read = slice(read.start + 1, read.stop + 1)
-        return super().forward(tokens, read, num_layers)
+        return super().forward(tokens, read, *settings)
 
 
 class ImageInLogits(VisionTransformer):
