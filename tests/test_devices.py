@@ -72,9 +72,9 @@ def test_a_pooling_gives_on_the_device_what_it_gives_in_float64_on_the_cpu(pool,
         logits = model(images.to(device))
         with torch.autocast(device, torch.bfloat16):
             short = model(images.to(device))
-    scale = float(expected.abs().max())
+    scale = float(expected.abs().max())  # seen on a CPU: 1.3e-6 and 1.4e-2 of it
     torch.testing.assert_close(logits.cpu().double(), expected, rtol=0, atol=2e-5 * scale)
-    torch.testing.assert_close(short.cpu().double(), expected, rtol=0, atol=0.1 * scale)
+    torch.testing.assert_close(short.cpu().double(), expected, rtol=0, atol=0.05 * scale)
 
 
 def test_compiled_blocks_are_few_graphs_and_give_the_same_numbers_and_gradients(device, tiny, generator):
@@ -99,8 +99,9 @@ def test_compiled_blocks_are_few_graphs_and_give_the_same_numbers_and_gradients(
     found = all_of_it()
     graphs = frames["unique_graphs"]
     assert 2 <= graphs <= 8  # first and last block, with gradients and without, of one size and of any
+    rtol, atol = {"cpu": (1e-4, 1e-5), "cuda": (1e-3, 1e-4)}[device]  # inductor adds up in another order
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
     all_of_it()
     assert frames["unique_graphs"] == graphs
     torch.compiler.reset()
