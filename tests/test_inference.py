@@ -132,6 +132,15 @@ def test_a_process_that_dies_is_named(classifier, image_root, monkeypatch):
         list(batches(classifier, paths, classifier, _config(num_workers=1)))
 
 
+def test_want_of_memory_names_a_smaller_batch(classifier, in_memory):
+    def compute(images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. 1 MiB is free. See docs.")
+
+    pattern = r"not enough for --batch_size 4 at 16x16 pixels \(CUDA out of memory.* Try --batch_size 2:"
+    with pytest.raises(RunError, match=pattern):
+        list(batches(classifier, in_memory, compute, _config()))
+
+
 def test_a_bar_is_drawn_on_stderr_where_it_is_asked_for(classifier, in_memory, image_root, capsys):
     paths = [str(path) for path in (image_root / "train").rglob("*.png")]
     for images in (in_memory, paths):

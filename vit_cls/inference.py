@@ -18,7 +18,8 @@ from vit_cls.checks import check_choice, check_range
 from vit_cls.data.dataset import Batch, ImageSource
 from vit_cls.data.loader import Images, load_once
 from vit_cls.data.transforms import model_reader
-from vit_cls.errors import ConfigError, ModelFileError
+from vit_cls.environment import is_out_of_memory, start_of, unusable_gpu
+from vit_cls.errors import ConfigError, ModelFileError, RunError, VitClsError
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.token_model import TokenModel
 
@@ -135,7 +136,11 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
     if not available[device]:
-        raise ConfigError(f"--device {device} is not available on this machine. Use --device auto or cpu.")
+        reason = unusable_gpu() if device == "cuda" else None
+        why = f": {reason}" if reason else ""
+        raise ConfigError(
+            f"--device {device} is not available on this machine{why}. Use --device auto or cpu."
+        )
     return torch.device(device)
 
 
@@ -186,7 +191,7 @@ def batches(
 
     Raises:
         ModelFileError: If a value is not finite, of weights that diverged, say.
-        RunError: If a loading process dies.
+        RunError: If a loading process dies, or memory is not enough.
     """
     config = config or InferenceConfig()
     device = choose_device(config.device)
@@ -204,13 +209,30 @@ def batches(
     # A GPU is given the next batch before the results of the last are waited for.
     ahead = 1 if _overlaps(device) else 0
     running: deque[_Running[Values]] = deque()
-    with _progress(images, config) as advance:
+    with _progress(images, config) as advance, _named_want_of_memory(classifier, config):
         for items, batch in loaded:
             running.append(_start(items, batch, compute, device, precision))
             if len(running) > ahead:
                 yield _finish(running.popleft(), images, precision, advance)
         while running:
             yield _finish(running.popleft(), images, precision, advance)
+
+
+@contextlib.contextmanager
+def _named_want_of_memory(classifier: ImageClassifier, config: InferenceConfig) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, VitClsError) or not is_out_of_memory(error):
+            raise
+        pixels = "x".join(map(str, classifier.preprocess.img_size))
+        smaller = ""
+        if config.batch_size > 1:
+            smaller = f" Try --batch_size {config.batch_size // 2}: the results are the same, to rounding."
+        raise RunError(
+            f"the memory is not enough for --batch_size {config.batch_size} at {pixels} pixels "
+            f"({start_of(error)}).{smaller} --device cpu uses the machine's own memory."
+        ) from error
 
 
 @dataclass(frozen=True)

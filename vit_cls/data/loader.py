@@ -24,7 +24,7 @@ from vit_cls.data.dataset import (
 )
 from vit_cls.data.sampler import EpochSampler, EvenBatches
 from vit_cls.data.transforms import Reader
-from vit_cls.environment import cpu_count
+from vit_cls.environment import cpu_count, shared_memory
 from vit_cls.errors import RunError
 from vit_cls.signals import leave_signals_to_parent
 
@@ -127,6 +127,25 @@ def _settings(num_workers: int, pin_memory: bool) -> dict[str, Any]:
     }
 
 
+def died(error: BaseException, option: str) -> str | None:
+    """Why a loading process ended, and what to do; None where the error is about something else.
+
+    Args:
+        error: What torch raised.
+        option: The user's word for the number of processes.
+    """
+    words = ("DataLoader worker", "shared memory", "torch_shm", "No space left on device")
+    if not any(word in str(error) for word in words):
+        return None
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    room = shared_memory()
+    hint = f" ({room}; a container gets more by --shm-size 1g)" if room else ""
+    return (
+        f"a loading process died ({said}), of a fault in a decoder or for want of memory{hint}. Use fewer "
+        f"{option}, or 0."
+    )
+
+
 def _named_crashes(loader: Iterable[Batch]) -> Iterator[Batch]:
     batches = iter(loader)
     while True:
@@ -134,13 +153,10 @@ def _named_crashes(loader: Iterable[Batch]) -> Iterator[Batch]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(
-                f"a loading process died ({str(error).splitlines()[0]}), of a fault in a decoder or for want "
-                "of memory. Use fewer --num_workers, or 0."
-            ) from error
+        except (RuntimeError, OSError) as error:
+            if reason := died(error, "--num_workers"):
+                raise RunError(reason) from error
+            raise
         yield batch
 
 

@@ -21,6 +21,7 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
+from vit_cls.training.failures import named_failures
 from vit_cls.training.length import make_schedule_of, run_length
 from vit_cls.training.loggers import begin_logging, end_logging, make_loggers
 from vit_cls.training.options import AUTO, FitOptions
@@ -145,7 +146,12 @@ def _fit(
             write_text(folder.config_file, text)
         begin_logging(loggers, flat(settings))
         checkpoint = str(folder.last_checkpoint) if resuming else None
-        with lightnings_refusals():
+        memory = named_failures(
+            batch_size=data.batch_size,
+            accumulate=length.accumulate[0],
+            img_size=classifier.preprocess.img_size,
+        )
+        with lightnings_refusals(), memory:
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
         end_logging(loggers, flat(settings), result.top1)

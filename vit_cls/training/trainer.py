@@ -28,7 +28,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.checks import check_range
-from vit_cls.errors import ConfigError, did_you_mean
+from vit_cls.environment import unusable_gpu
+from vit_cls.errors import ConfigError, RunError, did_you_mean
 from vit_cls.inference import BF16, FP16, FP32, reduced_precision
 from vit_cls.training.options import FitOptions
 from vit_cls.training.progress import RunProgressBar
@@ -149,6 +150,11 @@ def make_trainer(
     }
     if arguments.get("precision") is None:
         arguments["precision"] = default_precision(arguments)
+    if arguments.get("accelerator") in (None, "auto", "gpu", "cuda") and (reason := unusable_gpu()):
+        raise RunError(
+            f"this machine has an NVIDIA device that cannot be used: {reason}. Update the driver, or install "
+            "a torch built for it; to train without, --trainer.accelerator cpu."
+        )
     with lightnings_refusals():
         trainer = Trainer(**arguments)
     if not _is_supported(trainer.strategy):
