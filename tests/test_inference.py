@@ -132,6 +132,16 @@ def test_a_process_that_dies_is_named(classifier, image_root, monkeypatch):
         list(batches(classifier, paths, classifier, _config(num_workers=1)))
 
 
+def test_a_batch_that_cannot_be_handed_over_is_not_waited_for(classifier, image_root, monkeypatch):
+    def cannot_be_sent(items):
+        return lambda: items  # what a full /dev/shm does to any batch
+
+    monkeypatch.setattr(loader_module, "collate", cannot_be_sent)
+    paths = [str(path) for path in (image_root / "train").rglob("*.png")]
+    with pytest.raises(RunError, match=r"a loading process died .*/dev/shm has .* MB free"):
+        list(batches(classifier, paths, classifier, _config(num_workers=1)))
+
+
 def test_want_of_memory_names_a_smaller_batch(classifier, in_memory):
     def compute(images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. 1 MiB is free. See docs.")

@@ -31,8 +31,12 @@ WITHOUT_PARSER = {"json", "debug", "import", "help", "version", "print_config"}
 """What every verb takes before its parser sees the words, and what parsers have of their own."""
 NO_OPTIONS = {"model.safetensors", "data.pkl", "key"}
 """Files, and the word that stands for any key."""
-OTHER_PROGRAMS = {"environment.py": {"error", "porcelain"}, "svg.py": {"line", "series"}}
-"""Options of git, and variables of CSS."""
+OTHER_PROGRAMS = {
+    "environment.py": {"error", "porcelain"},
+    "loader.py": {"shm"},
+    "svg.py": {"line", "series"},
+}
+"""Options of git and of docker, and variables of CSS."""
 
 
 class _Stopped(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing.queues
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -120,11 +121,22 @@ def _settings(num_workers: int, pin_memory: bool) -> dict[str, Any]:
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "collate_fn": collate,
-        "worker_init_fn": leave_signals_to_parent,
+        "worker_init_fn": _begin_worker,
         # The loader draws a base seed for each iterator. From the global generator that would move
         # dropout's draws, and differently for 0 workers and for many.
         "generator": torch.Generator(),
     }
+
+
+def _begin_worker(worker_id: int) -> None:
+    """In each loading process: a batch that cannot be handed over, for want of shared memory, ends it.
+
+    Python would print a traceback and drop the batch, for which the main process then waits for ever.
+    """
+    leave_signals_to_parent(worker_id)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
+        lambda error, batch: os._exit(1)
+    )
 
 
 def died(error: BaseException, option: str) -> str | None:
