@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     Timer,
@@ -256,6 +257,16 @@ def test_the_users_own_bar_is_the_only_one_and_lightnings_callbacks_go_on_after_
     assert "Epoch 1: 100%" in capsys.readouterr().out
     assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
     assert (folder / "tensorboard/checkpoints/last.ckpt").is_file()
+
+
+def test_the_rate_that_lightnings_finder_finds_is_trained_with(image_root, tmp_path):
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+    settings = {"optim": {"layer_decay": 0.5}, "data": {"batch_size": 1}}
+    result = fit_tiny(image_root, tmp_path / "run", trainer={"callbacks": finder}, **settings)
+    found = finder.optimal_lr.suggestion()
+    assert found != 3e-3
+    assert record_of(tmp_path / "run")["optim"]["peak_lr"] == found
+    assert result.history[-1]["lr"] == pytest.approx(found * 0.01, rel=0.01)
 
 
 def test_early_stopping_waits_for_min_epochs(image_root, tmp_path):

@@ -144,7 +144,8 @@ def _fit(
         if trainer.is_global_zero:
             text = settings_yaml(settings) if config_yaml is None else config_yaml
             write_text(folder.config_file, text)
-        begin_logging(loggers, flat(settings))
+        told = flat(settings) if arguments.get("enable_autolog_hparams", True) else {}
+        begin_logging(loggers, told)
         checkpoint = str(folder.last_checkpoint) if resuming else None
         memory = named_failures(
             batch_size=data.batch_size,
@@ -154,10 +155,11 @@ def _fit(
         with lightnings_refusals(), memory:
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
-        end_logging(loggers, flat(settings), result.top1)
+        end_logging(loggers, told, result.top1)
     shown = ("folder", "history", "kept")
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in shown}
     if trainer.is_global_zero:
+        record["optim"]["peak_lr"] = task.lr  # LearningRateFinder may have set it
         record["data"]["bad_images"] = data.bad_images
         folder.write_record({**record, "status": "finished", "finished": now(), "result": summary})
     return result

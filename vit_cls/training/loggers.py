@@ -99,7 +99,7 @@ def begin_logging(loggers: Iterable[Logger], hyperparameters: Mapping[str, Any])
     Raises:
         RunError: If a logger raises, for want of a network or a key, say.
     """
-    for logger in loggers:
+    for logger in loggers if hyperparameters else ():
         try:
             logger.log_hyperparams(dict(hyperparameters))
         except VitClsError:
@@ -113,7 +113,7 @@ def begin_logging(loggers: Iterable[Logger], hyperparameters: Mapping[str, Any])
 
 def end_logging(loggers: Iterable[Logger], hyperparameters: Mapping[str, Any], best: float) -> None:
     """Let TensorBoard's table of hyperparameters show the best accuracy beside them."""
-    for logger in loggers:
+    for logger in loggers if hyperparameters else ():
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(dict(hyperparameters), {"best/acc1": best})
             logger.finalize("success")

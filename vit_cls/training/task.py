@@ -123,6 +123,7 @@ class ClassificationTask(LightningModule):
         self._batch_weight = 1.0
         self._step_weight: float | Tensor = 0.0
         self._counted: Schedule | None = None
+        self._configured_lr: float | None = None
         self.save_hyperparameters({**dataclasses.asdict(optim), **dataclasses.asdict(mix), "seed": seed})
 
     @property
@@ -142,7 +143,12 @@ class ClassificationTask(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Averaged and frozen parts are in evaluation mode on purpose: Lightning would warn of them."""
+        """Begin with the ``lr`` that Lightning's LearningRateFinder has set, by layer and schedule.
+
+        Averaged and frozen parts are in evaluation mode on purpose: Lightning would warn of them.
+        """
+        if self.lr is not None and self.lr != self._configured_lr:
+            self.trainer.strategy.setup_optimizers(self.trainer)
         if self.ema is not None or self.freezer.current is not None:
             warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
 
@@ -303,7 +309,7 @@ class ClassificationTask(LightningModule):
         schedule = self.schedule
         if schedule is None:
             schedule = self._counted = self._count()
-        lr = schedule.lr if self.lr is None else self.lr
+        lr = self._configured_lr = schedule.lr if self.lr is None else self.lr
         optimizer = make_optimizer(self.classifier.model, self.optim, lr=lr, fused=fused)
         scheduler = make_schedule(
             optimizer, self.optim, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
