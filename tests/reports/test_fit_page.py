@@ -58,7 +58,7 @@ def test_averaged_weights_and_validations_within_an_epoch_are_shown(outline_of, 
     record["result"]["weights"] = "ema"
     half = {
         "epoch": 1.0,
-        "step": 25.5,
+        "step": 25.0,
         "lr": 0.001,
         "val/acc1": 0.4,
         "val/ema_acc1": 0.4,
@@ -66,11 +66,14 @@ def test_averaged_weights_and_validations_within_an_epoch_are_shown(outline_of, 
     }
     history.insert(1, half)
     history[2] |= {"val/ema_acc1": 0.5, "val/raw_acc1": 0.45}
+    record["result"] |= {"best_epoch": 1, "best_step": 25}
     page = outline_of(fit_case(record, history))
-    assert "with the running average of its weights" in page.words
+    assert page.words.count("with the running average of its weights") == 1
+    assert page.row("epoch")[3] == "training loss"  # as ever, though the first validation has none
+    assert [row["class"] for row in page.all("tr") if row.get("class")] == ["best"]
     accuracy = page.all("svg")[1]["aria-label"]
-    assert "top-1, averaged weights from 40 % at 0.5 to 50 % at 1" in accuracy
-    assert "weights as they are from 30 % at 0.5 to 45 % at 1" in accuracy
+    assert "top-1, averaged weights from 40 % at 0.4706 to 50 % at 1" in accuracy
+    assert "weights as they are from 30 % at 0.4706 to 45 % at 1" in accuracy
 
 
 def test_missing_and_diverged_values_are_dashes(outline_of, record, history):

@@ -70,10 +70,12 @@ def fit_files(result: Any, *, versions: Mapping[str, str], record: Mapping[str, 
     counts: Mapping[str, int] = record.get("data", {}).get("train_counts", {})
     k = min(5, len(counts)) if counts else 5
     columns = []
-    for name in dict.fromkeys(name for row in result.history for name in row):
+    whole_epochs_first = sorted(result.history, key=lambda row: "seconds" not in row)
+    for name in dict.fromkeys(name for row in whole_epochs_first for name in row):
         heading, form = EPOCH_COLUMNS.get(name, (name, "significant"))
         columns.append((name, heading.replace("{k}", str(k)), FORMS[form]))
-    charts = _charts(result.history, k, record["result"].get("best_epoch"))
+    best = _best(result.history, record["result"])
+    charts = _charts(result.history, k, best)
     context = {
         "record": record,
         "result": record["result"],
@@ -81,6 +83,7 @@ def fit_files(result: Any, *, versions: Mapping[str, str], record: Mapping[str, 
         "charts": charts,
         "columns": columns,
         "history": result.history,
+        "best": best,
         "counts": counts,
         "most": max(counts.values(), default=0) or 1,
         "run": shlex.quote(str(result.folder.path)),
@@ -90,10 +93,20 @@ def fit_files(result: Any, *, versions: Mapping[str, str], record: Mapping[str, 
     yield from figure_files(charts)
 
 
-def _charts(history: Sequence[Mapping[str, float]], k: int, mark: int | None) -> list[tuple[str, Markup]]:
+def _best(history: Sequence[Mapping[str, float]], result: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """The row of the model that was kept."""
+    rows = [row for row in history if row["epoch"] == result.get("best_epoch")]
+    at_step = [row for row in rows if row.get("step") == result.get("best_step")]
+    return next(iter(at_step or rows), None)
+
+
+def _charts(
+    history: Sequence[Mapping[str, float]], k: int, best: Mapping[str, float] | None
+) -> list[tuple[str, Markup]]:
     """Title and chart of each of `CURVES` that the history has values for."""
     charts = []
     places = _places(history)
+    mark = next((place for place, row in zip(places, history, strict=True) if row is best), None)
     for name, title, labels, percent in CURVES:
         points = {
             c: [(place, row[c]) for place, row in zip(places, history, strict=True) if c in row]

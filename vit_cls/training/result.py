@@ -24,6 +24,7 @@ class FitResult:
         seconds: Wall time of all epochs, those before a resume included.
         train_images_per_second: Median over the epochs.
         history: One row an epoch, and one for each validation within an epoch.
+        best_step: Optimiser steps that the model of the file had made.
         weights: Those of the model file: ``raw``, or ``ema``, their running average.
         kept: Whether the folder is still there; a ``fast_dev_run`` leaves none.
     """
@@ -37,6 +38,7 @@ class FitResult:
     seconds: float
     train_images_per_second: float
     history: list[dict[str, float]]
+    best_step: int | None = None
     weights: str = RAW
     kept: bool = True
 
@@ -61,6 +63,7 @@ class FitResult:
             "images": self.images,
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
+            "best_step": self.best_step,
             "seconds": round(self.seconds, 3),
             "train_images_per_second": round(self.train_images_per_second, 1),
             "model": str(self.folder.model_file) if self.kept else None,
@@ -85,6 +88,7 @@ def result_of(folder: RunFolder, rows: list[dict[str, float]]) -> FitResult:
         folder=folder,
         epochs=int(rows[-1]["epoch"]) + 1,
         best_epoch=int(best["epoch"]),
+        best_step=int(best["step"]),
         correct=int(best["val/correct"]),
         images=int(best["val/images"]),
         top5=best["val/acc5"],

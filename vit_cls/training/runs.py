@@ -104,7 +104,8 @@ class RunFolder:
 
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replace ``metrics.csv``; whole numbers are written as such."""
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+        whole_epochs_first = sorted(rows, key=lambda row: "seconds" not in row)
+        columns = list(dict.fromkeys(name for row in whole_epochs_first for name in row))
         lines = [",".join(columns)]
         for row in rows:
             lines.append(",".join(_number(row[name]) if name in row else "" for name in columns))
