@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from operator import call
 
@@ -11,6 +13,7 @@ import pytest
 from vit_cls import workers
 from vit_cls.environment import cpu_count
 from vit_cls.errors import ConfigError, RunError
+from vit_cls.signals import Stopped, StopSignals
 from vit_cls.workers import CHUNK, WorkerPool, each_in_processes
 
 
@@ -37,6 +40,20 @@ def test_processes_that_cannot_start_are_not_blamed_on_files(monkeypatch):
     monkeypatch.setattr(workers, "_start", partial(os._exit, 1))
     with pytest.raises(RunError, match=r"cannot be started.*num_workers 0"):
         list(each_in_processes(call, [partial(int, 1)], crashed=-1, num_workers=1))
+
+
+def test_a_signal_waits_until_a_process_has_begun(monkeypatch):
+    begun = []
+
+    def submit(self, function, *args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)  # between a process and what it is to be told
+        begun.append(function)
+        return Future()
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(Stopped, match="SIGTERM"), StopSignals(), WorkerPool(1) as pool:
+        pool.submit(int)
+    assert len(begun) == 1
 
 
 def test_processes_side_by_side_share_the_usable_cores(monkeypatch):

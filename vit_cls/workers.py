@@ -150,15 +150,24 @@ def _apply(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Re
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let SIGINT wait until the end of the block; processes that begin in it never see any."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Let SIGINT wait until the end of the block; processes that begin in it never see any.
+
+    SIGTERM waits too, in Python: half a start leaves a process that complains of it. Blocked, it would not
+    end what begins here.
+    """
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
+    term = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if term is None else term)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _leave_when_stopped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

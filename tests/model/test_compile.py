@@ -40,8 +40,8 @@ ADAPTED = {
     "vit_large_patch16_sapiens2": {"num_kv_heads": 1},
 }
 SAMPLE = [
-    *("class token", "causal", "beit_base_patch16_224", "eva02_base_patch14_224"),
-    *("vit_small_patch16_dinov3", "vit_pe_spatial_base_patch16_512", "vit_base_patch16_rope_mixed_224"),
+    *("class token", "beit_base_patch16_224", "eva02_base_patch14_224"),
+    *("vit_small_patch16_dinov3", "vit_pe_spatial_base_patch16_512"),
 ]
 FAMILIES = [*NATIVE, *ADAPTED] if os.environ.get("EVERY_FAMILY") else SAMPLE
 SIZES = (4, 3, 2)

@@ -43,7 +43,11 @@ def test_a_training_out_of_memory_names_settings_that_keep_the_images_of_a_step(
 
 @pytest.mark.parametrize(
     ("batch_size", "advice"),
-    [(256, "batch_size 128 .*batches 2 "), (15, "batch_size 5 .*batches 3 "), (1, r"\)\. Smaller images")],
+    [
+        (256, "batch_size 128 .*batches 2 "),
+        (15, "batch_size 5 .*batches 3 "),
+        (1, r"\)\. model.grad_checkpointing true"),
+    ],
 )
 def test_the_advice_keeps_the_images_of_a_step_exactly(batch_size, advice):
     with (

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vit_cls
 from tests.training.runs import fit_tiny, record_of, rows_of, same_weights, weights_of
 from vit_cls.errors import ConfigError, DataError, RunError
+from vit_cls.model.token_model import TokenModel
 from vit_cls.signals import Stopped
 from vit_cls.training import callbacks
 from vit_cls.weights.bundle import read_metadata
@@ -317,7 +318,8 @@ def test_bf16_trains_and_is_recorded(image_root, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
 
 
-def test_compiled_blocks_leave_plain_keys(image_root, tmp_path):
+def test_compiled_blocks_leave_plain_keys(image_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenModel.compile_encoder, "__defaults__", ("eager",))  # C++ takes long to compile
     fit_tiny(image_root, tmp_path / "run", epochs=1, compile=True, trainer={"limit_train_batches": 1})
     assert not [k for k in load_file(tmp_path / "run/model.safetensors") if "_orig_mod" in k]
     vit_cls.load(tmp_path / "run")

@@ -153,7 +153,7 @@ def test_a_logger_that_cannot_begin_ends_the_run_before_its_first_step(tmp_path)
             raise OSError("no route to host")
 
     with pytest.raises(RunError, match=r"Unreachable cannot begin: no route to host.*WANDB_MODE=offline"):
-        begin_logging([Unreachable(tmp_path)], {})
+        begin_logging([Unreachable(tmp_path)], {"seed": 0})
 
 
 def test_a_run_from_python_leaves_a_configuration_that_the_command_line_takes(image_root, tmp_path):

@@ -46,4 +46,7 @@ def _out_of_memory(error: BaseException, batch_size: int, accumulate: int, img_s
             f"{accumulate * factor} (now {batch_size} and {accumulate}): as many images a step, so the same "
             "learning rate suits. "
         )
-    return f"{told}Smaller images (model.img_size) or a smaller model (model.name) need less too."
+    return (
+        f"{told}model.grad_checkpointing true keeps less of each image, for a slower step; smaller images "
+        "(model.img_size) or a smaller model (model.name) need less too."
+    )

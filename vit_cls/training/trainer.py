@@ -146,6 +146,7 @@ def make_trainer(
         "callbacks": [*callbacks, *users],
         "logger": loggers or False,
         "enable_progress_bar": bool(bar),
+        "enable_autolog_hparams": False,  # `fit` tells every logger all settings, by their full names
         "default_root_dir": folder,
     }
     if arguments.get("precision") is None:

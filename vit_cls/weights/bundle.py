@@ -115,11 +115,12 @@ def read_own_file(
     """
     if path.suffix == ".ckpt":
         checkpoint = _read_checkpoint(path)
-        prefix = _PREFIXES[which or checkpoint[CHECKPOINT_KEY].get(KEPT, RAW)]
+        metadata = checkpoint[CHECKPOINT_KEY]
+        prefix = _PREFIXES[EMA if (which or metadata.get(KEPT)) == EMA else RAW]
         state = {
             k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)
         }
-        return checkpoint[CHECKPOINT_KEY], state
+        return metadata, state
     metadata = read_metadata(path)
     if not weights:
         return metadata, {}
