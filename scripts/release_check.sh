@@ -24,7 +24,7 @@ simulations() {  # intervals and tests keep their levels, with many times the su
 
 families() {  # every kind of block of every architecture compiles; timm's logits from the largest model too
     EVERY_FAMILY=1 OMP_NUM_THREADS=1 $python -m pytest -q --timeout=1800 tests/model/test_compile.py \
-        tests/parity/test_timm.py -k "compile or full_size"
+        tests/parity -k "compile or full_size or full_depth"
 }
 
 timing() { $python scripts/timing_checks.py; }
