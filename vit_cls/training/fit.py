@@ -109,7 +109,6 @@ def _fit(
     classifier = _prepare(options, data, load_weights=not resuming)
     # Dropout and drop path draw from here on: the same whatever the model drew before.
     torch.manual_seed(options.seed)
-    identity = run_identity(options, data, classifier)
     states = RunCheckpoint(folder)
     epoch_log, stop = EpochLog(folder, states), StopSignals(lambda: _how_to_go_on(folder))
     callbacks: list[Callback] = [epoch_log, states, StopBetweenSteps(stop)]
@@ -127,14 +126,11 @@ def _fit(
         class_weights=_class_weights(options, data),
         seed=options.seed,
     )
-    identity |= {f"optim.{k}": v for k, v in dataclasses.asdict(options.optim).items()} | {
-        "peak_lr": schedule.lr
-    }
-    if resuming:
-        check_same_run(folder.read_record().get("identity", {}), identity, folder.path)
+    identity = run_identity(options, data, classifier, schedule)
     record = run_record(options, data, classifier, trainer, schedule, identity, command)
     if resuming:
         before = folder.read_record()
+        check_same_run(before.get("identity", {}), identity, folder.path)
         record["model"]["load_report"] = before.get("model", {}).get("load_report")
         record["imports"] = {**before.get("imports", {}), **record["imports"]}
     settings = run_settings(options, data, arguments)

@@ -151,7 +151,7 @@ def make_loss(
 ) -> ClassificationLoss:
     """The loss that ``optim.loss`` names; ConfigError where an own one would have to weigh classes."""
     loss: Any = LOSSES[name]
-    if isinstance(loss, type) and issubclass(loss, ClassificationLoss):
+    if is_smoothed(name):
         return loss(label_smoothing, class_weights)
     if class_weights is not None:
         raise ConfigError(

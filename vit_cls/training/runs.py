@@ -199,7 +199,9 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
 
 
-def run_identity(options: FitOptions, data: ImageDataModule, classifier: ImageClassifier) -> dict[str, Any]:
+def run_identity(
+    options: FitOptions, data: ImageDataModule, classifier: ImageClassifier, schedule: Schedule
+) -> dict[str, Any]:
     """What must not change between the parts of a resumed run."""
     return {
         "architecture": _plain(classifier.model.config.to_dict()),
@@ -209,6 +211,8 @@ def run_identity(options: FitOptions, data: ImageDataModule, classifier: ImageCl
         "seed": options.seed,
         "batch_size": data.batch_size,
         "augment": data.augment,
+        **{f"optim.{key}": value for key, value in dataclasses.asdict(options.optim).items()},
+        "peak_lr": schedule.lr,
     }
 
 
