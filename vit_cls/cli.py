@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         print(f"vit-cls: {' '.join(str(error).split())}", file=sys.stderr)
-        return 128 + error.signum if isinstance(error, Stopped) else 2
+        return 128 + error.signum if isinstance(error, Stopped) else error.exit_code
     except BrokenPipeError:
         return 0
     outcome.print(sys.stdout, as_json=as_json)

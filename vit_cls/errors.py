@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class VitClsError(Exception):
     """A request that cannot be carried out. The message is one paragraph: given, required, next step."""
 
+    exit_code = 2
+    """Of the command line."""
+
 
 class ConfigError(VitClsError, ValueError):
     """A setting, or a combination of settings, is not possible."""
@@ -28,6 +31,12 @@ class ModelFileError(VitClsError, ValueError):
 
 class RunError(VitClsError, RuntimeError):
     """A run folder cannot be used, or a run ended before it could finish."""
+
+
+class DivergedError(RunError):
+    """A training came to numbers that are not finite: no wrong request, but a bad answer."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

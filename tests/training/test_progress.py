@@ -8,10 +8,10 @@ from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.runs import fit_tiny
-from vit_cls.training import progress
+from vit_cls.training import guards, progress
 
 
-class _CountReads(TorchDispatchMode):
+class CountReads(TorchDispatchMode):
     """Counts copies of a value to Python: on a GPU each would wait for all work before it."""
 
     reads = 0
@@ -30,7 +30,7 @@ def test_between_refreshes_no_step_reads_a_value(seconds, reads, image_root, tmp
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             self.now = 100 * trainer.current_epoch + 0.2 * batch_idx
             monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
-            self.mode = _CountReads()
+            self.mode = CountReads()
             self.mode.__enter__()
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -38,6 +38,7 @@ def test_between_refreshes_no_step_reads_a_value(seconds, reads, image_root, tmp
             counts.append(self.mode.reads)
 
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_READS", seconds)
+    monkeypatch.setattr(guards, "reads_for_free", lambda task: False)  # as on a GPU
     trainer = {"enable_progress_bar": True, "callbacks": [Count()], "log_every_n_steps": 1000}
     fit_tiny(image_root, tmp_path / "run", epochs=1, trainer=trainer)
     assert [min(1, count) for count in counts] == reads

@@ -20,7 +20,14 @@ from vit_cls.training.losses import (
     register_loss,
 )
 from vit_cls.training.options import OptimOptions
-from vit_cls.training.validation import VAL_METRICS, ClassCounts, Validation, make_metrics, register_metric
+from vit_cls.training.validation import (
+    VAL_METRICS,
+    ClassCounts,
+    Validation,
+    better_of,
+    make_metrics,
+    register_metric,
+)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 40])
@@ -176,3 +183,29 @@ def test_a_metric_must_compute_one_number():
     with pytest.raises(ConfigError, match="the metric each must compute one number"):
         own.compute()
     assert "each" not in VAL_METRICS
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_make_no_probabilities_are_wrong_answers_and_not_class_0(bad):
+    logits = torch.tensor([[3.0, 0.0, 1.0], [bad, 0.0, 0.0], [0.0, bad, bad], [0.0, 2.0, -torch.inf]])
+    targets = torch.tensor([0, 0, 1, 1])
+    validation = Validation(3, make_metrics(["f1"], 3))
+    validation.update(logits, targets)
+    values = validation.compute()
+    assert (values["correct"], values["images"], values["acc5"]) == (2, 4, 0.5)
+    assert values["loss"].isnan()
+    assert values["f1"].isnan()
+    validation.update(logits[[0, 3]], targets[[0, 3]])  # minus infinity masks
+    values = validation.compute()
+    assert (values["correct"], values["images"]) == (2, 2)
+    assert values["loss"].isfinite()
+    assert values["f1"] > 0.5
+
+
+def test_weights_whose_loss_is_nan_are_not_the_better_ones():
+    found = [
+        {"correct": torch.tensor(3.0), "acc1": torch.tensor(0.5), "loss": torch.tensor(v)}
+        for v in (9, torch.nan)
+    ]
+    for raw, ema, better in ((*found, "raw"), (*found[::-1], "ema")):
+        assert better_of(raw, ema)[0] == better

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from vit_cls.data.loader import loading_advice
 from vit_cls.environment import environment
 from vit_cls.signals import StopSignals
 from vit_cls.training.batches import images_and_targets
+from vit_cls.training.diagnosis import is_finite
 from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
 from vit_cls.weights.bundle import KEPT, save_classifier
@@ -128,6 +130,9 @@ class EpochLog(Callback):
         row = _where(trainer)
         if "train/loss" in trainer.callback_metrics:
             row["train/loss"] = float(trainer.callback_metrics["train/loss"])
+        assert isinstance(pl_module, ClassificationTask)
+        if skipped := pl_module.guard.skipped_in_epoch(pl_module):
+            row["train/skipped_steps"] = float(skipped)
         row |= self._take_validation(row["step"])
         row["seconds"] = time.perf_counter() - self.started
         train_seconds = max(row["seconds"] - self.validated_for, 1e-9)
@@ -182,6 +187,8 @@ class RunCheckpoint(Checkpoint):
         """
         score = row["val/acc1"]
         if self.best is not None and not score >= self.best:
+            return
+        if not (math.isfinite(row["val/loss"]) and is_finite(task.kept_classifier)):
             return
         self.best, self.improved = score, True
         if trainer.is_global_zero:

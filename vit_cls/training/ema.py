@@ -54,10 +54,18 @@ class Ema(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def update(self, classifier: ImageClassifier, decay: float) -> None:
-        """One step towards the classifier; nothing waits for the device."""
+    def update(self, classifier: ImageClassifier, decay: float, *, skipped: bool | Tensor = False) -> None:
+        """One step towards the classifier, unless it is skipped; nothing waits for the device.
+
+        Args:
+            skipped: A tensor is a flag, bool, on the device.
+        """
         theirs = [p.detach() for p in classifier.model.parameters()]
         mine: list[Tensor] = list(self.classifier.model.parameters())
+        if isinstance(skipped, Tensor):
+            theirs = [torch.where(skipped, own, other) for own, other in zip(mine, theirs, strict=True)]
+        elif skipped:
+            return
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         for own, other in zip(self.classifier.model.buffers(), classifier.model.buffers(), strict=True):
             own.copy_(other)

@@ -15,13 +15,14 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from vit_cls.data.datamodule import ImageDataModule
-from vit_cls.errors import ConfigError, RunError
+from vit_cls.errors import ConfigError, DivergedError, RunError
 from vit_cls.files import write_text
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.failures import named_failures
+from vit_cls.training.guards import recorded_skips
 from vit_cls.training.length import make_schedule_of, run_length
 from vit_cls.training.loggers import begin_logging, end_logging, make_loggers
 from vit_cls.training.options import AUTO, FitOptions
@@ -148,7 +149,7 @@ def _fit(
             accumulate=length.accumulate[0],
             img_size=classifier.preprocess.img_size,
         )
-        with lightnings_refusals(), memory:
+        with lightnings_refusals(), memory, recorded_skips(task, record):
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
         end_logging(loggers, told, result.top1)
@@ -228,9 +229,10 @@ def _run_folder(
         ) from error
     try:
         yield
-    except BaseException:
-        if folder.last_checkpoint.exists() or not new:
-            status = "failed" if stop.signum is None else "interrupted"
+    except BaseException as error:
+        diverged = isinstance(error, DivergedError)
+        if folder.last_checkpoint.exists() or not new or diverged:
+            status = "diverged" if diverged else "failed" if stop.signum is None else "interrupted"
             folder.write_record({**record, "status": status, "finished": now()})
         else:
             shutil.rmtree(folder.path, ignore_errors=True)

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError
-from vit_cls.training.optim import peak_lr
+from vit_cls.training.batches import batch_size_of
+from vit_cls.training.optim import Schedule, peak_lr
 from vit_cls.training.options import OptimOptions
-from vit_cls.training.task import Schedule
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,25 @@ def _check_validation(length: Length, trainer: Trainer) -> None:
             f"trainer.check_val_every_n_epoch {every} is more than the run's {length.max_epochs} epochs, in "
             "which nothing would be validated, and there is no best epoch. Use a smaller number."
         )
+
+
+def schedule_of(trainer: Trainer, options: OptimOptions) -> Schedule:
+    """The schedule that a trainer's loader, epochs and accumulation make; ConfigError without an end."""
+    total = trainer.estimated_stepping_batches
+    if math.isinf(total):
+        raise ConfigError(
+            "the learning rate needs an end: give the Trainer max_epochs or max_steps, or the task a "
+            "Schedule."
+        )
+    per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    size = batch_size_of(trainer.train_dataloader)
+    if size is None and options.lr is None:
+        raise ConfigError(
+            "the learning rate goes by the images of a step, and the loader does not say its batch_size. "
+            "Give OptimOptions(lr=...)."
+        )
+    images = (size or 1) * trainer.accumulate_grad_batches * trainer.world_size
+    return Schedule(max(1, per_epoch), int(total), peak_lr(options, images_per_step=images))
 
 
 def make_schedule_of(length: Length, options: OptimOptions, *, images_per_batch: int) -> Schedule:

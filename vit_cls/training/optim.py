@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -233,6 +234,15 @@ def optimizer_groups(model: nn.Module, options: OptimOptions, *, lr: float) -> G
         layer_decay=options.layer_decay,
         head_lr_ratio=options.head_lr_ratio,
     )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is, in optimiser steps, and its peak learning rate."""
+
+    steps_per_epoch: int
+    total_steps: int
+    lr: float
 
 
 def make_schedule(

@@ -170,6 +170,8 @@ class OptimOptions:
             weighs all alike.
         ema_decay: Decay of a running average of the weights, in [0, 1); it is validated beside the raw
             weights, and the better ones are kept. ``auto`` averages over a twentieth of the run; null is off.
+        max_skipped_steps: Steps in a row whose loss or gradient is not finite, and that are skipped for it,
+            at which training ends.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -193,6 +195,7 @@ class OptimOptions:
     label_smoothing: float = 0.1
     class_weights: str | None = None
     ema_decay: float | str | None = None
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
@@ -209,6 +212,7 @@ class OptimOptions:
             check_range(f"optim.{name}", getattr(self, name), at_least=0)
         for name in ("label_smoothing", "beta1", "beta2"):
             check_range(f"optim.{name}", getattr(self, name), at_least=0, below=1)
+        check_range("optim.max_skipped_steps", self.max_skipped_steps, at_least=1)
         check_range("optim.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
         if not isinstance(self.layer_decay, str):
             check_range("optim.layer_decay", self.layer_decay, at_most=1)

@@ -168,7 +168,12 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-BEFORE = {"optim.name": "adamw", "optim.loss": "cross_entropy", "optim.ema_decay": None}
+BEFORE = {
+    "optim.name": "adamw",
+    "optim.loss": "cross_entropy",
+    "optim.ema_decay": None,
+    "optim.max_skipped_steps": 10,
+}
 """What runs did before there was a setting for it: their records lack it."""
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,21 @@ from vit_cls.data.mixing import UNMIXED, MixOptions, mix_batch
 from vit_cls.data.sampler import sample_seed
 from vit_cls.errors import ConfigError, DataError
 from vit_cls.model.classifier import ImageClassifier
+from vit_cls.training import guards
 from vit_cls.training.batches import batch_size_of, images_and_targets
 from vit_cls.training.ema import Ema, auto_decay, warm_decay
+from vit_cls.training.length import schedule_of
 from vit_cls.training.losses import GivenLoss, OwnLoss, Targets, make_loss
-from vit_cls.training.optim import Freezer, make_optimizer, make_schedule, peak_lr
+from vit_cls.training.optim import Freezer, Schedule, make_optimizer, make_schedule
 from vit_cls.training.options import AUTO, BACKBONE, OptimOptions
-from vit_cls.training.validation import Validation
+from vit_cls.training.validation import Validation, better_of
 from vit_cls.weights.bundle import CHECKPOINT_KEY, EMA, FORMAT_VERSION, KEPT, RAW, load_classifier
 from vit_cls.weights.families import recipe_of
 
 log = logging.getLogger("vit_cls")
 
 RNG_KEY = "vit_cls_rng"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long a run is, in optimiser steps, and its peak learning rate."""
-
-    steps_per_epoch: int
-    total_steps: int
-    lr: float
+GUARD_KEY = "vit_cls_guard"
 
 
 class ClassificationTask(LightningModule):
@@ -50,6 +43,8 @@ class ClassificationTask(LightningModule):
     the record that `vit_cls.data.datamodule.ImageDataModule` makes. Nothing in the training step waits for
     the device: the loss is logged as a tensor and read when a logger or the progress bar asks for it. With
     ``accumulate_grad_batches`` or several processes the gradient of a step is the mean over all its images.
+    A step whose loss or gradient is not finite is skipped, `guard` counts it, and ``optim.max_skipped_steps``
+    of them in a row, or a validation that is not finite, end training with a DivergedError.
 
     Logged: ``train/loss``; ``val/loss``, ``val/acc1``, ``val/acc5``, ``val/balanced_acc1``, ``val/correct``,
     ``val/images`` and ``val/NAME`` of each metric; likewise ``test/``. With ``optim.ema_decay`` ``val/`` is
@@ -113,6 +108,7 @@ class ClassificationTask(LightningModule):
         self.schedule = schedule
         self.lr = None if schedule is None else schedule.lr
         """Peak learning rate; what Lightning's ``LearningRateFinder`` sets."""
+        self.guard = guards.StepGuard(optim.max_skipped_steps)
         self.ema = None if optim.ema_decay is None else Ema(classifier)
         classes = len(classifier.class_names)
         self.validation = Validation(classes, metrics or {})
@@ -191,6 +187,7 @@ class ClassificationTask(LightningModule):
             return None
         logits, mixed = self._logits(images, targets, batch_index)
         loss = self.loss(logits, mixed)
+        self.guard.add(loss, batch, batch_index)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         if not self._step_is_several_batches():
@@ -222,7 +219,8 @@ class ClassificationTask(LightningModule):
         weight: float | Tensor = self._step_weight
         if trainer.world_size > 1:
             weight = weight if isinstance(weight, Tensor) else torch.full((), weight, device=self.device)
-            weight = trainer.strategy.reduce(weight, reduce_op="sum")
+            # NaN in all processes where the loss of one is not finite
+            weight = trainer.strategy.reduce(weight + self.guard.doubt, reduce_op="sum")
         factor = batches * self._batch_weight / weight
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if grads:
@@ -230,11 +228,12 @@ class ClassificationTask(LightningModule):
         self._step_weight = 0.0
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and let the average of the weights follow."""
-        super().optimizer_step(*args, **kwargs)
+        """Step, unless loss or gradient is not finite, and let the average of the weights follow."""
+        update = partial(super().optimizer_step, *args, **kwargs)
+        skipped = self.guard.step(update, self, self.trainer.optimizers[0])
         if self.ema is not None:
             step = self.trainer.global_step + 1  # it is counted after this hook
-            self.ema.update(self.classifier, warm_decay(self._ema_decay(), step))
+            self.ema.update(self.classifier, warm_decay(self._ema_decay(), step), skipped=skipped)
 
     def _ema_decay(self) -> float:
         decay = self.optim.ema_decay
@@ -244,6 +243,11 @@ class ClassificationTask(LightningModule):
         schedule = self.schedule or self._counted
         assert schedule is not None  # since the optimizers were configured
         return auto_decay(schedule.total_steps)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the skipped steps, if there were any."""
+        if skipped := self.guard.end_epoch(self):
+            self.log("train/skipped_steps", float(skipped))
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
@@ -277,26 +281,15 @@ class ClassificationTask(LightningModule):
         if self._validated is None:
             found = self.validation.compute()
             if self.ema_validation is not None:
-                found = self._better(found, self.ema_validation.compute())
+                self.kept, found = better_of(found, self.ema_validation.compute())
             self._validated = found
         return self._validated
-
-    def _better(self, raw: dict[str, Tensor], ema: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics of the weights with more correct images, if equal the lower loss; a few of both."""
-        scores = [(float(found["correct"]), -float(found["loss"])) for found in (raw, ema)]
-        self.kept = EMA if scores[1] >= scores[0] else RAW
-        both = {
-            f"{which}_{name}": found[name]
-            for which, found in ((RAW, raw), (EMA, ema))
-            for name in ("acc1", "loss")
-        }
-        kept = ema if self.kept == EMA else raw
-        return {**kept, **both, "kept_ema": torch.tensor(float(self.kept == EMA))}
 
     def on_validation_epoch_end(self) -> None:
         """Log what was found."""
         for name, value in self.validated().items():
             self.log(f"val/{name}", value, prog_bar=name == "acc1")
+        guards.check_validation(self)
 
     def on_test_epoch_end(self) -> None:
         """Log what was found."""
@@ -308,7 +301,7 @@ class ClassificationTask(LightningModule):
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         schedule = self.schedule
         if schedule is None:
-            schedule = self._counted = self._count()
+            schedule = self._counted = schedule_of(self.trainer, self.optim)
         lr = self._configured_lr = schedule.lr if self.lr is None else self.lr
         optimizer = make_optimizer(self.classifier.model, self.optim, lr=lr, fused=fused)
         scheduler = make_schedule(
@@ -316,52 +309,35 @@ class ClassificationTask(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _count(self) -> Schedule:
-        """The schedule that the trainer's loader, epochs and accumulation make."""
-        trainer = self.trainer
-        total = trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ConfigError(
-                "the learning rate needs an end: give the Trainer max_epochs or max_steps, or the task a "
-                "Schedule."
-            )
-        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        size = batch_size_of(trainer.train_dataloader)
-        if size is None and self.optim.lr is None:
-            raise ConfigError(
-                "the learning rate goes by the images of a step, and the loader does not say its batch_size. "
-                "Give OptimOptions(lr=...)."
-            )
-        images = (size or 1) * trainer.accumulate_grad_batches * trainer.world_size
-        return Schedule(max(1, per_epoch), int(total), peak_lr(self.optim, images_per_step=images))
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer's ``gradient_clip_val`` and ``gradient_clip_algorithm`` say.
+        """Clip as the trainer's ``gradient_clip_val`` and ``gradient_clip_algorithm`` say; judge the step.
 
         Lightning's own refuses fused optimisers under bf16, where nothing needs unscaling.
         """
-        if not gradient_clip_val:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        norm = guards.clip_gradient(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.guard.judge(optimizer, norm, free=guards.reads_for_free(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilds the model, and the generators that dropout and drop path draw from."""
+        """Add what rebuilds the model, and the generators that dropout and drop path draw from.
+
+        DivergedError if the state is not finite.
+        """
+        self.guard.settle(self)
+        guards.check_finite_state(self, checkpoint.get("optimizer_states", []))
         metadata = self.classifier.to_metadata()
         checkpoint[CHECKPOINT_KEY] = {"format_version": FORMAT_VERSION, **metadata, KEPT: self.kept}
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        checkpoint[GUARD_KEY] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the generators back where they were, and what was kept."""
+        """Put the generators back where they were, what was kept, and the skipped steps."""
+        self.guard.load_state_dict(checkpoint.get(GUARD_KEY, {}))
         self._rng = checkpoint.get(RNG_KEY)
         self.kept = checkpoint.get(CHECKPOINT_KEY, {}).get(KEPT, RAW)
 

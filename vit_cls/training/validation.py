@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,6 +13,7 @@ from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
 
 from vit_cls.errors import ConfigError
 from vit_cls.own_code import register
+from vit_cls.weights.bundle import EMA, RAW
 
 TOP_K = 5
 VAL_METRICS: dict[str, Callable[[int], Metric]] = {
@@ -47,6 +49,7 @@ class ClassCounts(Metric):
 
     A batch costs a few additions into buffers and no look from the host; processes are added up once, when
     `compute` is called. torchmetrics' own stat scores build a matrix of classes squared for every batch.
+    Logits that make no probabilities (NaN, infinite) are a wrong answer, and no class 0; their loss is NaN.
 
     Args:
         classes: How many there are.
@@ -70,9 +73,11 @@ class ClassCounts(Metric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch: logits, float32, ``(batch, classes)``, and classes, int64, ``(batch,)``."""
         ones = torch.ones_like(targets)
+        usable = logits.amax(dim=1).isfinite()
         self.images.index_add_(0, targets, ones)
-        self.correct.index_add_(0, targets, (logits.argmax(dim=1) == targets).long())
-        self.hits += (logits.topk(self.top_k, dim=1).indices == targets[:, None]).sum()
+        self.correct.index_add_(0, targets, ((logits.argmax(dim=1) == targets) & usable).long())
+        hits = logits.topk(self.top_k, dim=1).indices == targets[:, None]
+        self.hits += (hits & usable[:, None]).sum()
         self.loss += F.cross_entropy(logits, targets, reduction="sum")
 
     def compute(self) -> dict[str, Tensor]:
@@ -109,7 +114,10 @@ class Validation(nn.Module):
             metric.update(logits, targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics by name, over all processes, and begin anew; ConfigError where one is no number."""
+        """The metrics by name, over all processes, and begin anew; ConfigError where one is no number.
+
+        Where logits made no probabilities further metrics are NaN: they would take them for class 0.
+        """
         values = self.counts.compute()
         self.counts.reset()
         for name, metric in zip(self.metrics, self._metrics(), strict=True):
@@ -118,12 +126,28 @@ class Validation(nn.Module):
                 raise ConfigError(
                     f"the metric {name} must compute one number; it gave {value!r}. Average over the classes."
                 )
-            values[name] = value.reshape(()).float()
+            values[name] = torch.where(values["loss"].isnan(), torch.nan, value.reshape(()).float())
             metric.reset()
         return values
 
     def _metrics(self) -> list[Metric]:
         return [metric for metric in self.metrics.values() if isinstance(metric, Metric)]
+
+
+def better_of(raw: dict[str, Tensor], ema: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Which of `RAW` and `EMA` has more correct images, if equal the lower loss; a few metrics of both.
+
+    The metrics are those of the better ones, and their names in the log.
+    """
+    scores = [(float(found["correct"]), -float(found["loss"].nan_to_num(math.inf))) for found in (raw, ema)]
+    better = EMA if scores[1] >= scores[0] else RAW
+    both = {
+        f"{which}_{name}": found[name]
+        for which, found in ((RAW, raw), (EMA, ema))
+        for name in ("acc1", "loss")
+    }
+    kept = ema if better == EMA else raw
+    return better, {**kept, **both, "kept_ema": torch.tensor(float(better == EMA))}
 
 
 def make_metrics(names: list[str], classes: int) -> dict[str, Metric]:
