@@ -72,13 +72,13 @@ def test_failures_are_named_by_item_and_a_batch_of_nothing_else_has_no_values(cl
 
 def test_images_in_memory_need_no_processes_unless_some_are_asked_for(classifier, in_memory, monkeypatch):
     started = []
-    original = loader_module.DataLoader
+    original = loader_module.WatchedLoader
 
-    def counted(*args, num_workers, **kwargs):
+    def counted(*args, num_workers, prefetch_factor, timeout, **kwargs):
         started.append(num_workers)
         return original(*args, num_workers=0, **kwargs)
 
-    monkeypatch.setattr(loader_module, "DataLoader", counted)
+    monkeypatch.setattr(loader_module, "WatchedLoader", counted)
     monkeypatch.setattr(loader_module, "default_num_workers", lambda: 5)
     for source, config in (
         (in_memory, _config(4, None)),

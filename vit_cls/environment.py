@@ -63,6 +63,14 @@ def start_of(error: BaseException, sentences: int = 3) -> str:
     return ". ".join(" ".join(str(error).split()).split(". ")[:sentences])
 
 
+def free_shared_memory() -> int | None:
+    """Bytes that are free where loading processes hand over their images; None where that is not known."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+
+
 def shared_memory() -> str:
     """Where loading processes hand over their images, its size and what is free; empty if unknown."""
     try:

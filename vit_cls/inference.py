@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vit_cls.checks import check_choice, check_range
 from vit_cls.data.dataset import Batch, ImageSource
-from vit_cls.data.loader import Images, load_once
+from vit_cls.data.loader import TIMEOUT_SECONDS, Images, load_once
 from vit_cls.data.transforms import model_reader
 from vit_cls.environment import is_out_of_memory, start_of, unusable_gpu
 from vit_cls.errors import ConfigError, ModelFileError, RunError, VitClsError
@@ -65,6 +65,7 @@ class InferenceConfig:
         batch_size: Images a forward pass.
         num_workers: Loading processes; None means the usable cores, from 4 on without one for the model, no
             more than batches, and none for images in memory or for no more than one batch.
+        timeout_seconds: How long no loading process may give a batch; 0 waits for ever.
         compile: Whether the encoder's blocks are compiled.
         exact: Whether images are resized by Pillow, as timm's loader does it.
         show_progress: Whether a bar is drawn on stderr.
@@ -77,6 +78,7 @@ class InferenceConfig:
     precision: str = "auto"
     batch_size: int = 64
     num_workers: int | None = None
+    timeout_seconds: float = TIMEOUT_SECONDS
     compile: bool = False
     exact: bool = False
     show_progress: bool = False
@@ -84,6 +86,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         check_range("--batch_size", self.batch_size, at_least=1)
         check_range("--num_workers", self.num_workers, at_least=0)
+        check_range("--timeout_seconds", self.timeout_seconds, at_least=0)
         check_choice("--precision", self.precision, PRECISIONS)
         if self.device != "auto":  # there always is one, and looking for a GPU takes time
             choose_device(self.device)
@@ -204,6 +207,7 @@ def batches(
         model_reader(classifier.preprocess, exact=config.exact),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        timeout_seconds=config.timeout_seconds,
         pin_memory=device.type == "cuda",
     )
     # A GPU is given the next batch before the results of the last are waited for.

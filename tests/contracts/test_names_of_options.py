@@ -34,6 +34,7 @@ NO_OPTIONS = {"model.safetensors", "data.pkl", "key"}
 OTHER_PROGRAMS = {
     "environment.py": {"error", "porcelain"},
     "loader.py": {"shm"},
+    "watch.py": {"shm"},
     "svg.py": {"line", "series"},
 }
 """Options of git and of docker, and variables of CSS."""

@@ -150,7 +150,7 @@ def test_digits_need_no_worker_processes_and_a_number_that_is_given_is_kept(spli
     folder = ImageDataModule(root=str(split_folder), num_workers=2)
     folder.configure(seed=0, preprocess=Preprocess((12, 12)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vit_cls.data.datamodule.default_num_workers", lambda processes: 2 * processes)
+        patch.setattr("vit_cls.data.loader.default_num_workers", lambda processes: 2 * processes)
         assert folder.val_dataloader().num_workers == 2
         folder.num_workers = None
         assert folder.val_dataloader().num_workers == 1  # there is one batch
@@ -168,7 +168,10 @@ def test_processes_share_the_images_and_too_few_images_are_refused(split_folder)
     seen = []
     for rank in range(2):
         data.trainer = SimpleNamespace(
-            global_rank=rank, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+            global_rank=rank,
+            world_size=2,
+            num_devices=2,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
         )
         seen.append([i for batch in data.train_dataloader() for i in batch.indices.tolist()])
     assert len(seen[0]) == len(seen[1]) == 3

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,10 @@ def test_loading_neither_moves_torchs_global_generator_nor_depends_on_it(folder,
         _assert_same(a, b)
 
 
+def _make_socket(path: Path) -> None:
+    os.mknod(path, stat.S_IFSOCK | 0o600)  # the path is too long for a socket to be bound to
+
+
 DAMAGE = {
     "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
     "text": (lambda path: path.write_bytes(b"no image"), "it is not an image of a known format"),
@@ -141,6 +146,8 @@ DAMAGE = {
     "deleted": (Path.unlink, "No such file or directory"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "it is not a regular file"),
+    "socket": (lambda path: (path.unlink(), _make_socket(path)), "it is not a regular file"),
+    "device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "it is not a regular file"),
 }
 
 
@@ -289,13 +296,13 @@ def test_advice_names_the_machine_and_only_what_is_possible(machine, usable, giv
 def test_no_more_processes_are_started_than_there_are_batches(machine, folder, monkeypatch):
     machine(64)
     started = []
-    make = loader_module.DataLoader
+    make = loader_module.WatchedLoader
 
-    def count(*given, num_workers, **settings):
+    def count(*given, num_workers, prefetch_factor, timeout, **settings):
         started.append(num_workers)
         return make(*given, num_workers=0, **settings)
 
-    monkeypatch.setattr(loader_module, "DataLoader", count)
+    monkeypatch.setattr(loader_module, "WatchedLoader", count)
     source = FolderSource(index_folder(folder))  # 21 images
     for batch_size in (4, 20, 21):
         batches = list(loader_module.load_once(source, eval_reader(12), batch_size=batch_size))

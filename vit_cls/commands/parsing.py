@@ -74,6 +74,12 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
     parser.add_argument("--num_workers", type=int | None, default=None, help="loading processes")
+    parser.add_argument(
+        "--timeout_seconds",
+        type=float,
+        default=300.0,
+        help="without a batch, until it ends; 0: none",
+    )
     parser.add_argument("--output", type=str | None, default=None, help="folder for files; made if needed")
     add_flag(parser, "--compile", "compile the encoder")
 
@@ -90,7 +96,7 @@ def inference_config(args: Namespace, *, show_progress: bool) -> InferenceConfig
     """
     from vit_cls.inference import InferenceConfig  # imports torch, which --help does not need
 
-    names = ("device", "precision", "batch_size", "num_workers", "compile", "exact")
+    names = ("device", "precision", "batch_size", "num_workers", "timeout_seconds", "compile", "exact")
     settings: dict[str, Any] = {name: args[name] for name in names if name in args}
     return InferenceConfig(**settings, show_progress=show_progress)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from vit_cls.data.doctor.issues import Problem
 from vit_cls.data.doctor.report import quick_check
 from vit_cls.data.folders import DIGITS, FoundParts, find_parts
 from vit_cls.data.index import balanced_weights
-from vit_cls.data.loader import default_num_workers, make_loader
+from vit_cls.data.loader import TIMEOUT_SECONDS, make_loader
 from vit_cls.data.mixing import UNMIXED, MixOptions
 from vit_cls.data.own_datasets import DatasetSource, dataset_sources
 from vit_cls.data.partition import Split, split_for_training
@@ -63,7 +62,8 @@ class ImageDataModule(LightningDataModule):
         batch_size: Images a step, for each process, at most: the batches of an epoch are as few as that
             allows, and differ by one image.
         num_workers: Loading processes; null means the usable cores, shared by the processes of the run, from
-            4 on without one for training itself, and no more than batches (0 for the digits).
+            4 on without one for training itself, and no more than batches (0 for the digits); fewer where
+            the shared memory does not hold their batches.
         augment: Training transform: ``crop_flip``, ``affine`` (small turns and shifts), ``randaugment``,
             ``trivialaugment`` or ``none``; or the name of your own (``--import``, docs/extending.md); from
             Python also such a transform itself.
@@ -74,6 +74,7 @@ class ImageDataModule(LightningDataModule):
         allow: Problems to train in spite of, by name: ``leakage``. They are recorded.
         cache: Folder for the decoded validation images; null decodes them in every epoch.
         mix: Mixup, CutMix and erasing of training batches.
+        timeout_seconds: How long no loading process may give a batch before the run ends; 0 is for ever.
 
     Raises:
         ConfigError: If a setting is unknown or cannot take effect.
@@ -99,6 +100,7 @@ class ImageDataModule(LightningDataModule):
         allow: list[str] | None = None,
         cache: str | None = None,
         mix: MixOptions = UNMIXED,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         super().__init__()
         check_choice("data.name", name, NAMES)
@@ -124,6 +126,7 @@ class ImageDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.timeout_seconds = timeout_seconds
         self.augment = augment if isinstance(augment, str) else name_of(augment)
         """The transform's name in records."""
         self._augmentation = augment if isinstance(augment, str) else augmentation_of(self.augment, augment)
@@ -381,17 +384,14 @@ class ImageDataModule(LightningDataModule):
         )
         if shuffle and not len(sampler):
             raise DataError(f"{len(dataset)} training image(s) cannot be shared by {world_size} processes.")
-        workers = self.num_workers
-        if workers is None:
-            workers = 0
-            if not isinstance(dataset.source, ArraySource):
-                batches = math.ceil(len(sampler) / max(1, self.batch_size))
-                workers = min(batches, default_num_workers(1 if trainer is None else trainer.num_devices))
         return make_loader(
             dataset,
             sampler,
             batch_size=self.batch_size,
-            num_workers=workers,
+            num_workers=self.num_workers,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             even=stage != "predict",
+            timeout_seconds=self.timeout_seconds,
+            loaders=2 if stage in ("train", "val") else 1,
+            local_processes=1 if trainer is None else trainer.num_devices,
         )

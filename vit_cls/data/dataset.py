@@ -126,18 +126,36 @@ class ImageDataset(Dataset[Sample]):
             self.cache.put(index, image)
         return Sample(index, image, target, error)
 
+    def name_of(self, key: SampleKey) -> str:
+        """The image of a key, as messages have it."""
+        return str(self.source.index.path(key[1]))
+
 
 class ItemDataset(Dataset[Sample]):
-    """Samples by (place in the batch, item), a path or a position; it holds neither, so it is small."""
+    """Samples by (place in the batch, item), a path or a position; it holds neither, so it is small.
 
-    def __init__(self, read: Callable[[Any], bytes | Tensor], reader: Reader) -> None:
+    Args:
+        name: Of an item, as messages have it.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Any], bytes | Tensor],
+        reader: Reader,
+        name: Callable[[Any], str | Path] = str,
+    ) -> None:
         self.read = read
         self.reader = reader
+        self.name = name
 
     def __getitem__(self, key: tuple[int, Any]) -> Sample:
         place, item = key
         image, error = _read(lambda: self.reader(self.read(item)))
         return Sample(place, image, 0, error)
+
+    def name_of(self, key: tuple[int, Any]) -> str:
+        """The image of a key, as messages have it."""
+        return str(self.name(key[1]))
 
 
 def read_path(path: str) -> bytes:

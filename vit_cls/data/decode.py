@@ -213,5 +213,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):  # as a file that lies of its size may cause, too
+        return "there is not enough memory to decode it"
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return "it is not an image of a known format" if "cannot identify image file" in text else text

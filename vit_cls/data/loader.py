@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 import multiprocessing.queues
 import os
@@ -11,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from vit_cls.checks import check_range
 from vit_cls.data.dataset import (
@@ -25,15 +26,24 @@ from vit_cls.data.dataset import (
 )
 from vit_cls.data.sampler import EpochSampler, EvenBatches
 from vit_cls.data.transforms import Reader
-from vit_cls.environment import cpu_count, shared_memory
-from vit_cls.errors import RunError
+from vit_cls.data.watch import NOT_HANDED_OVER, WatchedLoader
+from vit_cls.environment import cpu_count, free_shared_memory, shared_memory
 from vit_cls.signals import leave_signals_to_parent
+
+log = logging.getLogger("vit_cls")
 
 Images = ImageSource | Iterable[str | os.PathLike[str]]
 """What can be loaded once, in order: the images of an index, or any number of paths."""
 
 ROOM_FROM = 4
 """Cores from which on one is kept free of loading."""
+TIMEOUT_SECONDS = 300.0
+"""How long no loading process may give a batch before a run ends."""
+PREFETCH = 2
+"""Batches that each loading process has under way, where the shared memory holds them."""
+IN_USE = 2
+"""Batches of a loader that are with the main process: the one in use, and the one before on its way out."""
+PAGE = 4096
 
 
 def make_loader(
@@ -41,29 +51,44 @@ def make_loader(
     sampler: EpochSampler,
     *,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     pin_memory: bool = False,
     even: bool = True,
-) -> DataLoader[Batch]:
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    loaders: int = 1,
+    local_processes: int = 1,
+) -> WatchedLoader:
     """Load the sampler's keys in its order, epoch after epoch, in batches of almost one size (`EvenBatches`).
 
     Args:
         batch_size: Of the largest batch; ``loader.batch_sampler.batch_size`` keeps it.
+        num_workers: None means `default_num_workers`, no more than batches, and none for images in memory.
         even: False makes torch's own batches, the last one smaller: Lightning's ``predict`` takes no others.
+        timeout_seconds: How long no loading process may give a batch; 0 is for ever.
+        loaders: Of this size that each process of the run has at the same time.
+        local_processes: Processes of the run on this machine.
 
     Raises:
         ConfigError: If a number is out of range.
     """
     check_range("data.batch_size", batch_size, at_least=1)
     check_range("data.num_workers", num_workers, at_least=0)
+    check_range("data.timeout_seconds", timeout_seconds, at_least=0)
     batches: dict[str, Any] = {"batch_sampler": EvenBatches(sampler, batch_size)}
     if not even:
         batches = {"sampler": sampler, "batch_size": batch_size}
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # keys are (epoch, index)
+    if num_workers is None:
+        in_memory, most = isinstance(dataset.source, ArraySource), math.ceil(len(sampler) / batch_size)
+        num_workers = 0 if in_memory else min(most, default_num_workers(local_processes))
+    sharing = loaders * local_processes
+    settings = _settings(
+        dataset.reader, batch_size, num_workers, pin_memory, timeout_seconds, sharing, "data."
+    )
+    return WatchedLoader(
+        dataset,
         **batches,
-        persistent_workers=num_workers > 0,
-        **_settings(num_workers, pin_memory),
+        persistent_workers=settings["num_workers"] > 0,
+        **settings,
     )
 
 
@@ -74,6 +99,7 @@ def load_once(
     batch_size: int,
     num_workers: int | None = None,
     pin_memory: bool = False,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[tuple[list[Any], Batch]]:
     """Load images once, in their order, in constant memory.
 
@@ -81,16 +107,18 @@ def load_once(
         images: An index's, or paths; an endless source of them will do. It is read a few batches ahead.
         num_workers: None means `default_num_workers`, no more than there are batches, and none for images in
             memory or for no more than one batch.
+        timeout_seconds: As for `make_loader`.
 
     Yields:
         What was asked for, positions or paths, and the batch, whose ``indices`` are places in that list.
 
     Raises:
-        RunError: If a loading process dies.
+        RunError: If a loading process dies, or none gives a batch for so long.
     """
     items: Iterator[Any]
     if isinstance(images, ImageSource):
-        items, dataset = iter(range(len(images.index))), ItemDataset(images.read, reader)
+        items = iter(range(len(images.index)))
+        dataset = ItemDataset(images.read, reader, images.index.path)
         num_workers = 0 if num_workers is None and isinstance(images, ArraySource) else num_workers
     else:
         items, dataset = (os.fspath(path) for path in images), ItemDataset(read_path, reader)
@@ -107,18 +135,31 @@ def load_once(
             pending.append(part)
             yield list(enumerate(part))
 
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # keys are (place, item)
+    loader = WatchedLoader(
+        dataset,
         batch_sampler=keys(),
-        **_settings(num_workers, pin_memory),
+        **_settings(reader, batch_size, num_workers, pin_memory, timeout_seconds, 1, "--"),
     )
-    for batch in _named_crashes(loader):
+    loader.prefix = "--"
+    for batch in loader:
         yield pending.popleft(), batch
 
 
-def _settings(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+def _settings(
+    reader: Reader,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    timeout_seconds: float,
+    sharing: int,
+    prefix: str,
+) -> dict[str, Any]:
+    batch_bytes = batch_size * reader.in_chans * math.prod(reader.size)
+    num_workers, prefetch = _that_fit(num_workers, batch_bytes, sharing, f"{prefix}num_workers")
     return {
         "num_workers": num_workers,
+        "prefetch_factor": prefetch if num_workers else None,
+        "timeout": timeout_seconds if num_workers else 0,
         "pin_memory": pin_memory,
         "collate_fn": collate,
         "worker_init_fn": _begin_worker,
@@ -128,6 +169,35 @@ def _settings(num_workers: int, pin_memory: bool) -> dict[str, Any]:
     }
 
 
+def _that_fit(num_workers: int, batch_bytes: int, sharing: int, option: str) -> tuple[int, int]:
+    """Loading processes, and batches ahead for each, as far as the free shared memory holds them; says so.
+
+    A batch too many would be waited for in vain. Fewer processes change no batch.
+    """
+    free = free_shared_memory()
+    size = batch_bytes + 4 * PAGE  # its pixels, its classes and places, and the locks of a process
+
+    def needed(workers: int, prefetch: int) -> int:
+        return sharing * (workers * prefetch + IN_USE) * size
+
+    if free is None or not num_workers or needed(num_workers, PREFETCH) <= free:
+        return num_workers, PREFETCH
+    workers = next((n for n in range(num_workers, 0, -1) if needed(n, 1) <= free), 0)
+    _say_once(
+        f"{option} {num_workers} takes {needed(num_workers, PREFETCH) / 2**20:,.1f} MB of shared memory, "
+        f"{PREFETCH} batches of {size / 2**20:,.1f} MB ahead each, and {shared_memory()}: "
+        + (f"{workers} load 1 batch ahead each" if workers else "the main process loads")
+        + "; a container gets more by --shm-size 1g"
+    )
+    return workers, 1
+
+
+@functools.lru_cache(maxsize=8)
+def _say_once(text: str) -> None:
+    """The loaders of a run say the same."""
+    log.info(text)
+
+
 def _begin_worker(worker_id: int) -> None:
     """In each loading process: a batch that cannot be handed over, for want of shared memory, ends it.
 
@@ -135,41 +205,8 @@ def _begin_worker(worker_id: int) -> None:
     """
     leave_signals_to_parent(worker_id)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
-        lambda error, batch: os._exit(1)
+        lambda error, batch: os._exit(NOT_HANDED_OVER)
     )
-
-
-def died(error: BaseException, option: str) -> str | None:
-    """Why a loading process ended, and what to do; None where the error is about something else.
-
-    Args:
-        error: What torch raised.
-        option: The user's word for the number of processes.
-    """
-    words = ("DataLoader worker", "shared memory", "torch_shm", "No space left on device")
-    if not any(word in str(error) for word in words):
-        return None
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
-    room = shared_memory()
-    hint = f" ({room}; a container gets more by --shm-size 1g)" if room else ""
-    return (
-        f"a loading process died ({said}), of a fault in a decoder or for want of memory{hint}. Use fewer "
-        f"{option}, or 0."
-    )
-
-
-def _named_crashes(loader: Iterable[Batch]) -> Iterator[Batch]:
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError) as error:
-            if reason := died(error, "--num_workers"):
-                raise RunError(reason) from error
-            raise
-        yield batch
 
 
 def default_num_workers(local_processes: int | None = None) -> int:

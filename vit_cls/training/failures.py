@@ -1,18 +1,17 @@
-"""Why a training ended that could have gone on with other settings: memory, and loading processes."""
+"""Why a training ended for want of memory, and with which settings it may go on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vit_cls.data.loader import died
 from vit_cls.environment import is_out_of_memory, start_of
 from vit_cls.errors import RunError, VitClsError
 
 
 @contextmanager
 def named_failures(*, batch_size: int, accumulate: int, img_size: tuple[int, int]) -> Iterator[None]:
-    """Say in one paragraph what memory or a loading process ended, with numbers that may do.
+    """Say in one paragraph what ended for want of memory, with numbers that may do.
 
     Args:
         batch_size: Images of a batch.
@@ -29,8 +28,6 @@ def named_failures(*, batch_size: int, accumulate: int, img_size: tuple[int, int
             raise
         if is_out_of_memory(error):
             raise RunError(_out_of_memory(error, batch_size, accumulate, img_size)) from error
-        if reason := died(error, "data.num_workers"):
-            raise RunError(reason) from error
         raise
 
 
