@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from vit_cls.errors import ConfigError, did_you_mean
 
@@ -17,7 +20,7 @@ def check_range(
     below: float | None = None,
     hint: str = "",
 ) -> None:
-    """Refuse a number that is out of range; NaN always is, None (a default) never.
+    """Refuse a number that is out of range; NaN and infinity always are, None (a default) never.
 
     Args:
         name: As the user wrote it: ``--margin``, ``data.batch_size``.
@@ -33,10 +36,41 @@ def check_range(
         (below, "below", lambda value, bound: value < bound),
     )
     given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
-    if value is None or all(holds(value, bound) for bound, _, holds in given):
+    if value is None or (math.isfinite(value) and all(holds(value, bound) for bound, _, holds in given)):
         return
-    required = " and ".join(f"{words} {bound}" for bound, words, _ in given)
+    required = " and ".join([*(f"{words} {bound}" for bound, words, _ in given), *_finite(value)])
     raise ConfigError(f"{name} must be {required}; got {value}.{f' {hint}' if hint else ''}")
+
+
+def _finite(value: float) -> list[str]:
+    return ["finite"] if math.isinf(value) else []
+
+
+def check_finite(prefix: str, settings: object) -> None:
+    """Refuse NaN and infinity in any field of a dataclass, or value of a mapping, and in lists of these.
+
+    Args:
+        prefix: Of the names, as the user wrote them: ``model.``, ``--recipe.``.
+
+    Raises:
+        ConfigError: ``optim.lr must be a finite number; got inf.``
+    """
+    if dataclasses.is_dataclass(settings):
+        pairs = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
+    else:
+        assert isinstance(settings, Mapping)
+        pairs = list(settings.items())
+    for name, value in pairs:
+        for number in _numbers(value):
+            if not math.isfinite(number):
+                raise ConfigError(f"{prefix}{name} must be a finite number; got {value}.")
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    if isinstance(value, float):
+        yield value
+    for part in value if isinstance(value, list | tuple) else ():
+        yield from _numbers(part)
 
 
 def check_choice(name: str, value: object, choices: Iterable[object], *, hint: str = "") -> None:

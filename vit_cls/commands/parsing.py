@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from vit_cls.checks import check_finite
 from vit_cls.commands.complaints import explain
 from vit_cls.errors import ConfigError
 
@@ -112,9 +113,11 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         ConfigError: If a word, a key or a value is not accepted; the nearest known key is named.
     """
     try:
-        return parser.parse_args(words)
+        args = parser.parse_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), known_keys(parser))) from error
+    check_finite("", args.as_flat().__dict__)
+    return args
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_cls.checks import check_choice, check_range
+from vit_cls.checks import check_choice, check_finite, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import own_poolings
@@ -50,6 +50,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name in ("img_size", "mean", "std", "background"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_finite("", self)
         check_range("crop_pct", self.crop_pct, above=0, at_most=1)
         check_choice("crop_mode", self.crop_mode, CROP_MODES)
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)

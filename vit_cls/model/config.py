@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vit_cls.checks import check_choice, check_range
+from vit_cls.checks import check_choice, check_finite, check_range
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.pooling import num_class_tokens
 from vit_cls.model.tokens import CLASS_POSITIONS, TokenLayout
@@ -152,6 +152,7 @@ class ViTConfig:
         size = self.img_size
         pair = (size, size) if isinstance(size, int) else tuple(size)
         object.__setattr__(self, "img_size", pair)
+        check_finite("model.", self)
         self._check_sizes()
         self._check_choices()
 

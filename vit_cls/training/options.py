@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vit_cls.checks import check_choice, check_range
+from vit_cls.checks import check_choice, check_finite, check_range
 from vit_cls.data.transforms import CHANNELS
 from vit_cls.errors import ConfigError
 from vit_cls.model.classifier import ImageClassifier
@@ -98,6 +98,7 @@ class ModelOptions:
     crop_mode: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite("model.", self)
         _check_auto("model.drop_path_rate", self.drop_path_rate)
         if self.in_chans not in (None, *CHANNELS):
             raise ConfigError(
@@ -219,6 +220,7 @@ class OptimOptions:
         if self.class_weights not in (None, "balanced"):
             raise ConfigError(f"optim.class_weights must be balanced or null; got {self.class_weights!r}.")
         self._check_freeze()
+        check_finite("optim.", self)
 
     def _check_freeze(self) -> None:
         if isinstance(self.freeze, str) and self.freeze != BACKBONE:

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from vit_cls.checks import check_range
+from vit_cls.checks import check_finite, check_range
 from vit_cls.environment import unusable_gpu
 from vit_cls.errors import ConfigError, RunError, did_you_mean
 from vit_cls.inference import BF16, FP16, FP32, reduced_precision
@@ -169,6 +169,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If a value is refused.
     """
+    check_finite("trainer.", arguments)
     for name, (refuses, reason, instead) in REFUSED.items():
         value = arguments.get(name)
         if refuses(value):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vit_cls.checks import check_finite
 from vit_cls.data.dataset import ImageSource
 from vit_cls.data.partition import Partition
 from vit_cls.data.parts import PARTS
@@ -166,6 +167,7 @@ class Probe(ABC):
     """What `compare` claims of each other name and the reference."""
 
     def __post_init__(self) -> None:
+        check_finite("--", self)
         check_margin(self.margin)
 
     def run(self, subject: Subject) -> LabResult:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from vit_cls.checks import check_range
+from vit_cls.checks import check_finite, check_range
 
 _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 MODEL_KEYS = ("name", "pretrained", *_SIZES, "fc_norm")
@@ -58,6 +58,7 @@ class Recipe:
     augment: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite("--recipe.", self)
         for name in ("epochs", "batch_size", "lr"):
             check_range(f"--recipe.{name}", getattr(self, name), above=0)
 

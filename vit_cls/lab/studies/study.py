@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vit_cls.checks import check_range
+from vit_cls.checks import check_finite, check_range
 from vit_cls.errors import ConfigError
 from vit_cls.lab.probes.common import check_margin
 from vit_cls.lab.results import Figure, LabResult, Table
@@ -62,6 +62,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_range("--seeds", self.seeds, at_least=1)
+        check_finite("--", self)
         check_range("--seed", self.seed, at_least=0)
         check_margin(self.margin)
         object.__setattr__(self, "recipe", self.recipe.resolved(self.data))
