@@ -255,6 +255,15 @@ def test_a_model_that_diverged_has_failed(setup, fresh):
     assert all("not finite" in answers.failed(trial) for trial in study.trials())
 
 
+def test_a_training_whose_rate_is_too_high_is_a_failed_trial_of_its_arm(setup):
+    study = _study(replace(setup, seeds=1, recipe=replace(setup.recipe, lr=1e30, warmup_epochs=0.0)))
+    left, answers = _finish(study, train_trial)
+    assert left == 0
+    assert all("training ended: " in answers.failed(trial) for trial in study.trials())
+    with pytest.raises(RunError, match="no learning rate worked for cls: training ended: the validation of"):
+        study.analyse(answers)
+
+
 def test_what_starts_from_a_failed_training_has_failed_too(setup, counting):
     root = setup.trial("root", 0)
     child = setup.trial("child", 0, after=root)

@@ -18,9 +18,13 @@ from tests.training.runs import StopAfter, fit_tiny, record_of, rows_of
 from tests.training.test_progress import CountReads
 from vit_cls.cli import main
 from vit_cls.errors import DivergedError
+from vit_cls.model.classifier import ImageClassifier, Preprocess
+from vit_cls.model.presets import preset_config
+from vit_cls.model.vit import VisionTransformer
 from vit_cls.training import guards
 from vit_cls.training.guards import StepGuard
 from vit_cls.training.optimizers import OPTIMIZERS
+from vit_cls.training.task import ClassificationTask
 
 COMMAND = (
     *("fit", "--model.name", "vit_pico_patch7_28", "--model.img_size", "14", "--model.depth", "1"),
@@ -333,6 +337,25 @@ def test_a_search_for_the_learning_rate_may_find_one_that_is_too_high(image_root
     finder = LearningRateFinder(min_lr=1e-4, max_lr=1e30, num_training_steps=12, early_stop_threshold=None)
     fit_tiny(image_root, tmp_path / "run", optim={"max_skipped_steps": 1}, trainer={"callbacks": [finder]})
     assert "skipped_steps" not in record_of(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_a_gradient_that_is_not_in_all():
+    model = VisionTransformer(preset_config("vit_pico_patch7_28", num_classes=2, depth=1))
+    task = ClassificationTask(ImageClassifier(model, Preprocess((28, 28)), ["a", "b"]))
+    optimizer = torch.optim.SGD(task.parameters(), 0.1)
+    for mine, theirs, finite in ((1.0, 1.0, True), (torch.nan, 1.0, False), (1.0, torch.nan, False)):
+        sent = []
+        strategy = SimpleNamespace(
+            reduce=lambda weight, reduce_op, sent=sent, theirs=theirs: sent.append(weight) or weight + theirs
+        )
+        task._trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy=strategy)
+        task._batch_weight, task._step_weight = 4.0, 4.0
+        task.guard.doubt = mine * torch.zeros(())
+        for p in task.parameters():
+            p.grad = torch.ones_like(p)
+        task.on_before_optimizer_step(optimizer)
+        assert {bool(p.grad.isfinite().all()) for p in task.parameters()} == {finite}
+        assert len(sent) == 1  # no message more than before
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e39"])
