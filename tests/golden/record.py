@@ -1,6 +1,6 @@
 """Make the golden files: what today's code trains, writes and says, for the code of tomorrow to repeat.
 
-Run:    OMP_NUM_THREADS=1 python -m tests.golden.record NAME ...   (trained, or names of COMMANDS)
+Run:    OMP_NUM_THREADS=1 python -m tests.golden.record NAME ...   (trained, losses, or names of COMMANDS)
 Only where a change of results is wanted; the commit says why. Everything is tiny, on the embedded digits.
 The models that the commands read (run/, gap.safetensors) stay as an old version wrote them; trained/ is what
 today's code makes of the same settings.
@@ -19,15 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import safe_open
 
 from vit_cls.cli import main
+from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.data.digits import write_digits
+from vit_cls.data.mixing import MixOptions
+from vit_cls.training.fit import fit
+from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 
 GOLDEN = Path(__file__).parent
 THREADS = 1
 TRAINED = "trained"
 """The model and the metrics of `train`."""
+LOSSES = "losses"
+"""The losses of `losses`, and the machine that they were recorded on."""
+STEPS = 50
 TRAINING = (
     *("--data.name", "digits", "--data.batch_size", "8", "--data.augment", "none"),
     *("--data.num_workers", "0", "--optim.lr", "5e-3", "--trainer.max_epochs", "3"),
@@ -80,6 +88,39 @@ def train(folder: Path) -> Path:
     """
     vit_cls("fit", *TRAINING, "--model.pool", "cls", "--run_dir", "run", cwd=folder)
     return folder / "run"
+
+
+class _Look(Callback):
+    """The loss of each step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def losses(folder: Path, *, threads: int = THREADS) -> list[float]:
+    """The losses of `STEPS` steps with all that is random: augmentation, mixing, dropout and drop path.
+
+    Args:
+        folder: Where the run folder goes.
+        threads: Of torch.
+    """
+    look, before = _Look(), torch.get_num_threads()
+    tiny = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = ModelOptions("vit_pico_patch7_28", **tiny, drop_path_rate=0.1, proj_drop_rate=0.1)
+    options = FitOptions(model, OptimOptions(lr=5e-3, ema_decay="auto"), run_dir=str(folder / "run"))
+    mix = MixOptions(mixup_alpha=0.4, cutmix_alpha=1.0, mix_prob=0.3, erase_prob=0.2)
+    data = ImageDataModule(name="digits", batch_size=64, augment="affine", num_workers=0, mix=mix)
+    torch.set_num_threads(threads)
+    try:
+        fit(options, data, {"max_steps": STEPS, "accelerator": "cpu", "logger": False, "callbacks": [look]})
+    finally:
+        torch.set_num_threads(before)
+    return look.losses
 
 
 def answer(name: str, folder: Path) -> Any:
@@ -141,12 +182,16 @@ def _record(names: list[str]) -> None:
             run = train(Path(scratch))
             for file in ("metrics.csv", "model.safetensors"):
                 shutil.copy(run / file, GOLDEN / TRAINED)
-        for name in (name for name in names if name != TRAINED):
+        if LOSSES in names:
+            found = {"machine": machine(), "losses": losses(Path(scratch) / LOSSES)}
+            (GOLDEN / f"{LOSSES}.json").write_text(json.dumps(found, indent=1) + "\n")
+        for name in (name for name in names if name in COMMANDS):
             folder = Path(scratch) / name
             folder.mkdir()
             text = json.dumps(answer(name, folder), indent=1, ensure_ascii=False)
             (GOLDEN / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    (GOLDEN / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+    if set(names) - {LOSSES}:
+        (GOLDEN / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

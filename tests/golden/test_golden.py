@@ -18,19 +18,26 @@ import vit_cls
 from tests.golden.record import (
     COMMANDS,
     GOLDEN,
+    LOSSES,
+    STEPS,
     TRAINED,
     TRAINING,
     VOLATILE,
     answer,
+    losses,
     machine,
     tensors,
     train,
 )
 from tests.golden.record import vit_cls as vit_cls_json
 from vit_cls.data.digits import load_digits
+from vit_cls.weights.bundle import CHECKPOINT_KEY, FORMAT_VERSION, read_metadata
 
 TOLERANCE = 1e-4
 """Of every number, on another processor or another torch; on the recorded ones none."""
+
+
+MODELS = sorted(file for kind in ("safetensors", "ckpt") for file in GOLDEN.rglob(f"*.{kind}"))
 
 
 def _tolerance() -> float:
@@ -106,6 +113,26 @@ def _files(run: Path) -> set[str]:
         for path in run.rglob("*")
         if path.is_file()
     }
+
+
+def test_fifty_steps_have_the_same_losses(tmp_path):
+    golden = json.loads((GOLDEN / f"{LOSSES}.json").read_text())
+    now = losses(tmp_path)
+    assert len(now) == len(golden["losses"]) == STEPS
+    if machine() == golden["machine"]:
+        assert now == golden["losses"]
+    else:
+        assert now == pytest.approx(golden["losses"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda file: file.relative_to(GOLDEN).as_posix())
+def test_every_model_file_and_checkpoint_says_its_schema_and_loads(file):
+    if file.suffix == ".ckpt":
+        version = torch.load(file, weights_only=True)[CHECKPOINT_KEY]["format_version"]
+    else:
+        version = read_metadata(file)["format_version"]
+    assert 1 <= version <= FORMAT_VERSION
+    assert len(vit_cls.load(file).class_names) == 10
 
 
 @pytest.mark.parametrize("file", ["run", "run/model.safetensors", "run/checkpoints/last.ckpt"])

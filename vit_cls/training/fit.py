@@ -21,6 +21,7 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
+from vit_cls.training.determinism import deterministic_attention, numerics, warn_of_threads
 from vit_cls.training.failures import named_failures
 from vit_cls.training.guards import recorded_skips
 from vit_cls.training.length import make_schedule_of, run_length
@@ -128,10 +129,11 @@ def _fit(
         seed=options.seed,
     )
     identity = run_identity(options, data, classifier, schedule)
-    record = run_record(options, data, classifier, trainer, schedule, identity, command)
+    record = run_record(options, data, classifier, trainer, schedule, identity, command) | numerics(arguments)
     if resuming:
         before = folder.read_record()
         check_same_run(before.get("identity", {}), identity, folder.path)
+        warn_of_threads(before)
         record["model"]["load_report"] = before.get("model", {}).get("load_report")
         record["imports"] = {**before.get("imports", {}), **record["imports"]}
     settings = run_settings(options, data, arguments)
@@ -149,7 +151,8 @@ def _fit(
             accumulate=length.accumulate[0],
             img_size=classifier.preprocess.img_size,
         )
-        with lightnings_refusals(), memory, recorded_skips(task, record):
+        attention = deterministic_attention(arguments.get("deterministic"))
+        with lightnings_refusals(), memory, recorded_skips(task, record), attention:
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
         end_logging(loggers, told, result.top1)
