@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.training.runs import StopAfter, fit_tiny, record_of, rows_of
 from tests.training.test_progress import CountReads
@@ -24,6 +25,7 @@ from vit_cls.model.vit import VisionTransformer
 from vit_cls.training import guards
 from vit_cls.training.guards import StepGuard
 from vit_cls.training.optimizers import OPTIMIZERS
+from vit_cls.training.options import OptimOptions
 from vit_cls.training.task import ClassificationTask
 
 COMMAND = (
@@ -276,7 +278,7 @@ def test_a_run_that_ends_in_its_first_epoch_leaves_its_record(image_root, tmp_pa
     trainer = {"callbacks": [_Spoil("loss alone", range(100))]}
     with pytest.raises(
         DivergedError,
-        match=r"no step of epoch 0 had a loss and a gradient that are finite\. First not finite: the loss,",
+        match=r"no step of epoch 0 had a loss and a gradient that are finite\. First not finite: the loss \(",
     ):
         fit_tiny(image_root, tmp_path / "run", trainer=trainer)
     assert record_of(tmp_path / "run")["status"] == "diverged"
@@ -356,6 +358,22 @@ def test_a_loss_that_is_not_finite_in_one_process_is_a_gradient_that_is_not_in_a
         task.on_before_optimizer_step(optimizer)
         assert {bool(p.grad.isfinite().all()) for p in task.parameters()} == {finite}
         assert len(sent) == 1  # no message more than before
+
+
+def test_a_plain_trainer_skips_and_ends_too_and_names_batches_of_a_loader_that_is_not_ours():
+    model = VisionTransformer(preset_config("vit_pico_patch7_28", num_classes=2, depth=1))
+    classifier = ImageClassifier(model, Preprocess((28, 28)), ["a", "b"])
+    images, targets = torch.zeros(12, 3, 28, 28, dtype=torch.uint8), torch.arange(12) % 2
+    loader = DataLoader(TensorDataset(images, targets), batch_size=4)
+    task = ClassificationTask(
+        classifier,
+        OptimOptions(lr=1e-3, max_skipped_steps=2),
+        loss=lambda logits, classes: torch.nn.functional.cross_entropy(logits, classes) + torch.nan,
+    )
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(DivergedError, match=r"the loss \(the logits are finite\): batch 1\. Skipped"):
+        trainer.fit(task, loader, loader)
+    assert task.guard.skipped == 2
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e39"])

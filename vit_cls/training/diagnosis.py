@@ -136,7 +136,7 @@ def _fault_of_step(task: Task, batch: tuple[Tensor, Tensor], part: Part) -> Faul
     if fault.what:
         return fault
     if not loss.isfinite():
-        return Fault("the loss, of logits that are", names)
+        return Fault("the loss (the logits are finite)", names)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
     # A gradient comes from behind: the last parameter is the first that it reaches.

@@ -157,8 +157,11 @@ class StepGuard:
         if _takes_flag(optimizer):
             del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for place, value in _changing(optimizer, params) if self._before else ():
-            value.copy_(torch.where(flag, self._before[place], value))
+        if self._before:
+            now = dict(_changing(optimizer, params))
+            values = [now[place] for place in self._before]
+            before = [torch.where(flag, old, now[place]) for place, old in self._before.items()]
+            torch._foreach_copy_(values, before)
         self._before = {}
 
     def _note(self, task: Task, skipped: bool | Tensor) -> None:
