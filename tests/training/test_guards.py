@@ -22,7 +22,7 @@ from vit_cls.errors import DivergedError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.presets import preset_config
 from vit_cls.model.vit import VisionTransformer
-from vit_cls.training import guards
+from vit_cls.training import diagnosis, guards
 from vit_cls.training.guards import StepGuard
 from vit_cls.training.optimizers import OPTIMIZERS
 from vit_cls.training.options import OptimOptions
@@ -374,6 +374,18 @@ def test_a_plain_trainer_skips_and_ends_too_and_names_batches_of_a_loader_that_i
     with pytest.raises(DivergedError, match=r"the loss \(the logits are finite\): batch 1\. Skipped"):
         trainer.fit(task, loader, loader)
     assert task.guard.skipped == 2
+
+
+def test_the_reason_of_an_end_is_said_also_where_the_step_cannot_be_computed_again(
+    image_root, tmp_path, monkeypatch
+):
+    def fail(*args):
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(diagnosis, "_fault_of_step", fail)
+    trainer = {"callbacks": [_Spoil("loss", range(100))]}
+    with pytest.raises(DivergedError, match=r"2 steps in a row .* of epoch 0\. The last of them was of: /"):
+        fit_tiny(image_root, tmp_path / "run", optim={"max_skipped_steps": 2}, trainer=trainer)
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e39"])

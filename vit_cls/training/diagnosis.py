@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.data.dataset import ImageSource, collate
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training.batches import images_and_targets
+
+log = logging.getLogger("vit_cls")
 
 Task = Any
 """A `ClassificationTask`, whose file imports this one."""
@@ -44,9 +47,12 @@ def diagnose(task: Task, parts: list[Part]) -> Fault:
     Where a batch is of our own loader its images are read again, as they were in this epoch.
     """
     fault = _fault_of_weights(task.classifier)
-    for part in parts:
-        if not fault.what and (batch := _again(part, task)) is not None:
-            fault = _fault_of_step(task, batch, part)
+    try:
+        for part in parts:
+            if not fault.what and (batch := _again(part, task)) is not None:
+                fault = _fault_of_step(task, batch, part)
+    except Exception as error:  # the other processes wait, and the reason of the end is another
+        log.debug(f"the last step could not be computed again: {error}")
     faults = [Fault(*found) for found in from_all(task.trainer, [fault])]
     return next((found for found in faults if found.what), fault)
 
@@ -55,16 +61,16 @@ def diagnose_validation(task: Task) -> Fault:
     """Compute validation images again, as far as our own data has them, up to the first fault."""
     classifier, data = task.kept_classifier, task.trainer.datamodule
     fault = _fault_of_weights(classifier)
-    if not isinstance(data, ImageDataModule):
-        return fault
-    for start in range(0, len(data.val_set), data.batch_size):
-        if fault.what:
-            break
-        positions = range(start, min(start + data.batch_size, len(data.val_set)))
-        batch = collate([data.val_set[0, i] for i in positions])
+    images = len(data.val_set) if isinstance(data, ImageDataModule) and not fault.what else 0
+    for start in range(0, images, data.batch_size if images else 1):
+        batch = collate([data.val_set[0, i] for i in range(start, min(start + data.batch_size, images))])
+        if not len(batch.targets):  # none could be read
+            continue
         with torch.no_grad(), _outputs(task, classifier) as bad_outputs:
             logits = classifier(batch.images.to(task.device))
         fault = _fault_of_outputs(logits, bad_outputs, _paths(data.val_source, batch.indices))
+        if fault.what:
+            break
     return fault
 
 

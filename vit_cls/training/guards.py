@@ -118,7 +118,7 @@ class StepGuard:
             if flag:
                 raise SkippedStep
             self._with_state = len(params)
-            self._settings = _settings(optimizer)
+            self._settings = "" if free else _settings(optimizer)
             return
         self._flag = flag
         if _takes_flag(optimizer):
@@ -147,7 +147,7 @@ class StepGuard:
         flag, self._flag = self._flag, None
         if flag is not None:
             self._put_back(flag, optimizer)
-        elif not (skipped or self._always_reads or _takes_flag(optimizer)):
+        elif self._settings and not (skipped or self._always_reads or _takes_flag(optimizer)):
             self._always_reads = not _can_be_put_back(optimizer, self._settings)
         self._note(task, flag if flag is not None else skipped and counts)
         return skipped if flag is None else flag
@@ -248,6 +248,7 @@ class StepGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these counts, or from none."""
         self._waiting.clear()
+        self._parts, self.doubt = [], 0.0
         self.named = list(state.get("named", []))
         for name in COUNTS:
             setattr(self, name, state.get(name, 0))
@@ -288,7 +289,7 @@ def check_validation(task: Task) -> None:
         found = f" First not finite: {fault.what}{_shown(fault.images)}." if fault.what else ""
         raise DivergedError(
             f"training ended: the validation of epoch {task.current_epoch} has the loss {loss}.{found} Its "
-            f"model is not kept; the best before it is. {ADVICE}"
+            f"model is not kept; the best before it, if there was one, is. {ADVICE}"
         )
 
 
