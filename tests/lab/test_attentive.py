@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_cls.data.partition import Partition, partition_data
-from vit_cls.errors import ConfigError
+from vit_cls.errors import ConfigError, DivergedError
 from vit_cls.inference import InferenceConfig
 from vit_cls.lab.features import freeze
 from vit_cls.lab.probes import attentive as attentive_module
@@ -150,6 +150,18 @@ def test_validation_chooses_rate_and_epoch_and_test_labels_have_no_part():
     again = fit_head("gap", CONTEXT, (parts[0], parts[1], blind), num_classes=2, recipe=recipe, seed=0)
     np.testing.assert_array_equal(again.preds, fit.preds)
     assert dataclasses.replace(again, preds=fit.preds) == fit
+
+
+def test_a_rate_that_diverges_is_never_the_best_though_nan_answers_the_class_that_most_images_have():
+    train, val, test = _spread(200, 0), _spread(60, 1), _spread(80, 2)
+    mostly_0 = _Memory(val.tokens.numpy(), np.minimum(val.labels, np.arange(60) % 10 == 0).astype(np.int64))
+    recipe = HeadRecipe(epochs=3, batch_size=50, learning_rates=(1e-7, 1e36))
+    fit = fit_head("gap", CONTEXT, (train, mostly_0, test), num_classes=2, recipe=recipe, seed=0)
+    assert fit.learning_rate == 1e-7
+    assert fit.tried[1e36] == 0
+    with pytest.raises(DivergedError, match=r"gap comes to .* at every learning rate tried \(1e\+36\)"):
+        recipe = dataclasses.replace(recipe, learning_rates=(1e36,))
+        fit_head("gap", CONTEXT, (train, val, test), num_classes=2, recipe=recipe, seed=0)
 
 
 @pytest.mark.parametrize("rates", [(1e-7, 1e-2), (1e-2,)])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_cls.checks import check_range
-from vit_cls.errors import ConfigError
+from vit_cls.errors import ConfigError, DivergedError
 from vit_cls.lab.features import FrozenTokens
 from vit_cls.lab.seeding import seeded
 from vit_cls.model.classifier import ImageClassifier
@@ -102,7 +102,7 @@ class HeadFit:
         val_accuracy: With what was chosen, in [0, 1]; chosen as the highest, so it flatters.
         params: Weights of the pooling and of the linear classifier.
         macs: Multiply-adds of both for one image, beyond the encoder's.
-        tried: Best validation accuracy of every learning rate.
+        tried: Best validation accuracy of every learning rate; 0 of one at which training diverged at once.
     """
 
     head: str
@@ -199,6 +199,7 @@ def fit_head(
 
     Raises:
         ConfigError: If the pooling is unknown, or reads what is not there.
+        DivergedError: If training diverges at every learning rate.
     """
     train, val, test = parts
     statistics = token_statistics(train, context.layout)
@@ -207,11 +208,18 @@ def fit_head(
     for rate in recipe.learning_rates:
         with seeded(seed):
             model = ProbeHead(make_pooling(head, context), num_classes, *statistics).to(recipe.where)
-        score, epoch, state = _train(model, train, val, rate, recipe, seed)
-        tried[rate] = score[0]
+        found = _train(model, train, val, rate, recipe, seed)
+        tried[rate] = 0.0 if found is None else found[0][0]
+        if found is None:
+            continue
+        score, epoch, state = found
         if best is None or score > best[0]:
             best = (score, rate, epoch, model, state)
-    assert best is not None
+    if best is None:
+        raise DivergedError(
+            f"the head {head} comes to numbers that are not finite at every learning rate tried "
+            f"({', '.join(f'{rate:g}' for rate in recipe.learning_rates)}): look at the model's tokens."
+        )
     score, rate, epoch, model, state = best
     model.load_state_dict(state)
     preds = _logits(model, test, recipe.where).argmax(dim=1).numpy()
@@ -271,8 +279,11 @@ def check_pooling(head: str, pooling: Pooling) -> None:
 
 def _train(
     model: ProbeHead, train: Tokens, val: Tokens, rate: float, recipe: HeadRecipe, seed: int
-) -> tuple[tuple[float, float], int, dict[str, Tensor]]:
-    """The best (validation accuracy, minus loss), its epoch counted from 1, and the weights of it."""
+) -> tuple[tuple[float, float], int, dict[str, Tensor]] | None:
+    """The best (validation accuracy, minus loss), its epoch counted from 1, and the weights of it.
+
+    Once logits are not finite training ends: NaN would answer class 0. None where that is so at once.
+    """
     labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
     targets = torch.from_numpy(np.asarray(val.labels, dtype=np.int64))
     groups = [
@@ -299,11 +310,12 @@ def _train(
             loss.backward()
             optimizer.step()
         logits = _logits(model, val, recipe.where)
+        if not logits.isfinite().all():
+            break
         right = float((logits.argmax(dim=1) == targets).double().mean())
         score = (right, -float(F.cross_entropy(logits, targets)))
         if best is None or score > best[0]:
             best = (score, epoch, {name: value.clone() for name, value in model.state_dict().items()})
-    assert best is not None
     return best
 
 
