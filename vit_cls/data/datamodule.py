@@ -40,6 +40,8 @@ log = logging.getLogger("vit_cls")
 
 NAMES = ("folder", DIGITS)
 BALANCED = "balanced"
+FROM_ANY_PROCESS = {"from_any_process": True}
+"""Marks a log record that one process of a run alone has; of others the first one's is enough."""
 ALLOWED = ("leakage",)
 """Problems that stop a run unless they are allowed by name."""
 
@@ -309,7 +311,7 @@ class ImageDataModule(LightningDataModule):
             self.bad_images[path] = reason
             if len(self.bad_images) > self.max_bad_images:
                 raise ImageError(self._too_many(path, reason))
-            log.warning(f"skipped, cannot be read as an image: {path}: {reason}")
+            log.warning(f"skipped, cannot be read as an image: {path}: {reason}", extra=FROM_ANY_PROCESS)
         return batch
 
     def _read_now(self) -> ImageDataset:

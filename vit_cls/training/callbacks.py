@@ -16,6 +16,7 @@ from vit_cls.data.loader import loading_advice
 from vit_cls.environment import environment
 from vit_cls.signals import StopSignals
 from vit_cls.training.batches import images_and_targets
+from vit_cls.training.company import company_of
 from vit_cls.training.diagnosis import is_finite
 from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
@@ -233,7 +234,13 @@ class StopBetweenSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if a signal came."""
+        """Stop if a signal came; several processes at the same step, whichever got it."""
+        company = company_of(trainer)
+        if company is not None:
+            agreed = company.stop_at(self.signals.signum, trainer.global_step)
+            if agreed is None:
+                return
+            self.signals.signum = agreed
         self.signals.check()
 
     def on_validation_batch_end(
@@ -245,8 +252,9 @@ class StopBetweenSteps(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if a signal came."""
-        self.signals.check()
+        """Stop if a signal came; several processes wait for the next step."""
+        if company_of(trainer) is None:
+            self.signals.check()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """No step is left to wait for."""

@@ -21,6 +21,7 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
+from vit_cls.training.company import first_process_speaks, one_voice
 from vit_cls.training.determinism import deterministic_attention, numerics, warn_of_threads
 from vit_cls.training.failures import named_failures
 from vit_cls.training.guards import recorded_skips
@@ -83,7 +84,8 @@ def fit(
     arguments = with_defaults(trainer_options or {})
     check_arguments(arguments)
     if not arguments.get("fast_dev_run"):
-        return _fit(options, data, arguments, config_yaml, command)
+        with first_process_speaks():
+            return _fit(options, data, arguments, config_yaml, command)
     if options.resume is not None:
         raise ConfigError(
             f"trainer.fast_dev_run keeps nothing, so it cannot resume {options.resume}. Leave one of the two "
@@ -139,7 +141,11 @@ def _fit(
     settings = run_settings(options, data, arguments)
     announce_run(record, data, schedule)
     announce_weights(options, classifier, schedule)
-    with stop, _run_folder(folder, record, trainer, stop, existed=existed):
+    with (
+        one_voice(trainer, identity),
+        stop,
+        _run_folder(folder, record, trainer, stop, existed=existed),
+    ):
         if trainer.is_global_zero:
             text = settings_yaml(settings) if config_yaml is None else config_yaml
             write_text(folder.config_file, text)

@@ -185,6 +185,8 @@ class ClassificationTask(LightningModule):
                     "no image of a batch could be read; with several processes that ends the run."
                 )
             return None
+        if rank := self.trainer.global_rank:  # its own dropout; process 0 draws like a run of one process
+            torch.manual_seed(sample_seed(self.seed, -2 - self.current_epoch, batch_index, rank))
         logits, mixed = self._logits(images, targets, batch_index)
         loss = self.loss(logits, mixed)
         self.guard.add(loss, batch, batch_index)

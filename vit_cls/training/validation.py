@@ -118,6 +118,8 @@ class Validation(nn.Module):
 
         Where logits made no probabilities further metrics are NaN: they would take them for class 0.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._take_part()
         values = self.counts.compute()
         self.counts.reset()
         for name, metric in zip(self.metrics, self._metrics(), strict=True):
@@ -129,6 +131,14 @@ class Validation(nn.Module):
             values[name] = torch.where(values["loss"].isnan(), torch.nan, value.reshape(()).float())
             metric.reset()
         return values
+
+    def _take_part(self) -> None:
+        """Let a process that had no image add none: one without a state would leave the others waiting."""
+        images = self.counts.images
+        none = images.new_zeros(0, len(images), dtype=torch.float32), images.new_zeros(0)
+        for metric in self._metrics():
+            if not metric.update_called:
+                metric.update(*none)
 
     def _metrics(self) -> list[Metric]:
         return [metric for metric in self.metrics.values() if isinstance(metric, Metric)]
