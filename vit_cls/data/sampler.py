@@ -131,8 +131,8 @@ class EvenBatches(Sampler[list[SampleKey]]):
     """A sampler's keys, in its order, in as few batches as their largest size allows.
 
     The sizes differ by one at most, the larger ones first: no step is made of the few images that are left
-    over, and a compiled model meets two shapes. Without a key there is one empty batch: a process that has
-    no image to validate must still validate with the others.
+    over, and a compiled model meets two shapes. One of several processes that has no image to validate has
+    one empty batch, since it must validate with the others.
 
     Args:
         batch_size: Of the largest batch that there may be.
@@ -143,7 +143,8 @@ class EvenBatches(Sampler[list[SampleKey]]):
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return max(1, math.ceil(len(self.sampler) / self.batch_size))
+        least = int(self.sampler.world_size > 1 and not self.sampler.shuffle)
+        return max(least, math.ceil(len(self.sampler) / self.batch_size))
 
     def sizes(self) -> list[int]:
         """Keys of each batch."""

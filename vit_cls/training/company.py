@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -48,6 +50,11 @@ WORDS_OF_A_LOST_PEER = ("gloo", "connection", "nccl", "socket", "broken pipe", "
 """In what torch raises where another process is gone."""
 
 
+_SERVER: dict[tuple[str, int], TCPStore] = {}
+"""The store of a run that this process has; it stays for the next run of the same processes."""
+_RUNS = itertools.count()
+
+
 class Company(_SubprocessScriptLauncher):
     """Starts the processes of a run like Lightning's launcher, and stays in touch with them through a store.
 
@@ -69,8 +76,7 @@ class Company(_SubprocessScriptLauncher):
         self.exit_code = 2
         """Of the run, by who reports."""
         self.children: dict[int, subprocess.Popen[Any]] = {}
-        self._parent = os.getppid()
-        self._is_child = os.environ.get(PARENT) == str(self._parent)
+        self._parent = os.environ.pop(PARENT, None)
         self._store: Any = None
         self._is_alone = False
         self.rank, self.size = 0, 1
@@ -100,7 +106,8 @@ class Company(_SubprocessScriptLauncher):
 
     def _meet(self) -> None:
         """Wait until all have come, compare what they come with, and make torch's process group."""
-        self._store = self._connect(is_first=self.rank == 0 and not _has_agent())
+        store = self._connect(is_first=self.rank == 0 and not _has_agent())
+        self._store = PrefixStore(f"run/{next(_RUNS)}", store)  # a script may train more than once
         self._watch()
         self._wait_for_all("came", json.dumps(self.facts))
         first = json.loads(self._store.get("came/0"))
@@ -122,16 +129,20 @@ class Company(_SubprocessScriptLauncher):
     def _connect(self, *, is_first: bool = False) -> TCPStore:
         """A connection to the store at the run's address, which process 0 has, or torchrun's agent."""
         address = self.cluster_environment.main_address, self.cluster_environment.main_port
-        made: list[TCPStore] = []
+        made = [_SERVER[address]] if is_first and address in _SERVER else []
 
         def connect() -> bool:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, OSError):
+                if not is_first:  # torch tells at length of a connection that is refused
+                    socket.create_connection(address, timeout=5).close()
                 limit = timedelta(seconds=5)
                 made.append(TCPStore(*address, None, is_first, timeout=limit, wait_for_workers=False))
             return bool(made)
 
         self._wait(connect, f"process 0 answers at {address[0]}:{address[1]}")
         made[0].set_timeout(self.strategy._timeout or default_pg_timeout)
+        if is_first:
+            _SERVER[address] = made[0]
         return made[0]
 
     def _wait_for_all(self, word: str, told: str = "") -> None:
@@ -154,7 +165,7 @@ class Company(_SubprocessScriptLauncher):
 
     def _is_left(self) -> bool:
         """Whether the process that started this one, or one that this one started, is gone."""
-        return (self._is_child and os.getppid() != self._parent) or bool(self._ended())
+        return self._parent not in (None, str(os.getppid())) or bool(self._ended())
 
     def _failure(self) -> dict[str, Any] | None:
         """What is known of the failure of the run: ``by`` whom it is reported, and its exit ``code``."""
@@ -255,27 +266,39 @@ class Company(_SubprocessScriptLauncher):
                 end, code = time.monotonic() + patience, 2 if failure is None else failure["code"]
         if not self._over.is_set():
             self._leave()
-            self._end_children()
+            self.end_children(0.0)
+            if len(came) > 1 and self.rank == 0:
+                name = signal.Signals(came[-1]).name
+                print(f"vit-cls: stopped by {name}, the second signal, within a step.", file=sys.stderr)
             sys.stderr.flush()
             os._exit(code)
 
-    def _end_children(self, patience: float = 0.0) -> None:
+    def close(self, *, failed: bool) -> None:
+        """At the end of the run: where it failed let the others end, and see that they do."""
+        end = time.monotonic() + GRACE_SECONDS
+        try:
+            self._leave()
+            while failed and self.rank == 0 and not self._have_left() and time.monotonic() < end:
+                time.sleep(TICK_SECONDS / 5)  # the store ends with this process
+            if failed:
+                self.end_children(end - time.monotonic())
+            else:  # they have the same program to go on with
+                atexit.register(self.end_children, END_SECONDS)
+        except BaseException:  # a second signal does not wait
+            self.end_children(0.0)
+            raise
+        finally:
+            self._over.set()
+            if self._store is not None and threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(-1)
+
+    def end_children(self, patience: float) -> None:
+        """Wait so many seconds for the processes that this one started, then kill them."""
         end = time.monotonic() + patience
         for process in self.children.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.01, end - time.monotonic()))
+                process.wait(max(0.1, end - time.monotonic()))
             process.kill()
-
-    def close(self, *, failed: bool) -> None:
-        """At the end of the run: let the others end, and see that they do."""
-        self._leave()
-        end = time.monotonic() + GRACE_SECONDS
-        while failed and self.rank == 0 and not self._have_left() and time.monotonic() < end:
-            time.sleep(TICK_SECONDS / 5)  # the store ends with this process
-        self._end_children(GRACE_SECONDS if failed else END_SECONDS)
-        self._over.set()
-        if self._store is not None and threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
 
     def _leave(self) -> None:
         self._ask(lambda store: store.set(f"left/{self.rank}", ""))

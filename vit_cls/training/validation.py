@@ -133,11 +133,13 @@ class Validation(nn.Module):
         return values
 
     def _take_part(self) -> None:
-        """Let a process that had no image add none: one without a state would leave the others waiting."""
+        """Let a process that had no image add none to a metric that keeps them: it would send nothing, and
+        the others wait for it.
+        """
         images = self.counts.images
         none = images.new_zeros(0, len(images), dtype=torch.float32), images.new_zeros(0)
         for metric in self._metrics():
-            if not metric.update_called:
+            if not metric.update_called and any(isinstance(kept, list) for kept in metric._defaults.values()):
                 metric.update(*none)
 
     def _metrics(self) -> list[Metric]:
