@@ -85,3 +85,21 @@ def refuse_other_classes(data: Sequence[str], model: Sequence[str] | None) -> No
         f"the classes of data and classifier differ: {'; '.join(differences)}. Make the classifier with "
         "the class_names of the data, or give it data with its own classes."
     )
+
+
+def training_place(trainer: Any) -> tuple[int, int]:
+    """The epoch under way, or next, and how many of its batches each process was trained on."""
+    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+    whole = batches.current.processed >= trainer.num_training_batches or batches.is_last_batch
+    if epochs.processed == epochs.started:  # at the end of an epoch, or before the first
+        return epochs.processed, 0
+    return (epochs.processed + 1, 0) if whole else (epochs.processed, batches.current.processed)
+
+
+def too_many(count: int, allowed: int, path: str, reason: str) -> str:
+    """What is said of an image that cannot be read, when ``data.max_bad_images`` allows no more of them."""
+    before = "" if count == 1 else f"It is number {count} that cannot be read. "
+    return (
+        f"{path} cannot be read as an image: {reason}. {before}Repair the file or move it out of the "
+        f"data, or allow more with data.max_bad_images (now {allowed}); nothing is skipped in silence."
+    )

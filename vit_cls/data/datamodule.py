@@ -19,6 +19,8 @@ from vit_cls.data.agreement import (
     refuse_other_classes,
     refuse_other_samplers,
     refuse_unconfigured,
+    too_many,
+    training_place,
 )
 from vit_cls.data.augmentations import augmentation_of, name_of
 from vit_cls.data.cache import PixelCache
@@ -130,7 +132,6 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.timeout_seconds = timeout_seconds
         self.augment = augment if isinstance(augment, str) else name_of(augment)
-        """The transform's name in records."""
         self._augmentation = augment if isinstance(augment, str) else augmentation_of(self.augment, augment)
         self.group_by = group_by
         self.repeats = repeats
@@ -141,6 +142,8 @@ class ImageDataModule(LightningDataModule):
         self.problems: list[Problem] = []
         self.mix = mix
         self.bad_images: dict[str, str] = {}
+        self.begins: tuple[int, int] = 0, 0
+        """The epoch that training begins with, and how many of its batches are done."""
         self.train_source: ImageSource
         self.val_source: ImageSource
         self.origin = ""
@@ -310,7 +313,7 @@ class ImageDataModule(LightningDataModule):
                 continue
             self.bad_images[path] = reason
             if len(self.bad_images) > self.max_bad_images:
-                raise ImageError(self._too_many(path, reason))
+                raise ImageError(too_many(len(self.bad_images), self.max_bad_images, path, reason))
             log.warning(f"skipped, cannot be read as an image: {path}: {reason}", extra=FROM_ANY_PROCESS)
         return batch
 
@@ -321,14 +324,13 @@ class ImageDataModule(LightningDataModule):
         scores = self.trainer is not None and (self.trainer.testing or self.trainer.predicting)
         return self.test_set if scores else self.val_set
 
-    def _too_many(self, path: str, reason: str) -> str:
-        count = len(self.bad_images)
-        before = "" if count == 1 else f"It is number {count} that cannot be read. "
-        return (
-            f"{path} cannot be read as an image: {reason}. {before}Repair the file or move it out of the "
-            f"data, or allow more with data.max_bad_images (now {self.max_bad_images}); nothing is skipped "
-            "in silence."
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in its images, and which could not be read."""
+        return {"place": list(training_place(self.trainer)), "bad_images": dict(self.bad_images)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there: in the midst of an epoch with its next batch, for any number of workers."""
+        self.begins, self.bad_images = tuple(state_dict["place"]), dict(state_dict["bad_images"])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of this process."""
@@ -396,4 +398,5 @@ class ImageDataModule(LightningDataModule):
             timeout_seconds=self.timeout_seconds,
             loaders=2 if stage in ("train", "val") else 1,
             local_processes=1 if trainer is None else trainer.num_devices,
+            begins=max(self.begins, (trainer.current_epoch, 0)) if shuffle and trainer else (0, 0),
         )

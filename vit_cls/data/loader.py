@@ -57,6 +57,7 @@ def make_loader(
     timeout_seconds: float = TIMEOUT_SECONDS,
     loaders: int = 1,
     local_processes: int = 1,
+    begins: tuple[int, int] = (0, 0),
 ) -> WatchedLoader:
     """Load the sampler's keys in its order, epoch after epoch, in batches of almost one size (`EvenBatches`).
 
@@ -67,6 +68,7 @@ def make_loader(
         timeout_seconds: How long no loading process may give a batch; 0 is for ever.
         loaders: Of this size that each process of the run has at the same time.
         local_processes: Processes of the run on this machine.
+        begins: See `EvenBatches`.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -74,7 +76,7 @@ def make_loader(
     check_range("data.batch_size", batch_size, at_least=1)
     check_range("data.num_workers", num_workers, at_least=0)
     check_range("data.timeout_seconds", timeout_seconds, at_least=0)
-    batches: dict[str, Any] = {"batch_sampler": EvenBatches(sampler, batch_size)}
+    batches: dict[str, Any] = {"batch_sampler": EvenBatches(sampler, batch_size, begins)}
     if not even:
         batches = {"sampler": sampler, "batch_size": batch_size}
     if num_workers is None:

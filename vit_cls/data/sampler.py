@@ -136,11 +136,15 @@ class EvenBatches(Sampler[list[SampleKey]]):
 
     Args:
         batch_size: Of the largest batch that there may be.
+        begins: The epoch of the first iteration, and how many of its batches are done. Lightning tells the
+            epoch too late for that one: loading processes have asked for batches by then.
     """
 
-    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+    def __init__(self, sampler: EpochSampler, batch_size: int, begins: tuple[int, int] = (0, 0)) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
+        self.begins = begins
+        sampler.set_epoch(begins[0])
 
     def __len__(self) -> int:
         least = int(self.sampler.world_size > 1 and not self.sampler.shuffle)
@@ -152,9 +156,13 @@ class EvenBatches(Sampler[list[SampleKey]]):
         return [keys // batches + (i < keys % batches) for i in range(batches)]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, done = self.begins
+        first = done if self.sampler.epoch == epoch else 0
         keys = iter(self.sampler)
-        for size in self.sizes():
-            yield list(itertools.islice(keys, size))
+        for number, size in enumerate(self.sizes()):
+            batch = list(itertools.islice(keys, size))
+            if number >= first:
+                yield batch
 
 
 LIMITS = {"val": "trainer.limit_val_batches", "test": "trainer.limit_test_batches"}

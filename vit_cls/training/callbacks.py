@@ -61,20 +61,48 @@ class EpochLog(Callback):
     def __init__(self, folder: RunFolder, checkpoint: RunCheckpoint) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, float]] | None = None
         self.advised = False
         self.validation: dict[str, float] = {}
         """The row of a validation that is not yet in a row of `rows`."""
         self._start_clocks()
 
-    def _start_clocks(self) -> None:
-        self.started = self.waiting_since = time.perf_counter()
+    def _start_clocks(self, seconds: float = 0.0) -> None:
+        self.waiting_since = time.perf_counter()
+        self.started = self.waiting_since - seconds
         self.images = 0
         self.waited = self.validated_for = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The rows until now, and what the epoch under way has taken."""
+        return {
+            "rows": [dict(row) for row in self.rows or []],
+            "validation": dict(self.validation),
+            "seconds": time.perf_counter() - self.started,
+            "images": self.images,
+            "waited": self.waited,
+            "validated_for": self.validated_for,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them: what stands in ``metrics.csv`` of later steps is of steps that are made again."""
+        self.rows, self.validation = list(state_dict["rows"]), state_dict["validation"]
+        self._start_clocks(state_dict["seconds"])
+        self.images, self.waited = state_dict["images"], state_dict["waited"]
+        self.validated_for = state_dict["validated_for"]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the rows of the epochs that a resumed run does not repeat."""
-        self.rows = [row for row in self.folder.read_history() if row["epoch"] < trainer.current_epoch]
+        """Keep the rows of what a resumed run does not repeat."""
+        if self.rows is None:  # a new run, or one whose checkpoint holds no rows yet
+            self.rows = [row for row in self.folder.read_history() if row["epoch"] < trainer.current_epoch]
+        # An epoch that was cut short, as by max_steps, and is gone on with: what was validated stays.
+        cut = [row for row in self.rows if row["epoch"] == trainer.current_epoch and "seconds" in row]
+        for row in cut:
+            kept = {k: v for k, v in row.items() if k in ("epoch", "step", "lr") or k.startswith("val/")}
+            self.rows[self.rows.index(row)] = kept
+        self.waiting_since = time.perf_counter()
+        if self.rows and trainer.is_global_zero:
+            self.folder.write_history(self.rows)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks of the epoch."""
@@ -116,22 +144,25 @@ class EpochLog(Callback):
         self.validated_for += now - self.validating_since
         self.waiting_since = now
         if self.validation and trainer.is_global_zero:
-            self.folder.write_history([*self.rows, self.validation])
+            self.folder.write_history([*(self.rows or []), self.validation])
 
     def _take_validation(self, step: float | None = None) -> dict[str, float]:
         """The validation that is in no row yet, if it was at that step; at another it is a row of its own."""
         found, self.validation = self.validation, {}
         if not found or found["step"] == step:
             return found
-        self.rows.append(found)
+        self._add(found)
         return {}
+
+    def _add(self, row: dict[str, float]) -> None:
+        self.rows = [*(self.rows or []), row]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the row; on the first process alone."""
         row = _where(trainer)
-        if "train/loss" in trainer.callback_metrics:
-            row["train/loss"] = float(trainer.callback_metrics["train/loss"])
         assert isinstance(pl_module, ClassificationTask)
+        if (loss := pl_module.epoch_loss.mean(trainer)) is not None:
+            row["train/loss"] = float(loss)
         if skipped := pl_module.guard.skipped_in_epoch(pl_module):
             row["train/skipped_steps"] = float(skipped)
         row |= self._take_validation(row["step"])
@@ -139,16 +170,16 @@ class EpochLog(Callback):
         train_seconds = max(row["seconds"] - self.validated_for, 1e-9)
         row["train_images_per_second"] = self.images / train_seconds
         row["data_wait"] = min(1.0, self.waited / train_seconds)
-        self.rows.append(row)
+        self._add(row)
         if trainer.is_global_zero:
-            self.folder.write_history(self.rows)
+            self.folder.write_history(self.rows or [])
             if trainer.progress_bar_callback is None:
                 self._say(row, trainer.max_epochs)
             self._advise(trainer, row)
 
     def _advise(self, trainer: Trainer, row: dict[str, float]) -> None:
         """Once a run, and not for its first epoch, in which the workers start."""
-        if self.advised or row["data_wait"] < SLOW_LOADER or len(self.rows) < 2:
+        if self.advised or row["data_wait"] < SLOW_LOADER or len(self.rows or []) < 2:
             return
         self.advised = True
         loader: Any = trainer.train_dataloader
@@ -204,6 +235,15 @@ class RunCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the states; the model comes first, so that a resume repeats what a crash cut."""
         self._save_best(trainer)
+        self.save_last(trainer)
+
+    def save_last(self, trainer: Trainer) -> None:
+        """Save the state as it is now, at the end of a step, in a validation, or at the end of an epoch.
+
+        Loggers write first what they hold back: points of earlier steps are not logged again.
+        """
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.save()
         trainer.save_checkpoint(self.folder.last_checkpoint)
 
     def _save_best(self, trainer: Trainer) -> None:
@@ -221,10 +261,11 @@ class RunCheckpoint(Checkpoint):
 
 
 class StopBetweenSteps(Callback):
-    """Let a signal wait for the end of the step, and then stop."""
+    """Let a signal wait for the end of the step, save the state there, and stop."""
 
-    def __init__(self, signals: StopSignals) -> None:
+    def __init__(self, signals: StopSignals, checkpoint: RunCheckpoint) -> None:
         self.signals = signals
+        self.checkpoint = checkpoint
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on signals wait for the end of the step; Lightning put its own handler in between."""
@@ -234,14 +275,16 @@ class StopBetweenSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if a signal came; several processes at the same step, whichever got it."""
-        company = company_of(trainer)
+        """Stop if a signal came, at the end of a step; several processes at the same one, whichever got it."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        company, signum = company_of(trainer), self.signals.signum
         if company is not None:
-            agreed = company.stop_at(self.signals.signum, trainer.global_step)
-            if agreed is None:
-                return
-            self.signals.signum = agreed
-        self.signals.check()
+            signum = company.stop_at(signum, trainer.global_step)
+        if signum is not None:
+            self.signals.signum = signum
+            trainer._logger_connector.update_train_step_metrics()  # Lightning's place for it comes after this
+            self._stop(trainer)
 
     def on_validation_batch_end(
         self,
@@ -252,9 +295,13 @@ class StopBetweenSteps(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if a signal came; several processes wait for the next step."""
-        if company_of(trainer) is None:
-            self.signals.check()
+        """Stop if a signal came, and validate anew after a resume; several processes wait for the next step."""
+        if self.signals.signum is not None and not trainer.sanity_checking and company_of(trainer) is None:
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        self.checkpoint.save_last(trainer)
+        self.signals.check()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """No step is left to wait for."""

@@ -29,6 +29,7 @@ from vit_cls.training.length import make_schedule_of, run_length
 from vit_cls.training.loggers import begin_logging, end_logging, make_loggers
 from vit_cls.training.options import AUTO, FitOptions
 from vit_cls.training.result import FitResult, result_of
+from vit_cls.training.resume import LIMITS, TakeUp
 from vit_cls.training.runs import (
     RunFolder,
     announce_run,
@@ -45,6 +46,7 @@ from vit_cls.training.settings import flat, run_settings, settings_yaml
 from vit_cls.training.task import ClassificationTask
 from vit_cls.training.trainer import (
     TRAINER_DEFAULTS,
+    callback_list,
     check_arguments,
     lightnings_refusals,
     make_trainer,
@@ -115,7 +117,8 @@ def _fit(
     torch.manual_seed(options.seed)
     states = RunCheckpoint(folder)
     epoch_log, stop = EpochLog(folder, states), StopSignals(lambda: _how_to_go_on(folder))
-    callbacks: list[Callback] = [epoch_log, states, StopBetweenSteps(stop)]
+    take_up = TakeUp(_limits(options, arguments))
+    callbacks: list[Callback] = [epoch_log, take_up, states, StopBetweenSteps(stop, states)]
     trainer = make_trainer(options, arguments, folder=folder.path, loggers=loggers, callbacks=callbacks)
     _check_processes(options, trainer)
     world_size = trainer.world_size
@@ -176,6 +179,13 @@ def _stem(options: FitOptions) -> str:
     model = options.model
     name = model.name if model.name != AUTO else Path(str(model.pretrained)).stem
     return f"{name}_{model.pool_name.replace(':', '')}"
+
+
+def _limits(options: FitOptions, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What says when the run is over; any callback of the user's may."""
+    given = {name: arguments.get(name) for name in LIMITS}
+    callbacks = sorted(type(callback).__name__ for callback in callback_list(arguments.get("callbacks")))
+    return {**given, "early_stopping_patience": options.early_stopping_patience, "callbacks": callbacks}
 
 
 def _class_weights(options: FitOptions, data: ImageDataModule) -> torch.Tensor | None:

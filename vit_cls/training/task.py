@@ -22,6 +22,8 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.training import guards
 from vit_cls.training.batches import batch_size_of, images_and_targets
 from vit_cls.training.ema import Ema, auto_decay, warm_decay
+from vit_cls.training.epoch_loss import EpochLoss
+from vit_cls.training.generators import generator_states, set_generator_states
 from vit_cls.training.length import schedule_of
 from vit_cls.training.losses import GivenLoss, OwnLoss, Targets, make_loss
 from vit_cls.training.optim import Freezer, Schedule, make_optimizer, make_schedule
@@ -34,6 +36,7 @@ log = logging.getLogger("vit_cls")
 
 RNG_KEY = "vit_cls_rng"
 GUARD_KEY = "vit_cls_guard"
+LOSS_KEY = "vit_cls_epoch_loss"
 
 
 class ClassificationTask(LightningModule):
@@ -115,6 +118,8 @@ class ClassificationTask(LightningModule):
         self.ema_validation = None if self.ema is None else Validation(classes, metrics or {})
         self.kept = RAW
         """The weights that the last validation found better: ``raw`` or ``ema``."""
+        self.epoch_loss = EpochLoss()
+        self._resumed: dict[str, Any] | None = None
         self._validated: dict[str, Tensor] | None = None
         self._batch_weight = 1.0
         self._step_weight: float | Tensor = 0.0
@@ -150,11 +155,12 @@ class ClassificationTask(LightningModule):
 
     def on_train_start(self) -> None:
         """After a resume, continue the random draws; set last, since loading draws too."""
-        rng = getattr(self, "_rng", None)
-        if rng is not None:
-            torch.set_rng_state(rng["cpu"])
-            if rng["cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self._choose_trained()  # a run that goes on within an epoch has no start of one
+        if self._resumed is not None:
+            set_generator_states(self._resumed[RNG_KEY], self.device)
+            if LOSS_KEY in self._resumed:
+                self.epoch_loss.load_state_dict(self._resumed[LOSS_KEY], self.device)
+            self._resumed = None
         size = torch.tensor(float(batch_size_of(self.trainer.train_dataloader) or 1), device=self.device)
         self._batch_weight = float(self.trainer.strategy.reduce(size, reduce_op="max"))
         steps = self.trainer.estimated_stepping_batches
@@ -167,9 +173,27 @@ class ClassificationTask(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Begin with the head alone where that was asked for, then train all."""
+        self.epoch_loss.begin()
+        self._choose_trained()
+
+    def _choose_trained(self) -> None:
         wanted = BACKBONE if self.current_epoch < self.optim.head_first_epochs else self.optim.freeze
         if self.freezer.current != wanted:
             self.freezer.set(wanted)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean loss, to loggers at once, so that they have it before the epoch's checkpoint; and the
+        skipped steps, if there were any.
+        """
+        if skipped := self.guard.end_epoch(self):
+            self.log("train/skipped_steps", float(skipped))
+        loss = self.epoch_loss.mean(self.trainer)
+        if loss is None:
+            return
+        self.log("train/loss", loss, on_step=False, on_epoch=True, logger=False)
+        told = {"train/loss": float(loss), "epoch": self.current_epoch}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(told, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor | None:
         """The loss of a batch, to be averaged over the images of the step; None where it holds no image.
@@ -191,7 +215,7 @@ class ClassificationTask(LightningModule):
         loss = self.loss(logits, mixed)
         self.guard.add(loss, batch, batch_index)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self.epoch_loss.add(loss, size)
         if not self._step_is_several_batches():
             return loss
         weight = self.loss.weight(mixed)
@@ -245,11 +269,6 @@ class ClassificationTask(LightningModule):
         schedule = self.schedule or self._counted
         assert schedule is not None  # since the optimizers were configured
         return auto_decay(schedule.total_steps)
-
-    def on_train_epoch_end(self) -> None:
-        """Log the skipped steps, if there were any."""
-        if skipped := self.guard.end_epoch(self):
-            self.log("train/skipped_steps", float(skipped))
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
@@ -333,14 +352,14 @@ class ClassificationTask(LightningModule):
         guards.check_finite_state(self, checkpoint.get("optimizer_states", []))
         metadata = self.classifier.to_metadata()
         checkpoint[CHECKPOINT_KEY] = {"format_version": FORMAT_VERSION, **metadata, KEPT: self.kept}
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        checkpoint[RNG_KEY] = generator_states(self.device)
+        checkpoint[LOSS_KEY] = self.epoch_loss.state_dict()
         checkpoint[GUARD_KEY] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the generators back where they were, what was kept, and the skipped steps."""
         self.guard.load_state_dict(checkpoint.get(GUARD_KEY, {}))
-        self._rng = checkpoint.get(RNG_KEY)
+        self._resumed = {key: checkpoint[key] for key in (RNG_KEY, LOSS_KEY) if key in checkpoint}
         self.kept = checkpoint.get(CHECKPOINT_KEY, {}).get(KEPT, RAW)
 
     @classmethod
