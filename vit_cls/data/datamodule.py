@@ -398,5 +398,5 @@ class ImageDataModule(LightningDataModule):
             timeout_seconds=self.timeout_seconds,
             loaders=2 if stage in ("train", "val") else 1,
             local_processes=1 if trainer is None else trainer.num_devices,
-            begins=max(self.begins, (trainer.current_epoch, 0)) if shuffle and trainer else (0, 0),
+            begins=max(self.begins, (getattr(trainer, "current_epoch", 0), 0)) if shuffle else (0, 0),
         )

@@ -275,7 +275,7 @@ class StopBetweenSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if a signal came, at the end of a step; several processes at the same one, whichever got it."""
+        """Stop if a signal came, at the end of a step; several processes at the same one."""
         if trainer.fit_loop._should_accumulate():
             return
         company, signum = company_of(trainer), self.signals.signum
@@ -295,7 +295,7 @@ class StopBetweenSteps(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if a signal came, and validate anew after a resume; several processes wait for the next step."""
+        """Stop if a signal came, and validate anew later; several processes wait for the next step."""
         if self.signals.signum is not None and not trainer.sanity_checking and company_of(trainer) is None:
             self._stop(trainer)
 
