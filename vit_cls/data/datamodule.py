@@ -44,8 +44,7 @@ NAMES = ("folder", DIGITS)
 BALANCED = "balanced"
 FROM_ANY_PROCESS = {"from_any_process": True}
 """Marks a log record that one process of a run alone has; of others the first one's is enough."""
-ALLOWED = ("leakage",)
-"""Problems that stop a run unless they are allowed by name."""
+ALLOWED = ("leakage",)  # problems that stop a run unless they are allowed by name
 
 
 class ImageDataModule(LightningDataModule):
@@ -142,8 +141,7 @@ class ImageDataModule(LightningDataModule):
         self.problems: list[Problem] = []
         self.mix = mix
         self.bad_images: dict[str, str] = {}
-        self.begins: tuple[int, int] = 0, 0
-        """The epoch that training begins with, and how many of its batches are done."""
+        self.begins: tuple[int, int] = 0, 0  # the epoch of training, and how many of its batches are done
         self.train_source: ImageSource
         self.val_source: ImageSource
         self.origin = ""
