@@ -54,13 +54,14 @@ def position_of(trainer: Trainer, *, validate: bool, limits: Mapping[str, Any]) 
         limits: See `Position`.
     """
     loop, batch_progress = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
-    epochs, batches = loop.epoch_progress.current, batch_progress.current.processed
+    epochs: Any = loop.epoch_progress.current  # Lightning's annotation is of a class without what is read
+    batches: int = batch_progress.current.processed  # type: ignore[attr-defined]
     whole = batches >= trainer.num_training_batches or batch_progress.is_last_batch
     stop = (trainer.should_stop and loop._can_stop_early) or steps_are_up(trainer)
     if epochs.processed == epochs.started:  # at the end of an epoch, which may have been cut short
         over = stop or epochs.processed == trainer.max_epochs
-        place = (epochs.processed, 0) if whole else (epochs.processed - 1, batches)
-        return Position(*place, stop=stop, over=over, limits=limits)
+        epoch, done = (epochs.processed, 0) if whole else (epochs.processed - 1, batches)
+        return Position(epoch, done, stop=stop, over=over, limits=limits)
     return Position(
         epochs.processed, batches, validate=validate, ends=whole or stop, stop=stop, limits=limits
     )
@@ -217,7 +218,10 @@ def _purge_loggers(trainer: Trainer) -> None:
     """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.event_pb2 import (  # type: ignore[import-untyped]
+                Event,
+                SessionLog,
+            )
 
             writer = logger.experiment._get_file_writer()
             writer.add_event(Event(file_version="brain.Event:2"), trainer.global_step)
