@@ -56,7 +56,8 @@ class Preprocess:
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ConfigError(f"background must be three numbers from 0 to 255; got {self.background}.")
-        if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std) or not finite:
             raise ConfigError(
                 f"mean and std must have one value a channel, std above 0; got {self.mean} and {self.std}."
             )

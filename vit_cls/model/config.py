@@ -15,6 +15,19 @@ from vit_cls.model.tokens import CLASS_POSITIONS, TokenLayout
 POS_EMBEDS = ("learn", "sincos2d", "none")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 MLPS = ("mlp", "swiglu_packed")
+LIMITS = {
+    "img_size": 65_536,
+    "patch_size": 4_096,
+    "in_chans": 1_024,
+    "num_classes": 1_000_000,
+    "embed_dim": 65_536,
+    "depth": 1_000,
+    "num_heads": 4_096,
+    "reg_tokens": 10_000,
+    "mlp_ratio": 1_000,
+    "patches": 65_536,
+}
+"""Largest values; beyond them a number is a mistake or an attack, and building the model would never end."""
 
 
 class ModelConfig(Protocol):
@@ -158,6 +171,8 @@ class ViTConfig:
 
     def _check_sizes(self) -> None:
         height, width = self.image_hw
+        check_limits(self)
+        check_range("model.mlp_ratio", self.mlp_ratio, above=0, at_most=LIMITS["mlp_ratio"])
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             check_range(f"model.{name}", getattr(self, name), at_least=1)
         for name in ("num_classes", "reg_tokens"):
@@ -236,6 +251,20 @@ class ViTConfig:
                 f"Known: {', '.join(sorted(known))}."
             )
         return cls(**values)
+
+
+def check_limits(config: ModelConfig) -> None:
+    """Refuse (ConfigError) sizes beyond `LIMITS`."""
+    for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "reg_tokens"):
+        check_range(f"model.{name}", getattr(config, name), at_most=LIMITS[name])
+    height, width = config.image_hw
+    check_range("model.img_size", max(height, width), at_most=LIMITS["img_size"])
+    patches = (height // max(1, config.patch_size)) * (width // max(1, config.patch_size))
+    if patches > LIMITS["patches"]:
+        raise ConfigError(
+            f"model.img_size {_hw(height, width)} in patches of model.patch_size {config.patch_size} makes "
+            f"{patches} tokens; at most {LIMITS['patches']} are possible. Use larger patches."
+        )
 
 
 def _hw(height: int, width: int) -> str:

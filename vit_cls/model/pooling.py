@@ -198,6 +198,6 @@ def _parse_part(part: str, spec: str, setting: str) -> tuple[str, int | None]:
         )
     if colon and not POOLINGS[name].takes_index:
         raise ConfigError(f"{setting} {name} takes no index; got {spec!r}. Write {name}.")
-    if colon and not number.isdecimal():
+    if colon and not (number.isdecimal() and len(number) < 10):
         raise ConfigError(f"{setting} {name}:K needs a whole number K; got {spec!r}.")
     return name, int(number) if colon else None

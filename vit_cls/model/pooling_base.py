@@ -106,10 +106,16 @@ class Pooling(nn.Module):
         """Draw the pooling's own weights anew, from torch's global generator, linear layers excepted."""
 
 
+MAX_COUNT = 1_000
+"""Largest K of what a pooling makes K of; a larger one is a mistake, and would take memory without end."""
+
+
 def need_count(
     context: PoolingContext, name: str, index: int | None, *, at_most: int | None = None, of: str = ""
 ) -> int:
     """The K of ``name:K``, or ConfigError if there is none or too many; ``of`` says what the limit is."""
+    if index is not None and index > MAX_COUNT:
+        raise ConfigError(f"{context.setting} {name}:K needs a K of at most {MAX_COUNT}; got {index}.")
     if index is None or index < 1 or (at_most is not None and index > at_most):
         limit = "" if at_most is None else f", at most {at_most} ({of})"
         raise ConfigError(

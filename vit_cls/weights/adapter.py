@@ -15,13 +15,15 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
+from vit_cls.checks import check_range
 from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.block import DropPath
-from vit_cls.model.config import ViTConfig
+from vit_cls.model.config import ViTConfig, check_limits
 from vit_cls.model.pooling import make_pooling, needs_class_token, num_class_tokens
 from vit_cls.model.pooling_base import Pooling, PoolingContext
 from vit_cls.model.token_model import TokenModel
 from vit_cls.model.tokens import TokenLayout
+from vit_cls.weights.metadata import check_timm_arguments
 from vit_cls.weights.timm_models import (
     activation_name,
     make_timm,
@@ -73,6 +75,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", tuple(self.img_size))
+        check_limits(self)
+        check_range("model.patch_size", self.patch_size, at_least=1)
+        check_timm_arguments(self.arguments, f"the setting of {self.timm_architecture}")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -212,6 +217,11 @@ class TimmAdapter(TokenModel):
             raise ConfigError(
                 f"model.pool {config.pool} needs several class tokens; "
                 f"{config.timm_architecture} has its tokens built in. Use another pooling, or a plain ViT."
+            )
+        if (body.embed_dim, len(body.blocks)) != (config.embed_dim, config.depth):
+            raise ConfigError(
+                f"timm's {config.timm_architecture} with these settings has {len(body.blocks)} blocks of width "
+                f"{body.embed_dim}, not {config.depth} of {config.embed_dim}."
             )
         self.body = body
         _use_own_drop_path(body)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vit_cls.errors import ConfigError
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.init import SkipInit
 from vit_cls.model.token_model import TokenModel
@@ -39,6 +40,28 @@ def changed(config: Any, **changes: Any) -> Any:
     from vit_cls.weights.adapter import changed_adapter
 
     return changed_adapter(config, changes)
+
+
+def check_shapes(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse (ConfigError) tensors, by timm's names, that are not those of an architecture.
+
+    Nothing is allocated: a file whose settings ask for terabytes, or for one block less than it holds, is told
+    by its header.
+
+    Args:
+        shapes: Of the tensors that are there.
+    """
+    if config.depth > len(shapes):
+        raise ConfigError(f"by it there are {config.depth} blocks, in the weights {len(shapes)} tensors")
+    with torch.device("meta"), SkipInit():
+        model = build_model(config)
+    ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key in [*ours, *shapes]:
+        if ours.get(key) != shapes.get(key):
+            by_config, by_weights = (
+                f"of shape {by[key]}" if key in by else "absent" for by in (ours, shapes)
+            )
+            raise ConfigError(f"by it {key} is {by_config}, in the weights it is {by_weights}")
 
 
 def build_model(config: Any, *, init: bool = True) -> TokenModel:

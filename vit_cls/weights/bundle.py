@@ -17,7 +17,8 @@ from vit_cls.files import replacing
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import POOLINGS
-from vit_cls.weights.architecture import architecture_from_dict, build_model
+from vit_cls.weights.architecture import architecture_from_dict, build_model, check_shapes
+from vit_cls.weights.metadata import check_metadata, parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "vit_cls"
@@ -72,15 +73,16 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             f"models`), or give the {MODEL_FILE} that `vit-cls fit` wrote."
         )
     try:
-        metadata = json.loads(raw)
+        metadata = parse_json(raw)
         version = metadata["format_version"]
+        newer = version > FORMAT_VERSION
     except (ValueError, TypeError, KeyError) as error:
         raise ModelFileError(f"{path} has damaged metadata: {error}.") from error
-    if version > FORMAT_VERSION:
+    if newer:
         raise ModelFileError(
             f"{path} has format version {version}; this vit_cls reads up to {FORMAT_VERSION}. Upgrade it."
         )
-    return metadata
+    return check_metadata(metadata, path)
 
 
 def model_file(path: Path) -> Path:
@@ -115,7 +117,7 @@ def read_own_file(
     """
     if path.suffix == ".ckpt":
         checkpoint = _read_checkpoint(path)
-        metadata = checkpoint[CHECKPOINT_KEY]
+        metadata = check_metadata(checkpoint[CHECKPOINT_KEY], path)
         prefix = _PREFIXES[EMA if (which or metadata.get(KEPT)) == EMA else RAW]
         state = {
             k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)
@@ -170,6 +172,8 @@ def load_classifier(path: str | Path, *, which: str | None = None) -> ImageClass
     metadata, state = read_own_file(Path(path), which=which)
     try:
         check_own_poolings(metadata, Path(path))
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_shapes(architecture_from_dict(metadata["architecture"]), shapes)
         classifier = ImageClassifier.from_metadata(
             metadata, lambda values: build_model(architecture_from_dict(values), init=False)
         )

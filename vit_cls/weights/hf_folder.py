@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,8 @@ from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig, ViTConfig
 from vit_cls.model.init import SkipInit
 from vit_cls.weights.adapter import AdapterConfig
-from vit_cls.weights.architecture import build_model
+from vit_cls.weights.architecture import check_shapes
+from vit_cls.weights.metadata import parse_json
 from vit_cls.weights.tensor_files import read_tensors
 from vit_cls.weights.timm_models import ratio_of
 
@@ -108,7 +108,7 @@ def read_hf_folder(path: Path) -> HFModel:
         config = _architecture(settings, state)
         registers = isinstance(config, ViTConfig) and config.no_embed_class
         stored = dataclasses.replace(config, no_embed_class=False) if registers else config
-        _check_shapes(stored, state)
+        check_shapes(stored, {key: tuple(tensor.shape) for key, tensor in state.items()})
     except _WRONG as error:
         missing = "it has no " if isinstance(error, KeyError) else ""
         reason = str(error).rstrip(".")
@@ -119,7 +119,7 @@ def read_hf_folder(path: Path) -> HFModel:
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except FileNotFoundError:
         if required:
             raise ModelFileError(f"there is no {path}; a folder of transformers has one.") from None
@@ -200,20 +200,6 @@ def _architecture(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> V
         **block,
         **common,
     )
-
-
-def _check_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """Two files that tell of one model must agree: a block too few would be left out without a word."""
-    with torch.device("meta"), SkipInit():
-        model = build_model(config)
-    ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    theirs = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for key in [*ours, *theirs]:
-        if ours.get(key) != theirs.get(key):
-            by_config, by_weights = (
-                f"of shape {shapes[key]}" if key in shapes else "absent" for shapes in (ours, theirs)
-            )
-            raise ConfigError(f"by it {key} is {by_config}, in the weights it is {by_weights}")
 
 
 def _class_names(settings: Mapping[str, Any], num_classes: int) -> list[str] | None:

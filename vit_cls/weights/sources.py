@@ -10,7 +10,6 @@ timm takes seconds to import. Fresh presets do without, so what needs it imports
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from vit_cls.model.config import ModelConfig
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.weights.architecture import architecture_from_dict
 from vit_cls.weights.bundle import MODEL_FILE, check_own_poolings, is_own_file, model_file, read_own_file
+from vit_cls.weights.metadata import check_timm_settings, parse_json
 from vit_cls.weights.tensor_files import SUFFIXES, Weights
 
 AUTO = "auto"
@@ -230,24 +230,25 @@ def _timm_folder(path: Path) -> Source:
 
     from vit_cls.weights.adapter import timm_config
     from vit_cls.weights.timm_files import read_timm_file
-    from vit_cls.weights.timm_models import class_names_of, preprocess_of, pretrained_config, skeleton
+    from vit_cls.weights.timm_models import FOLDER, class_names_of, preprocess_of, pretrained_config, skeleton
 
     try:
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        name = settings["architecture"]
+        settings = parse_json((path / "config.json").read_bytes())
+        name = str(settings["architecture"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
             f"{path / 'config.json'} names no architecture ({error}): it is neither timm's nor transformers'."
         ) from error
     pretrained_config(name)
     try:
-        model = skeleton(f"local-dir:{path}")
+        check_timm_settings(settings)
+        model = skeleton(f"{FOLDER}{path}")
         record = PretrainedCfg(**{k: v for k, v in model.pretrained_cfg.items() if k != "source"})
-    except (ConfigError, RuntimeError, TypeError, KeyError) as error:
+    except (ConfigError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         reason = error.__cause__ or error
         raise ModelFileError(f"timm cannot build what {path / 'config.json'} describes: {reason}.") from error
     passed = ("img_size", "patch_size", "in_chans", "num_classes")  # the adapter's own fields
-    arguments = {k: v for k, v in settings.get("model_args", {}).items() if k not in passed}
+    arguments = {k: v for k, v in (settings.get("model_args") or {}).items() if k not in passed}
     config = timm_config(name, model, **arguments)
 
     def read(target: ModelConfig) -> Weights:

@@ -25,6 +25,7 @@ from vit_cls.errors import ConfigError, did_you_mean
 from vit_cls.model.classifier import CROP_MODES, INTERPOLATIONS, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.init import SkipInit
+from vit_cls.weights.metadata import check_timm_arguments, shown
 
 MODULES = ("vision_transformer", "deit", "eva", "beit")
 """The modules of timm whose models can be loaded."""
@@ -51,20 +52,30 @@ SAME_IN_TIMM = tuple(
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 
 
+FOLDER = "local-dir:"
+"""How timm names a folder; its settings pass `check_timm_settings` first."""
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What timm's constructors raise for values that do not fit."""
+
+
 def make_timm(name: str, **arguments: Any) -> Any:
     """timm's model of that name, with a tag or without, with fresh weights.
 
     Args:
-        arguments: Of timm's constructor; ConfigError if it refuses them.
+        arguments: Of timm's constructor; ConfigError if it refuses them, or they are not in `TIMM_ARGUMENTS`.
     """
     if module_of(name) in ("vision_transformer", "eva"):
         # An environment variable of timm's may reroute these to another class, with other keys.
         arguments.setdefault("use_naflex", False)
+    if not name.startswith(FOLDER) and module_of(name.partition(".")[0]) is None:
+        raise ConfigError(f"{name!r} is not one of timm's architectures that are supported.")
+    settings = {key: value for key, value in arguments.items() if key != "use_naflex"}
     try:
+        check_timm_arguments(settings)
         return timm.create_model(name, **arguments)
-    except (TypeError, AssertionError, ValueError) as error:
-        shown = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if k != "use_naflex")
-        raise ConfigError(f"timm's {name} cannot be built with {shown}: {error}.") from error
+    except _REFUSALS as error:
+        given = ", ".join(f"{k}={shown(v)}" for k, v in settings.items())
+        raise ConfigError(f"timm's {name} cannot be built with {given}: {error}.") from error
 
 
 def skeleton(name: str, **arguments: Any) -> Any:
