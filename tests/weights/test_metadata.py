@@ -1,4 +1,4 @@
-"""A model file is data: what it says is checked against one schema, and opens, fetches and allocates nothing."""
+"""A model file is data: what it says is checked by one schema, and opens, fetches and allocates nothing."""
 
 from __future__ import annotations
 
@@ -165,7 +165,17 @@ WRONG = {
     "preprocess.interpolation": ["lanczos", 3],
     "preprocess.background": [[256, 0, 0], [1, 2], "abc", [0.5, 0, 0]],
     "preprocess.more": [1],
-    "class_names": [..., "abc", [], ["a", "b"], ["a", "a", "b"], [1, 2, 3], {"a": 1}, None, ["a", ["b"], "c"]],
+    "class_names": [
+        ...,
+        "abc",
+        [],
+        ["a", "b"],
+        ["a", "a", "b"],
+        [1, 2, 3],
+        {"a": 1},
+        None,
+        ["a", ["b"], "c"],
+    ],
     "temperature": [0, -1, float("inf"), float("nan"), "1", None],
     "weights_licence": [3, ["mit"]],
     "weights_source": [{}],

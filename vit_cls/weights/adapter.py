@@ -220,8 +220,8 @@ class TimmAdapter(TokenModel):
             )
         if (body.embed_dim, len(body.blocks)) != (config.embed_dim, config.depth):
             raise ConfigError(
-                f"timm's {config.timm_architecture} with these settings has {len(body.blocks)} blocks of width "
-                f"{body.embed_dim}, not {config.depth} of {config.embed_dim}."
+                f"timm's {config.timm_architecture} with these settings has {len(body.blocks)} blocks of "
+                f"width {body.embed_dim}, not {config.depth} of {config.embed_dim}."
             )
         self.body = body
         _use_own_drop_path(body)

@@ -45,8 +45,8 @@ def changed(config: Any, **changes: Any) -> Any:
 def check_shapes(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse (ConfigError) tensors, by timm's names, that are not those of an architecture.
 
-    Nothing is allocated: a file whose settings ask for terabytes, or for one block less than it holds, is told
-    by its header.
+    Nothing is allocated: a file whose settings ask for terabytes, or for one block less than it holds, is
+    told by its header.
 
     Args:
         shapes: Of the tensors that are there.

@@ -17,7 +17,6 @@ from torch import Tensor
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig, ViTConfig
-from vit_cls.model.init import SkipInit
 from vit_cls.weights.adapter import AdapterConfig
 from vit_cls.weights.architecture import check_shapes
 from vit_cls.weights.metadata import parse_json

@@ -1,7 +1,7 @@
 """The schema of what a model file says besides its tensors: names, types and limits, checked once.
 
-A model file is somebody else's: nothing that it says may choose what is opened, fetched, imported or run, and no
-number in it may ask for memory that its tensors do not have.
+A model file is somebody else's: nothing that it says may choose what is opened, fetched, imported or run,
+and no number in it may ask for memory that its tensors do not have.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Check = Callable[[Any], str | None]
 """Gives None, or what a value must be."""
 
 
-# ---- what a value must be -----------------------------------------------------------------------------------
+# ---- what a value must be ---------------------------------------------------------------------------------
 
 
 def _must(fits: Callable[[Any], bool], words: str) -> Check:
@@ -92,7 +92,7 @@ def _limit(name: str, low: int = 1) -> Check:
     return whole(low, LIMITS[name])
 
 
-# ---- the schema ---------------------------------------------------------------------------------------------
+# ---- the schema -------------------------------------------------------------------------------------------
 
 _SIDES = row(_limit("img_size"), length=2)
 _RATIO = positive(LIMITS["mlp_ratio"])
@@ -175,13 +175,14 @@ TIMM_ARGUMENTS: dict[str, Check] = {
 }
 """Arguments of timm's constructors that a file may name: the shape of a model and nothing else.
 
-Not among them is whatever opens a file or a connection (``checkpoint_path``, ``pretrained``, ``pretrained_cfg``,
-``pretrained_cfg_overlay``, ``cache_dir``), places tensors (``device``, ``dtype``) or is a function.
+Not among them is whatever opens a file or a connection (``checkpoint_path``, ``pretrained``,
+``pretrained_cfg``, ``pretrained_cfg_overlay``, ``cache_dir``), places tensors (``device``, ``dtype``) or is a
+function.
 """
 
 
 def check_timm_arguments(values: Any, where: str = "arguments") -> None:
-    """Refuse (ConfigError) an argument of timm's constructors that is not in `TIMM_ARGUMENTS`, or its value."""
+    """Refuse (ConfigError) an argument for timm that is not in `TIMM_ARGUMENTS`, or its value."""
     _check(values, TIMM_ARGUMENTS, where)
 
 
@@ -289,8 +290,8 @@ def _check_preprocess(values: Any, architecture: Mapping[str, Any]) -> None:
     for name in ("mean", "std"):
         if len(values.get(name, "RGB")) != channels:
             raise ConfigError(
-                f"preprocess.{name} has {len(values.get(name, 'RGB'))} values, but the model takes {channels} "
-                "channels"
+                f"preprocess.{name} has {len(values.get(name, 'RGB'))} values, but the model takes "
+                f"{channels} channels"
             )
 
 
