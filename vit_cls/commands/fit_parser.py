@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vit_cls.commands.complaints import explain_object
-from vit_cls.commands.parsing import EPILOG, parse
+from vit_cls.commands.parsing import EPILOG, add_flag, parse
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, VitClsError
 from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
@@ -16,6 +16,7 @@ from vit_cls.training.task import ClassificationTask
 from vit_cls.training.trainer import SHARDED, TRAINER_DEFAULTS, refuse_strategy
 
 FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile", "metrics", "logger")
+TRUST_HELP = "resume a run whose configuration names classes other than Lightning's, docs/training.md"
 
 
 class FitCLI(LightningCLI):
@@ -45,6 +46,7 @@ class FitCLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys of the run itself."""
         parser.add_class_arguments(FitOptions, None, skip={"model", "optim"})
+        add_flag(parser, "--trust_config", TRUST_HELP)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """``model``, ``data``, ``optim`` and Lightning's ``trainer``."""
@@ -80,6 +82,6 @@ class FitCLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration, in a form that ``--config`` takes back, for this run or another."""
         config = self.config.clone()
-        for key in ("config", "run_dir", "resume"):
+        for key in ("config", "run_dir", "resume", "trust_config"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)

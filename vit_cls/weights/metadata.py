@@ -48,10 +48,10 @@ def positive(high: float) -> Check:
     return _must(lambda v: type(v) in (int, float) and 0 < v <= high, words)
 
 
-flag = _must(lambda v: isinstance(v, bool), "true or false")
-text = _must(lambda v: isinstance(v, str) and len(v) <= MAX_TEXT, f"a text of at most {MAX_TEXT} characters")
-pooling = _must(lambda v: isinstance(v, str) and len(v) <= 300, "a text of at most 300 characters")
-anything = _must(lambda v: True, "")
+_flag = _must(lambda v: isinstance(v, bool), "true or false")
+_text = _must(lambda v: isinstance(v, str) and len(v) <= MAX_TEXT, f"a text of at most {MAX_TEXT} characters")
+_pooling = _must(lambda v: isinstance(v, str) and len(v) <= 300, "a text of at most 300 characters")
+_anything = _must(lambda v: True, "")
 
 
 def one_of(words: Collection[str]) -> Check:
@@ -105,11 +105,11 @@ _COMMON: dict[str, Check] = {
     "embed_dim": _limit("embed_dim"),
     "depth": _limit("depth"),
     "num_heads": _limit("num_heads"),
-    "class_token": flag,
+    "class_token": _flag,
     "reg_tokens": _limit("reg_tokens", 0),
-    "no_embed_class": flag,
-    "fc_norm": maybe(flag),
-    "pool_include_prefix": flag,
+    "no_embed_class": _flag,
+    "fc_norm": maybe(_flag),
+    "pool_include_prefix": _flag,
     "drop_rate": _RATE,
 }
 """Fields of `ViTConfig` and `AdapterConfig`, and arguments of timm's constructors."""
@@ -117,20 +117,20 @@ _COMMON: dict[str, Check] = {
 NATIVE: dict[str, Check] = {
     **_COMMON,
     "img_size": either(_SIDES, _limit("img_size")),
-    "pool": pooling,
+    "pool": _pooling,
     "mlp_ratio": _RATIO,
-    "qkv_bias": flag,
-    "qk_norm": flag,
+    "qkv_bias": _flag,
+    "qk_norm": _flag,
     "init_values": maybe(_SMALL),
     "pos_embed": one_of(POS_EMBEDS),
-    "pre_norm": flag,
-    "final_norm": flag,
+    "pre_norm": _flag,
+    "final_norm": _flag,
     "norm_eps": number(0, 1),
     "act": one_of(ACTIVATIONS),
     "mlp": one_of(MLPS),
-    "causal": flag,
+    "causal": _flag,
     "class_position": one_of(CLASS_POSITIONS),
-    "floor_grid": flag,
+    "floor_grid": _flag,
     **dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), _RATE),
 }
 """Fields of `ViTConfig`."""
@@ -168,7 +168,7 @@ TIMM_ARGUMENTS: dict[str, Check] = {
     "swiglu_align_to": _limit("embed_dim", 0),
     "mlp_ratio": _RATIO,
     "attn_pool_mlp_ratio": maybe(_RATIO),
-    **dict.fromkeys(_FLAGS, maybe(flag)),
+    **dict.fromkeys(_FLAGS, maybe(_flag)),
     **dict.fromkeys(_RATES, _RATE),
     **dict.fromkeys(_NUMBERS, maybe(_SMALL)),
     **dict.fromkeys(_NAMES, maybe(_name)),
@@ -189,9 +189,9 @@ def check_timm_arguments(values: Any, where: str = "arguments") -> None:
 ADAPTED: dict[str, Check] = {
     **_COMMON,
     "timm_architecture": _name,
-    "pool": pooling,
+    "pool": _pooling,
     "img_size": _SIDES,
-    "arguments": anything,  # by `TIMM_ARGUMENTS`
+    "arguments": _anything,  # by `TIMM_ARGUMENTS`
 }
 """Fields of `AdapterConfig`."""
 _OPTIONAL = ("fc_norm", "pool_include_prefix", "drop_rate", "arguments")
@@ -210,13 +210,13 @@ PREPROCESS: dict[str, Check] = {
 
 FIELDS: dict[str, Check] = {
     "format_version": whole(1, 10**6),
-    "architecture": anything,  # by `NATIVE` or `ADAPTED`
-    "preprocess": anything,  # by `PREPROCESS`
-    "class_names": row(text),
+    "architecture": _anything,  # by `NATIVE` or `ADAPTED`
+    "preprocess": _anything,  # by `PREPROCESS`
+    "class_names": row(_text),
     "temperature": positive(1e12),
-    "weights_licence": maybe(text),
-    "weights_source": maybe(text),
-    "own_poolings": anything,
+    "weights_licence": maybe(_text),
+    "weights_source": maybe(_text),
+    "own_poolings": _anything,
     "kept": one_of(("raw", "ema")),
 }
 """What the metadata of a model file says that is used; more is passed over."""
@@ -224,16 +224,16 @@ _REQUIRED = ("architecture", "preprocess", "class_names")
 
 TIMM_RECORD: dict[str, Check] = {
     "input_size": row(_limit("img_size"), length=3),
-    "fixed_input_size": flag,
+    "fixed_input_size": _flag,
     "interpolation": one_of(INTERPOLATIONS),
     "crop_pct": positive(1),
     "crop_mode": one_of(CROP_MODES),
     "mean": _CHANNELS,
     "std": PREPROCESS["std"],
     "num_classes": _limit("num_classes", 0),
-    "label_names": maybe(row(text)),
-    "license": maybe(text),
-    "tag": maybe(text),
+    "label_names": maybe(row(_text)),
+    "license": maybe(_text),
+    "tag": maybe(_text),
     "architecture": maybe(_name),
 }
 """What a ``config.json`` for timm says in ``pretrained_cfg`` that is used; more is passed over."""
@@ -261,7 +261,7 @@ def check_metadata(metadata: Any, path: Path) -> dict[str, Any]:
         if len(set(names)) != len(names):
             raise ConfigError("class_names must be unique")
         own = metadata.get("own_poolings", {})
-        if not isinstance(own, dict) or any(map(text, [*own, *own.values()])):
+        if not isinstance(own, dict) or any(map(_text, [*own, *own.values()])):
             raise ConfigError("own_poolings must be texts by name")
     except ConfigError as error:
         raise ModelFileError(f"{path} does not describe a model: {str(error).rstrip('.')}.") from error
