@@ -68,7 +68,7 @@ def _excess(text: str, level: int = 0) -> str | None:
                     sizes[anchor] = inside
                 open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + inside)
                 continue
-            count = sizes.get(event.anchor, MAX_NODES) if isinstance(event, yaml.AliasEvent) else 1
+            count = sizes.get(event.anchor or "", MAX_NODES) if isinstance(event, yaml.AliasEvent) else 1
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, count))
             else:

@@ -18,6 +18,7 @@ from vit_cls.model.classifier import ImageClassifier
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.weights.architecture import architecture_from_dict, build_model, check_shapes
+from vit_cls.weights.archives import check_archive, check_pickle, check_tensors
 from vit_cls.weights.metadata import check_metadata, parse_json
 
 FORMAT_VERSION = 1
@@ -133,14 +134,17 @@ def read_own_file(
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file.")
+    check_archive(path)
+    check_pickle(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint[CHECKPOINT_KEY]
+        checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"].items()
     except Exception as error:  # unpickling a foreign file can raise anything
         raise ModelFileError(
             f"{path} is not a training checkpoint of vit_cls (it is opened for tensors and plain data "
             f"alone): {str(error).splitlines()[0] if str(error) else type(error).__name__}."
         ) from error
+    check_tensors(checkpoint["state_dict"], path)
     return checkpoint
 
 

@@ -19,7 +19,7 @@ from vit_cls.model.classifier import Preprocess
 from vit_cls.model.config import ModelConfig, ViTConfig
 from vit_cls.weights.adapter import AdapterConfig
 from vit_cls.weights.architecture import check_shapes
-from vit_cls.weights.metadata import parse_json
+from vit_cls.weights.metadata import read_json
 from vit_cls.weights.tensor_files import read_tensors
 from vit_cls.weights.timm_models import ratio_of
 
@@ -118,7 +118,7 @@ def read_hf_folder(path: Path) -> HFModel:
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     try:
-        values = parse_json(path.read_bytes())
+        values = read_json(path)
     except FileNotFoundError:
         if required:
             raise ModelFileError(f"there is no {path}; a folder of transformers has one.") from None
@@ -283,7 +283,8 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 def _licence(path: Path) -> str | None:
     try:
-        text = (path / "README.md").read_text(encoding="utf-8")[:4000]
+        with (path / "README.md").open(encoding="utf-8") as file:
+            text = file.read(4000)
     except (OSError, ValueError):
         return None
     match = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)

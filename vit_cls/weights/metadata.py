@@ -239,6 +239,12 @@ TIMM_RECORD: dict[str, Check] = {
 """What a ``config.json`` for timm says in ``pretrained_cfg`` that is used; more is passed over."""
 
 
+def read_json(path: Path) -> Any:
+    """`parse_json` of a file; OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1))
+
+
 def parse_json(source: str | bytes) -> Any:
     """JSON of somebody else's; ValueError for what is none, too long, too deep, or has an endless number."""
     if len(source) > MAX_JSON_BYTES:

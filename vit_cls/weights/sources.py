@@ -21,7 +21,7 @@ from vit_cls.model.config import ModelConfig
 from vit_cls.model.presets import PRESETS, preset_config
 from vit_cls.weights.architecture import architecture_from_dict
 from vit_cls.weights.bundle import MODEL_FILE, check_own_poolings, is_own_file, model_file, read_own_file
-from vit_cls.weights.metadata import check_timm_settings, parse_json
+from vit_cls.weights.metadata import check_timm_settings, read_json
 from vit_cls.weights.tensor_files import SUFFIXES, Weights
 
 AUTO = "auto"
@@ -233,7 +233,7 @@ def _timm_folder(path: Path) -> Source:
     from vit_cls.weights.timm_models import FOLDER, class_names_of, preprocess_of, pretrained_config, skeleton
 
     try:
-        settings = parse_json((path / "config.json").read_bytes())
+        settings = read_json(path / "config.json")
         name = str(settings["architecture"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(

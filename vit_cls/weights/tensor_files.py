@@ -9,8 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickletools import genops
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vit_cls.errors import ModelFileError
+from vit_cls.weights.archives import asked_for, check_archive, check_pickle, check_tensors
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", ".npz", *PICKLE_SUFFIXES)
@@ -93,11 +93,13 @@ def check_weights_file(path: Path) -> None:
 
 
 def _read_pickle(path: Path) -> Any:
+    check_archive(path)
+    check_pickle(path)
     try:
         # timm's own training checkpoints hold their options as a Namespace: plain data, like a dict.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of torch about how the file was pickled
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file can raise anything
         if "TorchScript" in str(error):
             raise ModelFileError(
@@ -113,6 +115,8 @@ def _read_pickle(path: Path) -> Any:
         whole = zipfile.is_zipfile(path)
         problem = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
         raise ModelFileError(f"{path} {problem}{_reason(error)}. Copy or download it again.") from error
+    check_tensors(content, path)
+    return content
 
 
 def _forbidden(path: Path, error: Exception) -> list[str]:
@@ -120,27 +124,8 @@ def _forbidden(path: Path, error: Exception) -> list[str]:
     named = re.findall(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
     if named:
         return list(dict.fromkeys(named))
-    names: list[str] = []
-    strings: list[str] = []
-    try:  # torch refuses pickles of protocol 4 and later before it looks at what they ask for
-        with _opened_pickle(path) as file:
-            for opcode, argument, _ in genops(file):
-                if opcode.name == "STACK_GLOBAL":
-                    names.append(".".join(strings[-2:]))
-                elif opcode.name == "GLOBAL":
-                    names.append(str(argument).replace(" ", "."))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except Exception:  # no pickle, or cut off: what was found until then counts
-        pass
-    return list(dict.fromkeys(names))
-
-
-def _opened_pickle(path: Path) -> IO[bytes]:
-    if not zipfile.is_zipfile(path):
-        return path.open("rb")
-    with zipfile.ZipFile(path) as archive:
-        return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    # torch refuses pickles of protocol 4 and later before it looks at what they ask for
+    return asked_for(path, pickles=1)[0]
 
 
 def _reason(error: Exception) -> str:

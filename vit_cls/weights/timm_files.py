@@ -18,6 +18,7 @@ from torch import Tensor
 from vit_cls.errors import ModelFileError
 from vit_cls.model.config import ModelConfig, ViTConfig
 from vit_cls.weights.adapter import AdapterConfig
+from vit_cls.weights.archives import check_archive
 from vit_cls.weights.tensor_files import Weights, check_weights_file, read_tensors
 from vit_cls.weights.timm_models import filter_of, ratio_of, skeleton, timm_arguments
 
@@ -109,6 +110,7 @@ def count_classes(path: Path) -> int | None:
     """Rows of the head in a file; None where it has none under a name that needs no conversion."""
     if path.suffix == ".npz":
         try:
+            check_archive(path)
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 names = (name for name in file.files if _NPZ_PREFIX.sub("", name) == "head/bias")
                 return next((len(file[name]) for name in names), None)
@@ -133,9 +135,11 @@ def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
             f"{path}: Google's .npz files hold plain Vision Transformers, not this architecture."
         )
     check_weights_file(path)
+    check_archive(path)
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = {name: file[name].shape for name in file.files}
+            strange = [name for name in file.files if file[name].dtype.kind not in "fiub"]
     except Exception as error:  # a damaged archive can raise anything
         reason = "" if "pickle" in str(error) else f": {error}"  # numpy advises to open it by running it
         raise ModelFileError(
@@ -148,6 +152,8 @@ def _read_npz(path: Path, config: Any, target: ModelConfig) -> Weights:
             f"(it has {', '.join(list(names)[:3])})."
         )
     try:
+        if strange:
+            raise ValueError(f"{strange[0]} holds no numbers that numpy knows")
         config = dataclasses.replace(config, **_npz_architecture(short))
         config = dataclasses.replace(config, img_size=target.image_hw, patch_size=target.patch_size)
         with torch.device("meta"):
