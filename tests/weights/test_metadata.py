@@ -220,7 +220,7 @@ def test_the_schema_has_every_field_and_timms_arguments_alone():
     assert ADAPTED.keys() == {field.name for field in dataclasses.fields(AdapterConfig)}
     assert PREPROCESS.keys() == {field.name for field in dataclasses.fields(Preprocess)}
     known = {name for kind in (TimmViT, Eva, Beit) for name in inspect.signature(kind).parameters}
-    assert set(TIMM_ARGUMENTS) - known <= {"strict_img_size"}
+    assert set(TIMM_ARGUMENTS) - known == {"strict_img_size", "use_naflex"}
     unsafe = {"device", "dtype", "embed_layer", "block_fn", "mlp_layer", "attn_layer"}
     assert known - set(TIMM_ARGUMENTS) == unsafe
 

@@ -172,6 +172,7 @@ TIMM_ARGUMENTS: dict[str, Check] = {
     **dict.fromkeys(_RATES, _RATE),
     **dict.fromkeys(_NUMBERS, maybe(_SMALL)),
     **dict.fromkeys(_NAMES, maybe(_name)),
+    "use_naflex": _must(lambda v: v is False, "false"),
 }
 """Arguments of timm's constructors that a file may name: the shape of a model and nothing else.
 
