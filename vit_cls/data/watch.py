@@ -41,6 +41,13 @@ class WatchedLoader(DataLoader[Any]):
     prefix = "data."
     """Before ``num_workers`` and ``timeout_seconds``, as the user writes them."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module's state says where it is, and Lightning asks who can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
     def _get_iterator(self) -> Any:
         if not self.num_workers:
             return super()._get_iterator()

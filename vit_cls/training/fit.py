@@ -164,7 +164,8 @@ def _fit(
         with lightnings_refusals(), memory, recorded_skips(task, record), attention:
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
-        end_logging(loggers, told, result.top1)
+        if not take_up.is_over:
+            end_logging(loggers, told, result.top1)
     shown = ("folder", "history", "kept")
     summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in shown}
     if trainer.is_global_zero:

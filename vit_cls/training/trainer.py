@@ -321,7 +321,6 @@ def quiet_lightning() -> None:
         ".*overriding `LightningModule.optimizer_.*",  # the average follows steps, not batches, on purpose
         ".*lr_scheduler.step.. before .optimizer.step.*",  # fp16 skips steps until it has its scale
         ".*number of training batches.*",
-        ".*your dataloader is not resumable.*",  # the data module is
         ".*It is recommended to use `self.log.*sync_dist.*",  # torchmetrics has reduced those values already
     )
     for message in messages:
