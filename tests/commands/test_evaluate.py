@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.commands.conftest import ON_CPU, PRESENT_KEYS, files_here
+from vit_cls.locks import alone_in
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -303,3 +304,18 @@ def test_a_full_disk_leaves_the_old_file(full, place, evaluate, cli, monkeypatch
     assert new.keys() == old.keys()  # nothing half-written beside it
     target = next(path for path in old if path.endswith(full))
     assert new[target] == old[target]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate --model model.safetensors --data images/val --device cpu",
+        "compare --model model.safetensors --model model.safetensors --data images/val --device cpu",
+        "probe knn --model model.safetensors --data images --device cpu",
+        "study heads --data digits",
+        "doctor --data images/val",
+    ],
+)
+def test_a_verb_does_not_write_where_another_process_does(words, place, refused):
+    with alone_in(Path("shared")):
+        refused([*words.split(), "--output", "shared"], "--output shared: process .* has been writing there")

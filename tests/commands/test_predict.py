@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from tests.commands.conftest import ON_CPU, command, loaded_by, until
 from vit_cls.cli import main
+from vit_cls.locks import LOCK, alone_in
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
@@ -255,3 +256,12 @@ def test_a_reader_that_has_enough_is_no_error(place):
     assert done.stdout.count("\n") == 2
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_a_second_run_into_one_output_is_refused_but_features_have_a_table_of_their_own(place, cli, refused):
+    words = ["predict", "--model", "model.safetensors", "images", "--output", "shared", "--device", "cpu"]
+    with alone_in(Path("shared"), name=f"{LOCK}-predictions.csv"):
+        refused(words, "--output shared: process .* has been writing there")
+        assert cli(*words, "--features", "cls")[0] == 0
+    assert cli(*words)[0] == 0
+    assert not list(Path("shared").glob(".*"))

@@ -17,6 +17,7 @@ BASE = {
     "__version__",
     "errors",
     "files",
+    "locks",
     "environment",
     "checks",
     "formatting",

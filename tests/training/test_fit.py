@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vit_cls
 from tests.training.runs import fit_tiny, record_of, rows_of, same_weights, weights_of
-from vit_cls.errors import ConfigError, DataError, RunError
+from vit_cls.errors import ConfigError, DataError, RunError, VitClsError
 from vit_cls.model.token_model import TokenModel
 from vit_cls.signals import Stopped
 from vit_cls.training import callbacks
@@ -202,15 +202,54 @@ def test_a_run_that_was_killed_before_its_first_epoch_is_begun_again(image_root,
     assert fit_tiny(image_root, tmp_path / "run", epochs=1, resume="auto").epochs == 1
 
 
-def test_of_two_runs_that_chose_the_same_new_folder_the_second_is_refused(image_root, tmp_path, monkeypatch):
-    def another_run_is_faster(*args):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run/run.json").write_text("{}")
+class _During(Callback):
+    """Does something once while a run trains, and keeps how that was refused."""
 
-    monkeypatch.setattr("vit_cls.training.fit.announce_run", another_run_is_faster)
-    with pytest.raises(RunError, match="another run has just taken"):
-        fit_tiny(image_root, tmp_path / "run")
-    assert os.listdir(tmp_path / "run") == ["run.json"]
+    def __init__(self, *acts) -> None:
+        self.acts, self.refusals = acts, []
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        acts, self.acts = self.acts, ()
+        for act in acts:
+            with pytest.raises(VitClsError) as refused:
+                act()
+            self.refusals.append(str(refused.value))
+
+
+def test_while_a_run_trains_no_other_takes_its_folder_or_goes_on_with_it(image_root, tmp_path):
+    run = tmp_path / "run"
+    during = _During(
+        lambda: fit_tiny(image_root, run, epochs=1),
+        lambda: fit_tiny(image_root, run, epochs=1, resume="auto"),
+    )
+    result = fit_tiny(image_root, run, epochs=2, trainer={"callbacks": [during]})
+    assert len(during.refusals) == 2
+    assert all(f"process {os.getpid()} has been writing there" in text for text in during.refusals)
+    assert (result.epochs, record_of(run)["status"]) == (2, "finished")
+    again = _During(lambda: fit_tiny(image_root, None, epochs=3, resume=str(run)))
+    fit_tiny(image_root, None, epochs=3, resume=str(run), trainer={"callbacks": [again]})
+    assert f"resume {run}: process {os.getpid()} has been writing there" in again.refusals[0]
+    assert [row["epoch"] for row in rows_of(run)] == ["0", "1", "2"]
+    assert not list(run.glob(".lock*"))
+
+
+def test_of_two_runs_that_begin_in_one_empty_folder_the_second_is_refused_and_takes_nothing_away(
+    image_root, tmp_path, monkeypatch
+):
+    """The first has the folder, and nothing in it yet."""
+    run, seen = tmp_path / "run", []
+    run.mkdir()
+
+    def make_while_another_begins(*args):
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="has been writing there"):
+            fit_tiny(image_root, run, epochs=1)
+        seen.append(os.listdir(run))
+        return vit_cls.training.fit.make_loggers(*args)
+
+    monkeypatch.setattr("vit_cls.training.fit.make_loggers", make_while_another_begins)
+    assert fit_tiny(image_root, run, epochs=1).epochs == 1
+    assert seen == [[".lock"]]
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_rows(image_root, tmp_path):

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 
 from tests.training.runs import run_tiny, weights_of
 from vit_cls.errors import DataError, VitClsError
-from vit_cls.training.runs import is_first_process
+from vit_cls.training.launch import is_first_process
 
 STEPS = {"epochs": 7, "optim": {"weight_decay": 0.1}}
 """21 steps of 8 images, nothing of which depends on the number of processes."""

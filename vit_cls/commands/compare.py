@@ -33,6 +33,7 @@ from vit_cls.evaluation.comparison import (
 from vit_cls.evaluation.predictions import AS_IS, ScoredImages, Scoring, images_for_model, predict_index
 from vit_cls.evaluation.row_formats import read_predictions
 from vit_cls.files import output_folder
+from vit_cls.locks import alone_in
 from vit_cls.reports.folder import write_folder
 from vit_cls.reports.html import no_pictures
 from vit_cls.weights.factory import load
@@ -56,20 +57,21 @@ def run(words: list[str]) -> Outcome:
     files, names = args.predictions or [], args.model or []
     images: ScoredImages | None = None
     scoring = AS_IS
-    source = _source(args) if files else None
-    answers = [answers_of(path, read_predictions(path)) for path in files]
-    for name in names:
-        each, images, scoring = _predict(name, args)
-        answers.append(each)
-    answers = align(answers)
-    result = compare_answers(answers, margin=args.margin, seed=args.seed)
-    if output is not None:
-        source = source if images is None else images.source
-        pictures = no_pictures if source is None else partial(thumbnails, reader_by_path(source))
-        found = disagreements(answers)
-        write_folder(
-            output, result, found=found, data=args.data, computed=scoring.computed, thumbnails=pictures
-        )
+    with alone_in(output):
+        source = _source(args) if files else None
+        answers = [answers_of(path, read_predictions(path)) for path in files]
+        for name in names:
+            each, images, scoring = _predict(name, args)
+            answers.append(each)
+        answers = align(answers)
+        result = compare_answers(answers, margin=args.margin, seed=args.seed)
+        if output is not None:
+            source = source if images is None else images.source
+            pictures = no_pictures if source is None else partial(thumbnails, reader_by_path(source))
+            found = disagreements(answers)
+            write_folder(
+                output, result, found=found, data=args.data, computed=scoring.computed, thumbnails=pictures
+            )
     told = {
         "split": None if images is None else images.split,
         "origin": None if images is None else images.origin,

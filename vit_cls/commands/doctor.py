@@ -15,6 +15,7 @@ from vit_cls.commands.parsing import add_data_arguments, add_flag, make_parser, 
 from vit_cls.data.decode import read_file
 from vit_cls.data.doctor.report import examine
 from vit_cls.files import output_folder
+from vit_cls.locks import alone_in
 
 
 def run(words: list[str]) -> Outcome:
@@ -26,7 +27,7 @@ def run(words: list[str]) -> Outcome:
     parser.add_argument("--num_workers", type=int | None, default=None, help="reading processes; 0 for none")
     args = parse(parser, words)
     output = output_folder(args.output)
-    with _as_files(args.data) as data:
+    with alone_in(output), _as_files(args.data) as data:
         report = examine(
             data,
             near_duplicates=args.near_duplicates,

@@ -23,6 +23,7 @@ from vit_cls.evaluation.calibration import calibratable_file, calibrate, fit_tex
 from vit_cls.evaluation.predictions import check_tta, images_for_model, predict_index
 from vit_cls.evaluation.results import evaluate_predictions
 from vit_cls.files import output_folder
+from vit_cls.locks import alone_in
 from vit_cls.reports.folder import write_folder
 from vit_cls.weights.factory import load
 
@@ -50,22 +51,23 @@ def run(words: list[str]) -> Outcome:
     output = output_folder(args.output)
     file = None if args.calibrate is None else calibratable_file(args.model)
     config = inference_config(args, show_progress=sys.stderr.isatty())
-    classifier = load(args.model)
-    images = images_for_model(args.data, classifier, split=args.split)
-    fit = None if file is None else calibrate(classifier, file, args.calibrate, images, config)
-    predictions = predict_index(classifier, images.source, config, restrict=args.restrict, tta=args.tta)
-    result = evaluate_predictions(predictions, seed=args.seed)
-    if output is not None:
-        write_folder(
-            output,
-            result,
-            predictions=predictions,
-            model=args.model,
-            data=images.origin,
-            thumbnails=partial(thumbnails, reader_by_path(images.source)),
-            licence=classifier.weights_licence,
-            source=classifier.weights_source,
-        )
+    with alone_in(output):
+        classifier = load(args.model)
+        images = images_for_model(args.data, classifier, split=args.split)
+        fit = None if file is None else calibrate(classifier, file, args.calibrate, images, config)
+        predictions = predict_index(classifier, images.source, config, restrict=args.restrict, tta=args.tta)
+        result = evaluate_predictions(predictions, seed=args.seed)
+        if output is not None:
+            write_folder(
+                output,
+                result,
+                predictions=predictions,
+                model=args.model,
+                data=images.origin,
+                thumbnails=partial(thumbnails, reader_by_path(images.source)),
+                licence=classifier.weights_licence,
+                source=classifier.weights_source,
+            )
     tell_unreadable(predictions)
     told = {
         "split": images.split,

@@ -11,7 +11,8 @@ from vit_cls.commands.outcome import Outcome
 from vit_cls.own_code import import_options
 from vit_cls.reports.folder import write_folder
 from vit_cls.training.fit import fit
-from vit_cls.training.runs import RunFolder, check_imports, is_first_process
+from vit_cls.training.launch import is_first_process
+from vit_cls.training.runs import RunFolder, check_imports
 from vit_cls.training.trust import check_trust
 
 

@@ -21,6 +21,7 @@ from vit_cls.evaluation.predict import Request, iter_paths, predict
 from vit_cls.evaluation.predict_files import RowFile
 from vit_cls.evaluation.row_formats import FORMATS, check_parquet, columns_of
 from vit_cls.files import output_folder
+from vit_cls.locks import LOCK, alone_in
 from vit_cls.model.pooling import parse_pool
 from vit_cls.weights.factory import load
 
@@ -60,9 +61,10 @@ def run(words: list[str]) -> Outcome:
         table.check_part(args.resume)
     paths = iter_paths(args.paths or [], sys.stdin.buffer)
     request = Request(args.model, row_format, args.top_k, args.features, args.resume, config)
-    data = predict(
-        load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json
-    )
+    with alone_in(output, name=LOCK if table is None else f"{LOCK}-{table.path.name}"):
+        data = predict(
+            load(args.model), paths, request, table=table, stdout=caller.stdout, as_json=caller.as_json
+        )
     told = f"features in {output}" if args.features else _calibration(data["temperature"])
     shown = [
         f"{data['images']} images, {data['failed']} of them could not be read; {told}",

@@ -27,6 +27,7 @@ from vit_cls.lab.probes.base import Subject
 from vit_cls.lab.probes.common import described
 from vit_cls.lab.probes.overlap import find_record, overlap_note
 from vit_cls.lab.probes.table import PROBES
+from vit_cls.locks import alone_in
 from vit_cls.reports.folder import write_folder
 from vit_cls.weights.factory import load
 
@@ -65,19 +66,20 @@ def run(words: list[str]) -> Outcome:
     probe = kind(**{field.name: options[field.name] for field in fields(kind)})
     config = inference_config(args, show_progress=sys.stderr.isatty())
     output, cache = output_folder(args.output), cache_folder(args.cache)
-    classifier = load(args.model)
-    fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
-    parts = partition_data(args.data, seed=args.seed, split=args.split, **fractions)
-    parts.refuse_unused(fractions)
-    result = probe.run(Subject(classifier, parts, config, cache))
-    architecture = described(classifier.model)
-    settings = {"model": args.model, "architecture": architecture, "data": args.data, **config.record}
-    settings |= result.settings
-    notes = [*result.notes, *overlap_note(find_record(args.model), parts, args.data)]
-    seconds = time.perf_counter() - started
-    result = replace(result, settings=settings, notes=notes, seconds=seconds)
-    if output is not None:
-        write_folder(output, result)
+    with alone_in(output):
+        classifier = load(args.model)
+        fractions = {key: args[key] for key in ("val_fraction", "test_fraction") if args[key] is not None}
+        parts = partition_data(args.data, seed=args.seed, split=args.split, **fractions)
+        parts.refuse_unused(fractions)
+        result = probe.run(Subject(classifier, parts, config, cache))
+        architecture = described(classifier.model)
+        settings = {"model": args.model, "architecture": architecture, "data": args.data, **config.record}
+        settings |= result.settings
+        notes = [*result.notes, *overlap_note(find_record(args.model), parts, args.data)]
+        seconds = time.perf_counter() - started
+        result = replace(result, settings=settings, notes=notes, seconds=seconds)
+        if output is not None:
+            write_folder(output, result)
     told = {"split": parts.split, "output": path_or_none(output)}
     return Outcome.of(result, told, output, below=[f"scored on {parts.split}: {parts.origin}"])
 

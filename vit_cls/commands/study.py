@@ -24,6 +24,7 @@ from vit_cls.lab.studies.recipe import Recipe
 from vit_cls.lab.studies.study import Answers, Setup, Study
 from vit_cls.lab.studies.table import STUDIES
 from vit_cls.lab.studies.trials import Spread, Trial, check_models, is_done, run_trials
+from vit_cls.locks import LOCK, alone_in
 from vit_cls.reports.folder import write_folder
 from vit_cls.signals import Stopped, StopSignals
 from vit_cls.training.trial import train_trial
@@ -65,12 +66,15 @@ def _run(name: str, kind: type[Study], args: Namespace, started: float) -> Outco
     }
     parts.refuse_unused(fractions)
     images = {part: getattr(parts, part).index.fingerprint() for part in PARTS}
-    left = _train(trials, folder, spread, new=claim_folder(folder, study, images))
-    if left:
-        text = f"{left} of {len(trials)} trainings are left for other shards; their results merge in {folder}"
-        return Outcome({"kind": f"study {name}", "left": left, "trainings": len(trials)}, [text])
-    result = replace(study.analyse(Answers(folder)), seconds=time.perf_counter() - started)
-    write_folder(folder, result)
+    shard = "" if spread.shards == 1 else f"-{spread.shard}-of-{spread.shards}"
+    with alone_in(folder, name=f"{LOCK}{shard}"):
+        left = _train(trials, folder, spread, new=claim_folder(folder, study, images))
+        if left:
+            counts = {"left": left, "trainings": len(trials)}
+            text = f"{left} of {len(trials)} trainings are left for other shards; their results merge in"
+            return Outcome({"kind": f"study {name}", **counts}, [f"{text} {folder}"])
+        result = replace(study.analyse(Answers(folder)), seconds=time.perf_counter() - started)
+        write_folder(folder, result)
     told = {"split": parts.split, "output": str(folder)}
     return Outcome.of(result, told, folder, below=[f"scored on {parts.split}: {parts.origin}"])
 

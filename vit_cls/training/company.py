@@ -31,7 +31,7 @@ from torch.distributed.constants import default_pg_timeout
 from vit_cls.data.datamodule import FROM_ANY_PROCESS
 from vit_cls.errors import ConfigError, RunError, VitClsError
 from vit_cls.signals import SIGNALS, Stopped
-from vit_cls.training.runs import is_first_process
+from vit_cls.training.launch import is_first_process
 
 log = logging.getLogger("vit_cls")
 

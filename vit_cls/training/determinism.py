@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vit_cls.training.runs import is_first_process
+from vit_cls.training.launch import is_first_process
 
 log = logging.getLogger("vit_cls")
 

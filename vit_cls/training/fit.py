@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, DivergedError, RunError
 from vit_cls.files import write_text
+from vit_cls.locks import LOCK, alone_in
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
 from vit_cls.signals import StopSignals
@@ -25,6 +25,7 @@ from vit_cls.training.company import first_process_speaks, one_voice
 from vit_cls.training.determinism import deterministic_attention, numerics, warn_of_threads
 from vit_cls.training.failures import named_failures
 from vit_cls.training.guards import recorded_skips
+from vit_cls.training.launch import is_first_process, take_place
 from vit_cls.training.length import make_schedule_of, run_length
 from vit_cls.training.loggers import begin_logging, end_logging, make_loggers
 from vit_cls.training.options import AUTO, FitOptions
@@ -36,9 +37,9 @@ from vit_cls.training.runs import (
     announce_weights,
     check_imports,
     check_same_run,
-    is_first_process,
+    choose_folder,
+    is_resumed,
     now,
-    open_run,
     run_identity,
     run_record,
 )
@@ -85,6 +86,7 @@ def fit(
     quiet_lightning()
     arguments = with_defaults(trainer_options or {})
     check_arguments(arguments)
+    take_place(arguments)
     if not arguments.get("fast_dev_run"):
         with first_process_speaks():
             return _fit(options, data, arguments, config_yaml, command)
@@ -106,10 +108,27 @@ def _fit(
     command: list[str] | None,
 ) -> FitResult:
     stem = _stem(options) if options.run_dir is None and options.resume is None else ""
-    folder, resuming = open_run(options.run_dir, options.resume, stem=stem, first_process=is_first_process())
+    folder, first = choose_folder(options.run_dir, options.resume, stem=stem), is_first_process()
+    if not (folder.path / LOCK).exists():
+        is_resumed(folder, options.resume, first_process=first)  # before anything is written
+    option = "run_dir" if options.resume in (None, "auto") else "resume"
+    with alone_in(folder.path if first else None, option):
+        resuming = is_resumed(folder, options.resume, first_process=first)  # nobody else can take it now
+        return _train(options, data, arguments, config_yaml, command, folder, resuming=resuming)
+
+
+def _train(
+    options: FitOptions,
+    data: ImageDataModule,
+    arguments: dict[str, Any],
+    config_yaml: str | None,
+    command: list[str] | None,
+    folder: RunFolder,
+    *,
+    resuming: bool,
+) -> FitResult:
     if resuming:
         check_imports(folder)
-    existed = folder.path.exists()
     loggers = make_loggers(options.logger, arguments.get("logger"), folder.path)
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
@@ -147,7 +166,7 @@ def _fit(
     with (
         one_voice(trainer, identity),
         stop,
-        _run_folder(folder, record, trainer, stop, existed=existed),
+        _run_folder(folder, record, trainer, stop),
     ):
         if trainer.is_global_zero:
             text = settings_yaml(settings) if config_yaml is None else config_yaml
@@ -230,19 +249,15 @@ def _prepare(options: FitOptions, data: ImageDataModule, *, load_weights: bool) 
 
 @contextmanager
 def _run_folder(
-    folder: RunFolder, record: dict[str, Any], trainer: Trainer, stop: StopSignals, *, existed: bool
+    folder: RunFolder, record: dict[str, Any], trainer: Trainer, stop: StopSignals
 ) -> Iterator[None]:
-    """Make the folder; take away what is in it if the run fails before it has anything to show."""
+    """Begin the record; take away what is in the folder if the run fails before it has anything to show."""
     if not trainer.is_global_zero:
         yield
         return
-    new = not existed or not any(folder.path.iterdir())
+    new = not folder.is_taken
     try:
-        # Two runs that start together may have chosen the same new folder: the second is refused.
-        folder.path.mkdir(parents=True, exist_ok=existed)
         folder.write_record({**record, "status": "running"})
-    except FileExistsError:
-        raise RunError(f"another run has just taken {folder.path}. Start this one again.") from None
     except OSError as error:
         raise RunError(
             f"run_dir {folder.path} cannot be written: {error.strerror}. Choose another folder."
@@ -255,9 +270,7 @@ def _run_folder(
             status = "diverged" if diverged else "failed" if stop.signum is None else "interrupted"
             folder.write_record({**record, "status": status, "finished": now()})
         else:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            if existed:
-                folder.path.mkdir()
+            folder.clear()
         raise
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,15 +15,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from vit_cls import formatting as fmt
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import write_text
+from vit_cls.locks import is_lock
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options, imported, not_imported
+from vit_cls.training.launch import is_first_process
 from vit_cls.training.losses import is_smoothed
 from vit_cls.training.optim import lr_table, optimizer_groups
 from vit_cls.training.options import AUTO, FitOptions
@@ -82,6 +84,19 @@ class RunFolder:
         """The page for people."""
         return self.path / "report.html"
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether it holds anything but the lock of a run that begins."""
+        return self.path.is_dir() and not all(map(is_lock, self.path.iterdir()))
+
+    def clear(self) -> None:
+        """Take away what is in it, but for the lock of the run that does so."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif not is_lock(path):
+                path.unlink(missing_ok=True)
+
     def read_record(self) -> dict[str, Any]:
         """What ``run.json`` holds; RunError if it is missing or damaged."""
         try:
@@ -112,16 +127,10 @@ class RunFolder:
         write_text(self.metrics_file, "\n".join(lines) + "\n")
 
 
-def open_run(
-    run_dir: str | None, resume: str | None, *, stem: str, first_process: bool = True
-) -> tuple[RunFolder, bool]:
-    """Where a run goes, and whether its last checkpoint is to be continued; creates nothing.
-
-    Without ``run_dir`` it goes to ``runs/STEM_N`` with the first free N. The first process makes the folder;
-    the others of a run find it made.
+def choose_folder(run_dir: str | None, resume: str | None, *, stem: str) -> RunFolder:
+    """Where a run goes; without ``run_dir`` to ``runs/STEM_N`` with the first free N. Creates nothing.
 
     Raises:
-        RunError: If the folder is taken, or there is nothing to resume.
         ConfigError: If ``run_dir`` and ``resume`` contradict each other.
     """
     if resume not in (None, "auto"):
@@ -129,43 +138,50 @@ def open_run(
             raise ConfigError(
                 f"resume {resume} continues that folder, but run_dir is {run_dir}. Give one of the two."
             )
-        folder = RunFolder(Path(resume))
+        return RunFolder(Path(resume))
+    if run_dir is not None:
+        return RunFolder(Path(run_dir))
+    if resume == "auto":
+        raise ConfigError("resume auto needs run_dir: the folder to continue if it was begun.")
+    number = 0
+    while (Path("runs") / f"{stem}_{number}").exists():
+        number += 1
+    return RunFolder(Path("runs") / f"{stem}_{number}")
+
+
+def is_resumed(folder: RunFolder, resume: str | None, *, first_process: bool = True) -> bool:
+    """Whether the last checkpoint of a folder is to be continued.
+
+    The first process makes the folder; the others of a run find it made.
+
+    Raises:
+        RunError: If the folder is taken, or there is nothing to resume.
+    """
+    if resume not in (None, "auto"):
         if not folder.last_checkpoint.is_file():
             raise RunError(
                 f"resume {resume}: there is no {folder.last_checkpoint}. A run can be resumed once it has "
                 "finished an epoch; to begin one again use --run_dir FOLDER --resume auto."
             )
-        return folder, True
-    if run_dir is None:
-        if resume == "auto":
-            raise ConfigError("resume auto needs run_dir: the folder to continue if it was begun.")
-        number = 0
-        while (Path("runs") / f"{stem}_{number}").exists():
-            number += 1
-        return RunFolder(Path("runs") / f"{stem}_{number}"), False
-    folder = RunFolder(Path(run_dir))
+        return True
     if folder.path.exists() and not folder.path.is_dir():
-        raise RunError(f"run_dir {run_dir} is a file. Give a new folder.")
+        raise RunError(f"run_dir {folder.path} is a file. Give a new folder.")
     if resume == "auto" and folder.last_checkpoint.is_file():
-        return folder, True
-    taken = first_process and folder.path.is_dir() and any(folder.path.iterdir())
-    begun = taken and folder.record_file.is_file()
+        return True
+    if not (first_process and folder.is_taken):
+        return False
+    begun = folder.record_file.is_file()
     if begun and resume is None and not folder.last_checkpoint.is_file():
         raise RunError(
-            f"run_dir {run_dir} holds a run without a finished epoch. Begin it again with --resume auto, or "
-            "give a new folder."
+            f"run_dir {folder.path} holds a run without a finished epoch. Begin it again with --resume auto, "
+            "or give a new folder."
         )
-    if taken and not (resume == "auto" and begun):
+    if not (resume == "auto" and begun):
         raise RunError(
-            f"run_dir {run_dir} is not empty. Give a new folder, or continue the run in it with "
-            f"--resume {run_dir}."
+            f"run_dir {folder.path} is not empty. Give a new folder, or continue the run in it with "
+            f"--resume {folder.path}."
         )
-    return folder, False
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for the run; known before a Trainer exists."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    return False
 
 
 BEFORE = {

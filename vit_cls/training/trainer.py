@@ -25,12 +25,14 @@ from lightning.pytorch.strategies import (
     Strategy,
     XLAStrategy,
 )
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vit_cls.checks import check_finite, check_range
 from vit_cls.environment import unusable_gpu
 from vit_cls.errors import ConfigError, RunError, did_you_mean
 from vit_cls.inference import BF16, FP16, FP32, reduced_precision
+from vit_cls.training.launch import environment_of
 from vit_cls.training.options import FitOptions
 from vit_cls.training.progress import RunProgressBar
 
@@ -149,6 +151,9 @@ def make_trainer(
         "enable_autolog_hparams": False,  # `fit` tells every logger all settings, by their full names
         "default_root_dir": folder,
     }
+    if (environment := environment_of(arguments)) is not None:
+        plugins = arguments.get("plugins") or ()
+        arguments["plugins"] = [*(plugins if isinstance(plugins, Iterable) else [plugins]), environment]
     if arguments.get("precision") is None:
         arguments["precision"] = default_precision(arguments)
     if arguments.get("accelerator") in (None, "auto", "gpu", "cuda") and (reason := unusable_gpu()):
@@ -158,6 +163,7 @@ def make_trainer(
         )
     with lightnings_refusals():
         trainer = Trainer(**arguments)
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     if not _is_supported(trainer.strategy):
         refuse_strategy(type(trainer.strategy).__name__)
     return trainer

@@ -10,6 +10,7 @@ from vit_cls.errors import RunError
 from vit_cls.files import write_text, writing
 from vit_cls.lab.results import plain
 from vit_cls.lab.studies.study import Study
+from vit_cls.locks import is_lock
 
 RECORD = "study.json"
 
@@ -44,7 +45,7 @@ def claim_folder(folder: Path, study: Study, images: dict[str, str]) -> bool:
                 f"{now.get(key)!r} now. Give another folder, or the same settings to go on."
             )
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or not all(map(is_lock, folder.iterdir()))):
         raise RunError(f"--output {folder} is not empty, and holds no study. Give a new folder.")
     with writing(folder):
         write_text(file, json.dumps(record, indent=1) + "\n")
