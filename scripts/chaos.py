@@ -2,13 +2,13 @@
 
 Run:    .venv/bin/python scripts/chaos.py [--rounds 104] [--seed 0] [--output scripts/results/chaos.json]
         .venv/bin/python scripts/chaos.py --rounds 8 --fault epoch-keys     (a fault put back: it must fail)
-Expect: a minute for every five rounds on two cores; a table event x workers x processes x place of TMPDIR, and
-        exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root disks are filled for true,
-        else the size of files is limited.
+Expect: some ten seconds a round on two cores; a table event x workers x processes x place of TMPDIR, and exit 1
+        if a round ended otherwise than the undisturbed run. Needs Linux; as root disks are filled for true, else
+        the size of files is limited.
 
 Each round starts the same `vit-cls fit --resume auto`, disturbs it at a random time, and starts it again until it
-comes to its end. Compared are weights, averages, optimiser, schedule and the rows of metrics.csv without times,
-and the tensors of model.safetensors: one SHA-256 of all.
+comes to its end. Compared are weights, averages, optimiser, schedule, the rows of metrics.csv without times, and
+the tensors of model.safetensors: one SHA-256 of all.
 """
 
 from __future__ import annotations

@@ -36,14 +36,13 @@ def check_range(
         (below, "below", lambda value, bound: value < bound),
     )
     given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
-    if value is None or (math.isfinite(value) and all(holds(value, bound) for bound, _, holds in given)):
+    if value is None:
         return
-    required = " and ".join([*(f"{words} {bound}" for bound, words, _ in given), *_finite(value)])
+    in_range = all(holds(value, bound) for bound, _, holds in given)
+    if in_range and math.isfinite(value):
+        return
+    required = " and ".join([*(f"{words} {bound}" for bound, words, _ in given), *["finite"] * in_range])
     raise ConfigError(f"{name} must be {required}; got {value}.{f' {hint}' if hint else ''}")
-
-
-def _finite(value: float) -> list[str]:
-    return ["finite"] if math.isinf(value) else []
 
 
 def check_finite(prefix: str, settings: object) -> None:
