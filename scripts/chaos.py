@@ -2,13 +2,13 @@
 
 Run:    .venv/bin/python scripts/chaos.py [--rounds 104] [--seed 0] [--output scripts/results/chaos.json]
         .venv/bin/python scripts/chaos.py --rounds 8 --fault epoch-keys     (a fault put back: it must fail)
-Expect: some ten seconds a round on two cores; a table event x workers x processes x place of TMPDIR, and exit 1
-        if a round ended otherwise than the undisturbed run. Needs Linux; as root disks are filled for true, else
-        the size of files is limited.
+Expect: some ten seconds a round on two cores; a table event x workers x processes x place of TMPDIR, and
+        exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root disks are filled for
+        true, else the size of files is limited.
 
-Each round starts the same `vit-cls fit --resume auto`, disturbs it at a random time, and starts it again until it
-comes to its end. Compared are weights, averages, optimiser, schedule, the rows of metrics.csv without times, and
-the tensors of model.safetensors: one SHA-256 of all.
+Each round starts the same `vit-cls fit --resume auto`, disturbs it at a random time, and starts it again
+until it comes to its end. Compared are weights, averages, optimiser, schedule, the rows of metrics.csv
+without times, and the tensors of model.safetensors: one SHA-256 of all.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ def child(arguments: list[str]) -> None:
         loss = step(task, batch, batch_index)
         return loss * float("nan") if task.trainer.global_step == nan_at else loss
 
-    ClassificationTask.training_step = slow  # type: ignore[method-assign]
+    ClassificationTask.training_step = slow  # type: ignore
     if os.environ.get("CHAOS_FAULT") == "epoch-keys":
         begin = EvenBatches.__init__
 
         def from_the_start(batches: EvenBatches, sampler: Any, batch_size: int, begins: Any = None) -> None:
             begin(batches, sampler, batch_size, (0, begins[1] if begins else 0))
 
-        EvenBatches.__init__ = from_the_start  # type: ignore[method-assign]
+        EvenBatches.__init__ = from_the_start  # type: ignore
     sys.exit(main(arguments))
 
 
