@@ -12,6 +12,7 @@ from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 from vit_cls.own_code import import_modules, take_imports
 from vit_cls.signals import Stopped, StopSignals
+from vit_cls.verification import VERIFY
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before. Its `run` takes
 # the words after the verb, gives an `Outcome`, and raises `VitClsError` where a request cannot be done.
@@ -29,7 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 EVERYWHERE = (
-    "every verb takes --json (one JSON object on stdout, nothing else), --debug (show tracebacks) and\n"
+    "every verb takes --json (one JSON object on stdout, nothing else), --debug (show tracebacks),\n"
+    "--no_verify (do not compare files with the digests in them) and\n"
     "--import MODULE (own code, a module or a .py file: its poolings, augmentations, losses, metrics by name)"
 )
 
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("vit_cls").setLevel(logging.INFO)
     verb, *rest = words
     as_json, debug = "--json" in rest, "--debug" in rest
-    rest = [word for word in rest if word not in ("--json", "--debug")]
+    VERIFY.set("--no_verify" not in rest)
+    rest = [word for word in rest if word not in ("--json", "--debug", "--no_verify")]
     CALLER.set(Caller(sys.stdout, as_json))
     try:
         if verb not in COMMANDS:

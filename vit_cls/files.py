@@ -10,6 +10,9 @@ from pathlib import Path
 
 from vit_cls.errors import ConfigError
 
+TEMPORARY = ".tmp"
+"""How the names of files end that are being written."""
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -19,19 +22,42 @@ def replacing(path: str | Path) -> Iterator[Path]:
         Where to write it. If the block raises, the file there goes away and ``path`` stays as it was.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=TEMPORARY)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out the rest of the team
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def sync_file(path: Path) -> None:
+    """Let the content of a file outlive a power cut."""
+    with path.open("r+b") as file:  # Windows syncs no file that is open to be read alone
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names of files in a folder outlive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders; some file systems sync none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when its process was killed; nobody else may write there."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ def test_a_run_leaves_the_folder_that_is_promised(image_root, tmp_path):
     folder = tmp_path / "run"
     found = "checkpoints config.yaml metrics.csv model.safetensors run.json tensorboard"
     assert " ".join(sorted(os.listdir(folder))) == found
-    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert any(name.startswith("events.out") for name in os.listdir(folder / "tensorboard"))
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
@@ -189,7 +189,7 @@ class _SignalAfter(Callback):
 def test_a_run_without_a_complete_epoch_leaves_what_was_there(there, callback, image_root, tmp_path):
     for name in there:
         (tmp_path / name).mkdir()
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM; no epoch was complete"):
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; no step was complete"):
         fit_tiny(image_root, tmp_path / "run", trainer={"callbacks": [callback]})
     assert [path.name for path in tmp_path.rglob("*")] == there
 
@@ -197,7 +197,7 @@ def test_a_run_without_a_complete_epoch_leaves_what_was_there(there, callback, i
 def test_a_run_that_was_killed_before_its_first_epoch_is_begun_again(image_root, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{}")
-    with pytest.raises(RunError, match=r"without a finished epoch.*--resume auto"):
+    with pytest.raises(RunError, match=r"without a finished step.*--resume auto"):
         fit_tiny(image_root, tmp_path / "run")
     assert fit_tiny(image_root, tmp_path / "run", epochs=1, resume="auto").epochs == 1
 

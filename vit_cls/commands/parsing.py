@@ -20,7 +20,8 @@ MODEL_HELP = (
 DATA_HELP = "a folder of classes, of train/, val/ and test/, a manifest (.csv, .tsv, .parquet), or digits"
 SPLIT_HELP = "the part to score: train, val or test (default: test if there is one, else val, else all)"
 EPILOG = (
-    "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks; --import "
+    "Also: --json prints one JSON object on stdout and nothing else; --debug shows tracebacks; --no_verify "
+    "compares no file with the digest in it; --import "
     "MODULE (a module or a .py file, may come several times) imports own code first, docs/extending.md."
 )
 

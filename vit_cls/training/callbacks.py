@@ -14,13 +14,16 @@ from lightning.pytorch.callbacks import Checkpoint
 from vit_cls import formatting as fmt
 from vit_cls.data.loader import loading_advice
 from vit_cls.environment import environment
+from vit_cls.errors import ModelFileError, RunError
+from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
 from vit_cls.training.batches import images_and_targets
+from vit_cls.training.checkpoint_io import CANDIDATES, read_checkpoint
 from vit_cls.training.company import company_of
 from vit_cls.training.diagnosis import is_finite
 from vit_cls.training.runs import RunFolder
 from vit_cls.training.task import ClassificationTask
-from vit_cls.weights.bundle import KEPT, save_classifier
+from vit_cls.weights.bundle import KEPT, load_classifier, read_own_file, save_classifier
 
 log = logging.getLogger("vit_cls")
 
@@ -208,6 +211,8 @@ class RunCheckpoint(Checkpoint):
         super().__init__()
         self.folder = folder
         self.best: float | None = None
+        self.row: dict[str, float] = {}
+        """Of the validation that was the best."""
         self.improved = False
         """Whether ``best.ckpt`` is older than the best model."""
 
@@ -222,10 +227,39 @@ class RunCheckpoint(Checkpoint):
             return
         if not (math.isfinite(row["val/loss"]) and is_finite(task.kept_classifier)):
             return
-        self.best, self.improved = score, True
+        self.best, self.row, self.improved = score, dict(row), True
         if trainer.is_global_zero:
-            extra = {"metrics": dict(row), KEPT: task.kept, "versions": environment()["versions"]}
-            save_classifier(task.kept_classifier, self.folder.model_file, extra=extra)
+            self._save_model(task.kept_classifier, task.kept)
+
+    def _save_model(self, classifier: ImageClassifier, kept: str) -> None:
+        extra = {"metrics": self.row, KEPT: kept, "versions": environment()["versions"]}
+        save_classifier(classifier, self.folder.model_file, extra=extra)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the best model of a resumed run anew, from its checkpoint, if its file is damaged or gone."""
+        if not self.row or not trainer.is_global_zero:
+            return
+        try:
+            read_own_file(self.folder.model_file)
+        except ModelFileError as error:
+            kept = self._best_in_checkpoints()
+            self._save_model(*kept)
+            log.warning(f"{error} It was written anew from the checkpoint of that step.")
+
+    def _best_in_checkpoints(self) -> tuple[ImageClassifier, str]:
+        """The best model, and which weights it is of."""
+        for name in CANDIDATES:
+            path = self.folder.checkpoint_dir / name
+            try:
+                if read_checkpoint(path)["global_step"] == self.row["step"]:
+                    return load_classifier(path), read_own_file(path, weights=False)[0][KEPT]
+            except ModelFileError:
+                continue
+        raise RunError(
+            f"{self.folder.model_file} is damaged or gone, and so is the checkpoint of the step of that best "
+            f"model, {self.row['step']:.0f}. Restore one of them from a copy, or begin the run again in "
+            "another folder."
+        )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state of the best within an epoch; that of its end has a place of its own."""
@@ -253,11 +287,11 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best score, for a resumed run."""
-        return {"best": self.best}
+        return {"best": self.best, "row": self.row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best score of the run so far."""
-        self.best = state_dict["best"]
+        self.best, self.row = state_dict["best"], state_dict.get("row", {})
 
 
 class StopBetweenSteps(Callback):

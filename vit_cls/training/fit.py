@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, DivergedError, RunError
-from vit_cls.files import write_text
+from vit_cls.files import sweep, write_text
 from vit_cls.locks import LOCK, alone_in
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options
@@ -114,6 +114,9 @@ def _fit(
     option = "run_dir" if options.resume in (None, "auto") else "resume"
     with alone_in(folder.path if first else None, option):
         resuming = is_resumed(folder, options.resume, first_process=first)  # nobody else can take it now
+        if first:
+            for place in (folder.path, folder.checkpoint_dir):
+                sweep(place)
         return _train(options, data, arguments, config_yaml, command, folder, resuming=resuming)
 
 
@@ -183,6 +186,8 @@ def _train(
         with lightnings_refusals(), memory, recorded_skips(task, record), attention:
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
+        if take_up.is_over and trainer.is_global_zero:
+            folder.write_history(result.history)
         if not take_up.is_over:
             end_logging(loggers, told, result.top1)
     shown = ("folder", "history", "kept")
@@ -266,7 +271,7 @@ def _run_folder(
         yield
     except BaseException as error:
         diverged = isinstance(error, DivergedError)
-        if folder.last_checkpoint.exists() or not new or diverged:
+        if folder.has_checkpoint or folder.model_file.exists() or not new or diverged:
             status = "diverged" if diverged else "failed" if stop.signum is None else "interrupted"
             folder.write_record({**record, "status": status, "finished": now()})
         else:
@@ -275,6 +280,6 @@ def _run_folder(
 
 
 def _how_to_go_on(folder: RunFolder) -> str:
-    if folder.last_checkpoint.exists():
+    if folder.has_checkpoint:
         return f"continue with --resume {folder.path}{import_options()}"
-    return "no epoch was complete, so nothing is kept"
+    return "no step was complete, so nothing is kept"

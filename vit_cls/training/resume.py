@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.weights.digest import RUN_KEY as POSITION_KEY
 
 log = logging.getLogger("vit_cls")
 
-POSITION_KEY = "vit_cls_position"
 LIMITS = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 """Arguments of the Trainer that say when a run is over."""
 

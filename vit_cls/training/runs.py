@@ -20,10 +20,11 @@ from vit_cls import formatting as fmt
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.environment import environment
 from vit_cls.errors import ConfigError, RunError
-from vit_cls.files import write_text
+from vit_cls.files import TEMPORARY, write_text
 from vit_cls.locks import is_lock
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options, imported, not_imported
+from vit_cls.training.checkpoint_io import BEST, LAST, has_checkpoint
 from vit_cls.training.launch import is_first_process
 from vit_cls.training.losses import is_smoothed
 from vit_cls.training.optim import lr_table, optimizer_groups
@@ -67,12 +68,12 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> Path:
         """The training state after the last complete epoch."""
-        return self.checkpoint_dir / "last.ckpt"
+        return self.checkpoint_dir / LAST
 
     @property
     def best_checkpoint(self) -> Path:
         """The training state after the best epoch."""
-        return self.checkpoint_dir / "best.ckpt"
+        return self.checkpoint_dir / BEST
 
     @property
     def model_file(self) -> Path:
@@ -87,7 +88,14 @@ class RunFolder:
     @property
     def is_taken(self) -> bool:
         """Whether it holds anything but the lock of a run that begins."""
-        return self.path.is_dir() and not all(map(is_lock, self.path.iterdir()))
+        return self.path.is_dir() and not all(
+            is_lock(path) or path.name.endswith(TEMPORARY) for path in self.path.iterdir()
+        )
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to go on from."""
+        return has_checkpoint(self.checkpoint_dir)
 
     def clear(self) -> None:
         """Take away what is in it, but for the lock of the run that does so."""
@@ -158,22 +166,22 @@ def is_resumed(folder: RunFolder, resume: str | None, *, first_process: bool = T
         RunError: If the folder is taken, or there is nothing to resume.
     """
     if resume not in (None, "auto"):
-        if not folder.last_checkpoint.is_file():
+        if not folder.has_checkpoint:
             raise RunError(
                 f"resume {resume}: there is no {folder.last_checkpoint}. A run can be resumed once it has "
-                "finished an epoch; to begin one again use --run_dir FOLDER --resume auto."
+                "made a step; to begin one again use --run_dir FOLDER --resume auto."
             )
         return True
     if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"run_dir {folder.path} is a file. Give a new folder.")
-    if resume == "auto" and folder.last_checkpoint.is_file():
+    if resume == "auto" and folder.has_checkpoint:
         return True
     if not (first_process and folder.is_taken):
         return False
     begun = folder.record_file.is_file()
-    if begun and resume is None and not folder.last_checkpoint.is_file():
+    if begun and resume is None and not folder.has_checkpoint:
         raise RunError(
-            f"run_dir {folder.path} holds a run without a finished epoch. Begin it again with --resume auto, "
+            f"run_dir {folder.path} holds a run without a finished step. Begin it again with --resume auto, "
             "or give a new folder."
         )
     if not (resume == "auto" and begun):

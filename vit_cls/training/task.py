@@ -376,7 +376,7 @@ class ClassificationTask(LightningModule):
             ModelFileError: If the file is missing, damaged, or not of this task.
         """
         classifier = load_classifier(checkpoint_path, which=RAW)
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)  # checked just before
         given = checkpoint.get("hyper_parameters", {})
         optim = {f.name: given[f.name] for f in dataclasses.fields(OptimOptions) if f.name in given}
         mix = {f.name: given[f.name] for f in dataclasses.fields(MixOptions) if f.name in given}

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateMonitor, ProgressBar
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -32,6 +32,7 @@ from vit_cls.checks import check_finite, check_range
 from vit_cls.environment import unusable_gpu
 from vit_cls.errors import ConfigError, RunError, did_you_mean
 from vit_cls.inference import BF16, FP16, FP32, reduced_precision
+from vit_cls.training.checkpoint_io import RunCheckpointIO
 from vit_cls.training.launch import environment_of
 from vit_cls.training.options import FitOptions
 from vit_cls.training.progress import RunProgressBar
@@ -163,6 +164,8 @@ def make_trainer(
         )
     with lightnings_refusals():
         trainer = Trainer(**arguments)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
+        trainer.strategy.checkpoint_io = RunCheckpointIO()
     rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     if not _is_supported(trainer.strategy):
         refuse_strategy(type(trainer.strategy).__name__)

@@ -19,9 +19,12 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.weights.architecture import architecture_from_dict, build_model, check_shapes
 from vit_cls.weights.archives import check_archive, check_pickle, check_tensors
+from vit_cls.weights.digest import DIGEST_KEY, check_seal, check_tensors_of, tensor_digests
 from vit_cls.weights.metadata import check_metadata, parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Files have digests of what they hold since 2."""
+SEALED_SINCE = 2
 METADATA_KEY = "vit_cls"
 MODEL_FILE = "model.safetensors"
 CHECKPOINT_KEY = "vit_cls_metadata"
@@ -48,7 +51,9 @@ def save_classifier(
     tensors = {name: tensor.detach().contiguous() for name, tensor in classifier.model.state_dict().items()}
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+            text = json.dumps(metadata, sort_keys=True)
+            digests = tensor_digests(tensors, text)
+            save_file(tensors, temporary, metadata={METADATA_KEY: text, DIGEST_KEY: digests})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
     return path
@@ -128,7 +133,13 @@ def read_own_file(
     if not weights:
         return metadata, {}
     with safe_open(path, framework="pt") as file:
-        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Copies lie where torch's own tensors do. Those of the file lie wherever its header ends, and may be
+        # computed with by other instructions, whose results differ in the last bit.
+        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        texts = file.metadata()
+    if DIGEST_KEY in texts or metadata["format_version"] >= SEALED_SINCE:
+        check_tensors_of(state, texts[METADATA_KEY], texts.get(DIGEST_KEY), path)
+    return metadata, state
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -145,6 +156,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             f"alone): {str(error).splitlines()[0] if str(error) else type(error).__name__}."
         ) from error
     check_tensors(checkpoint["state_dict"], path)
+    check_seal(checkpoint, path)
     return checkpoint
 
 
