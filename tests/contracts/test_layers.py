@@ -24,6 +24,7 @@ BASE = {
     "signals",
     "workers",
     "own_code",
+    "verification",
 }
 ORDER: tuple[set[str], ...] = (
     BASE,

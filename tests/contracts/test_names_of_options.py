@@ -27,7 +27,7 @@ VERBS = (compare, doctor, evaluate, export, fit, models, predict, probe, study, 
 QUESTIONS = {probe: PROBES, study: STUDIES}
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*(?:\.[a-z_]+)*)")
 KEY = re.compile(r"(?<![\w./-])((?:data|model|optim|trainer)\.[a-z]\w*(?:\.\w+)*)(?![\w(/])")
-WITHOUT_PARSER = {"json", "debug", "import", "help", "version", "print_config"}
+WITHOUT_PARSER = {"json", "debug", "no_verify", "import", "help", "version", "print_config"}
 """What every verb takes before its parser sees the words, and what parsers have of their own."""
 NO_OPTIONS = {"model.safetensors", "data.pkl", "key"}
 """Files, and the word that stands for any key."""

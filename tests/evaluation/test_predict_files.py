@@ -275,7 +275,7 @@ def test_a_full_disk_keeps_the_rows_and_says_so(image_root, tmp_path, monkeypatc
     chunks = itertools.count()
 
     def fsync_until_full(descriptor):
-        if next(chunks) > 2:  # the facts, and two chunks
+        if next(chunks) > 5:  # the facts, and two chunks, each a file and its folder
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 

@@ -66,7 +66,7 @@ def metadata_of(path) -> dict:
 
 def with_changes(path, changes) -> str:
     """The same file, with values of its metadata changed; a dotted key reaches into a part."""
-    metadata = metadata_of(path)
+    metadata = metadata_of(path) | {"format_version": 1}  # of a time without digests
     for key, value in changes.items():
         *parts, last = key.split(".")
         place = metadata
