@@ -269,6 +269,29 @@ def test_a_part_is_not_continued_with_what_does_not_fit(image_root, tmp_path):
     assert {path.name: path.read_bytes() for path in part.iterdir()} == before
 
 
+def test_a_flipped_bit_in_a_part_is_told_and_its_rows_are_made_again(
+    image_root, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(files, "CHUNK_ROWS", 4)
+    classifier, paths, draws = tiny_classifier(THREE), _paths(image_root), random.Random(0)
+    _predict_into(tmp_path / "whole", classifier, paths)
+    with pytest.raises(Stopped):
+        _predict_into(tmp_path / "parts", classifier, paths, stop_after=4)
+    for number in range(8):
+        folder = tmp_path / f"parts_{number}"
+        shutil.copytree(tmp_path / "parts", folder)
+        chunk = draws.choice(sorted(folder.glob(".predictions.csv.part/0*")))
+        content = bytearray(chunk.read_bytes())
+        content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+        chunk.write_bytes(content)
+        caplog.clear()
+        saved = _predict_into(folder, classifier, paths, resume=True)
+        assert saved.resumed == 4 * int(chunk.name)
+        assert f"{chunk.name} is damaged" in caplog.text
+        whole = (tmp_path / "whole/predictions.csv").read_bytes()
+        assert (folder / "predictions.csv").read_bytes() == whole
+
+
 def test_a_full_disk_keeps_the_rows_and_says_so(image_root, tmp_path, monkeypatch):
     classifier, paths, fsync = tiny_classifier(THREE), _paths(image_root), os.fsync
     monkeypatch.setattr(files, "CHUNK_ROWS", 4)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from vit_cls.errors import ConfigError, DataError, VitClsError
 from vit_cls.evaluation.row_formats import FORMATS, Value, write_parquet
 from vit_cls.files import replacing, write_text
 from vit_cls.signals import StopSignals
+
+log = logging.getLogger("vit_cls")
 
 RowBatch = tuple[Sequence[Mapping[str, Value]], np.ndarray | None]
 """Rows of one batch by column, and their features, float32, where those are wanted."""
@@ -65,16 +68,45 @@ class _Chunk:
         self._paths.update("".join(f"{path}\0" for path in paths).encode("utf-8", "surrogateescape"))
 
     def header(self) -> dict[str, Any]:
-        """What its first line says."""
+        """What its first line says, less the digest."""
         counts = {"rows": self.rows, "failed": self.failed, "text": len(self.text)}
         return {**counts, "paths": self._paths.hexdigest()}
+
+    def save(self, path: Path) -> None:
+        """Write the chunk, with a digest of all that it holds."""
+        header = self.header()
+        digest = _digest_of(header)
+        digest.update(self.text)
+        digest.update(self.features)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(json.dumps({**header, "sha256": digest.hexdigest()}).encode() + b"\n")
+            file.write(self.text)
+            file.write(self.features)
+
+
+def _digest_of(header: Mapping[str, Any]) -> Any:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+
+
+def _whole_header(chunk: BinaryIO) -> dict[str, Any] | None:
+    """The first line of a chunk; None where the chunk is not what was written."""
+    try:
+        header = dict(json.loads(chunk.readline()))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    told = header.pop("sha256", None)
+    digest = _digest_of(header)
+    while block := chunk.read(2**20):
+        digest.update(block)
+    return header if told == digest.hexdigest() else None
 
 
 class RowFile:
     """A table whose rows are kept as complete chunks in a hidden folder beside it, until all are there.
 
     A chunk is one file: a line of JSON (how many rows, how many of failures, a digest of their paths, how
-    many bytes of text), the lines of the table, the features. A run that is resumed counts them and goes on.
+    many bytes of text, a digest of all), the lines of the table, the features. A run that is resumed counts
+    them and goes on; where one is damaged, from there.
 
     Args:
         folder: Where the table goes; is made when the first chunk is.
@@ -120,7 +152,7 @@ class RowFile:
         """Count the chunks, and skip their paths; DataError if those, model or options are not the same."""
         try:
             before = dict(json.loads(self.facts.read_text()))
-            headers = [json.loads(chunk.readline()) for chunk in self._read_chunks()]
+            headers = list(map(_whole_header, self._read_chunks()))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"--resume: {self.part} is damaged ({error}). Delete it to start anew."
@@ -131,6 +163,9 @@ class RowFile:
                 "command that was interrupted, or delete the folder to start anew."
             )
         for header in headers:
+            if header is None:
+                self._drop_from(self._chunks, len(headers))
+                return
             given = _Chunk()
             given.add_paths(itertools.islice(paths, header["rows"]))
             if given.header()["paths"] != header["paths"]:
@@ -140,6 +175,12 @@ class RowFile:
                     "folder to start anew."
                 )
             self._count(header)
+
+    def _drop_from(self, first: int, chunks: int) -> None:
+        """Take chunks away, to be made again."""
+        log.warning(f"--resume: {self._chunk(first)} is damaged: rows from {self.rows + 1} on are made again")
+        for number in range(first, chunks):
+            self._chunk(number).unlink()
 
     def append(self, records: Sequence[Mapping[str, Value]], features: np.ndarray | None) -> None:
         """Add rows; they are on the disk when the chunk is full, the very first ones at once."""
@@ -163,10 +204,7 @@ class RowFile:
         chunk = self._pending
         if not chunk.rows:
             return
-        with replacing(self._chunk(self._chunks)) as temporary, temporary.open("wb") as file:
-            file.write(json.dumps(chunk.header()).encode() + b"\n")
-            file.write(chunk.text)
-            file.write(chunk.features)
+        chunk.save(self._chunk(self._chunks))
         self._pending = _Chunk()
         self._count(chunk.header())
 

@@ -21,6 +21,7 @@ from vit_cls.weights.architecture import architecture_from_dict, build_model, ch
 from vit_cls.weights.archives import check_archive, check_pickle, check_tensors
 from vit_cls.weights.digest import DIGEST_KEY, check_seal, check_tensors_of, tensor_digests
 from vit_cls.weights.metadata import check_metadata, parse_json
+from vit_cls.weights.tensor_files import check_weights_file
 
 FORMAT_VERSION = 2
 """Files have digests of what they hold since 2."""
@@ -97,7 +98,10 @@ def model_file(path: Path) -> Path:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is one that `save_classifier` wrote, or a checkpoint of ours; a damaged one is not."""
+    """Whether a file is one that `save_classifier` wrote, or a checkpoint of ours; a damaged one is not.
+
+    ModelFileError for a safetensors file that is damaged: nobody can tell whose it was.
+    """
     if path.suffix == ".ckpt":
         try:
             _read_checkpoint(path)
@@ -107,8 +111,14 @@ def is_own_file(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return METADATA_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    except (SafetensorError, OSError) as error:
+        if path.suffix != ".safetensors" or not path.is_file():
+            return False
+        check_weights_file(path)
+        raise ModelFileError(
+            f"{path} is damaged (cut short?) or no safetensors file: {error}. Copy or download it again; a "
+            "run writes its model anew when it is resumed."
+        ) from error
 
 
 def read_own_file(
