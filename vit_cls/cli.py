@@ -11,7 +11,7 @@ from vit_cls import __version__
 from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 from vit_cls.own_code import import_modules, take_imports
-from vit_cls.signals import Stopped, StopSignals
+from vit_cls.signals import Stopped, StopSignals, held
 from vit_cls.verification import VERIFY
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before. Its `run` takes
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb, of the words after ``vit-cls``; None takes the process's own.
 
     Returns:
-        The exit code: 0 done, 1 the answer is bad, 2 the request is wrong, 130 or 143 after a signal.
+        The exit code: 0 done, 1 the answer is bad, 2 the request is wrong, 128 + n after signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -64,10 +64,17 @@ def main(argv: list[str] | None = None) -> int:
         # Whatever a library prints on the way is not the result, unless it is what was asked for.
         asked = any(word in ("-h", "--help") or word.startswith("--print_config") for word in rest)
         stdout = contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr)
-        with StopSignals(), stdout:
-            rest, modules = take_imports(rest)
-            import_modules(modules)  # before the verb has its parser: their names are known to it
-            outcome: Outcome = importlib.import_module(COMMANDS[verb][1]).run(rest)
+        with StopSignals(is_program=argv is None):
+            with stdout:
+                rest, modules = take_imports(rest)
+                import_modules(modules)  # before the verb has its parser: their names are known to it
+                with held():  # an import that is cut off may end the process
+                    module = importlib.import_module(COMMANDS[verb][1])
+                outcome: Outcome = module.run(rest)
+            with held("all was done by then"):
+                outcome.print(sys.stdout, as_json=as_json)
+                sys.stdout.flush()
+            return outcome.code
     except VitClsError as error:
         if debug:
             raise
@@ -75,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + error.signum if isinstance(error, Stopped) else error.exit_code
     except BrokenPipeError:
         return 0
-    outcome.print(sys.stdout, as_json=as_json)
-    return outcome.code
 
 
 def _help() -> str:
@@ -88,5 +93,5 @@ def _help() -> str:
         "  vit-cls VERB --help   the options of a verb\n"
         "  vit-cls --version\n\n"
         f"{EVERYWHERE}.\n"
-        "exit: 0 done; 1 the answer is bad; 2 the request is wrong; 130 or 143 after a signal"
+        "exit: 0 done; 1 the answer is bad; 2 the request is wrong; 128 + n after signal n, such as 143"
     )

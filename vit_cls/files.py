@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vit_cls.errors import ConfigError
+from vit_cls.signals import held
 
 TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
@@ -19,9 +20,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, and move it there when it is complete and on the disk.
 
     Yields:
-        Where to write it. If the block raises, the file there goes away and ``path`` stays as it was.
+        Where to write it. If the block raises, the file there goes away and ``path`` stays as it was. A
+        signal waits until the file is there.
     """
-    path = Path(path)
+    with held(), _replacing(Path(path)) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=TEMPORARY)
     os.close(handle)
     temporary = Path(name)

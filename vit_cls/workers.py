@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from vit_cls.checks import check_range
 from vit_cls.environment import cpu_count
 from vit_cls.errors import RunError
 from vit_cls.own_code import import_modules, imported
-from vit_cls.signals import Stopped
+from vit_cls.signals import Stopped, leave_signals_to_parent, starting_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,7 +56,9 @@ class WorkerPool(ProcessPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Have a function of a module called in a process; one that raises `Stopped` ends its process."""
-        with _interrupts_held():
+        with starting_processes():
+            resource_tracker.ensure_running()  # which lets SIGINT and SIGTERM through again
+        with starting_processes(heard=(signal.SIGTERM,)):
             return super().submit(_leave_when_stopped, function, *args, **kwargs)
 
     def __exit__(
@@ -148,28 +149,6 @@ def _apply(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Re
     return [function(item) for item in items]
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let SIGINT wait until the end of the block; processes that begin in it never see any.
-
-    SIGTERM waits too, in Python: half a start leaves a process that complains of it. Blocked, it would not
-    end what begins here.
-    """
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    term = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if term is None else term)
-        if came:
-            signal.raise_signal(signal.SIGTERM)
-
-
 def _leave_when_stopped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """It must not ask for more work: the lock on the queue may be held by one that has just been killed."""
     try:
@@ -189,7 +168,7 @@ def _end(processes: set[BaseProcess]) -> None:
 
 def _start(cores: int, start: Callable[[], object] | None, modules: list[str]) -> None:
     os.environ["LOKY_MAX_CPU_COUNT"] = str(cores)  # what `cpu_count` heeds
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where signals cannot be held
+    leave_signals_to_parent(heard=(signal.SIGTERM,))
     sys.stdout = sys.stderr  # the parent's stdout is for its result
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     threading.Thread(target=_leave_with_parent, daemon=True).start()

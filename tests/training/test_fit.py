@@ -17,7 +17,7 @@ import vit_cls
 from tests.training.runs import fit_tiny, record_of, rows_of, same_weights, weights_of
 from vit_cls.errors import ConfigError, DataError, RunError, VitClsError
 from vit_cls.model.token_model import TokenModel
-from vit_cls.signals import Stopped
+from vit_cls.signals import SIGNALS, Stopped, StopSignals
 from vit_cls.training import callbacks
 from vit_cls.weights.bundle import read_metadata
 
@@ -273,6 +273,18 @@ def test_signals_are_given_back_after_a_run(image_root, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     fit_tiny(image_root, tmp_path / "run", epochs=1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+class _HandlersAtStart(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        self.handlers = [getattr(signal.getsignal(number), "__self__", None) for number in SIGNALS]
+
+
+def test_lightnings_own_handlers_are_not_there(image_root, tmp_path):
+    """In Slurm they would save in the middle of a step, and requeue."""
+    seen = _HandlersAtStart()
+    fit_tiny(image_root, tmp_path / "run", epochs=1, trainer={"callbacks": [seen]})
+    assert [type(owner) for owner in seen.handlers] == [StopSignals] * len(SIGNALS)
 
 
 def test_resume_auto_begins_a_new_run_and_continues_a_begun_one(image_root, tmp_path):

@@ -10,6 +10,7 @@ from vit_cls.commands.fit_parser import FitCLI
 from vit_cls.commands.outcome import Outcome
 from vit_cls.own_code import import_options
 from vit_cls.reports.folder import write_folder
+from vit_cls.signals import held
 from vit_cls.training.fit import fit
 from vit_cls.training.launch import is_first_process
 from vit_cls.training.runs import RunFolder, check_imports
@@ -28,8 +29,9 @@ def run(words: list[str]) -> Outcome:
         return Outcome({}, (), silent=True)
     if not result.kept:
         return Outcome.of(result, {})
-    record = result.folder.read_record()
-    write_folder(result.folder.path, result, record=record, option="--run_dir")
+    with held(f"the run is complete in {result.folder.path}"):
+        record = result.folder.read_record()
+        write_folder(result.folder.path, result, record=record, option="--run_dir")
     return Outcome.of(result, {})
 
 

@@ -205,7 +205,7 @@ def _begin_worker(worker_id: int) -> None:
 
     Python would print a traceback and drop the batch, for which the main process then waits for ever.
     """
-    leave_signals_to_parent(worker_id)
+    leave_signals_to_parent()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
         lambda error, batch: os._exit(NOT_HANDED_OVER)
     )

@@ -20,6 +20,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vit_cls.environment import shared_memory
 from vit_cls.errors import RunError
+from vit_cls.signals import starting_processes
 
 NAMED = 8
 """Files of a batch that are named."""
@@ -52,7 +53,8 @@ class WatchedLoader(DataLoader[Any]):
         if not self.num_workers:
             return super()._get_iterator()
         try:
-            return _Batches(self)
+            with starting_processes():
+                return _Batches(self)
         except OSError as error:
             raise RunError(
                 f"the loading processes cannot be started ({error.strerror or error}){_room()}. Use fewer "

@@ -302,7 +302,7 @@ class StopBetweenSteps(Callback):
         self.checkpoint = checkpoint
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on signals wait for the end of the step; Lightning put its own handler in between."""
+        """From here on signals wait for the end of the step, and after the last one for that of the run."""
         self.signals.waits = True
         self.signals.listen()
 
@@ -336,7 +336,3 @@ class StopBetweenSteps(Callback):
     def _stop(self, trainer: Trainer) -> None:
         self.checkpoint.save_last(trainer)
         self.signals.check()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No step is left to wait for."""
-        self.signals.waits = False

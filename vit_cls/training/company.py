@@ -30,7 +30,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from vit_cls.data.datamodule import FROM_ANY_PROCESS
 from vit_cls.errors import ConfigError, RunError, VitClsError
-from vit_cls.signals import SIGNALS, Stopped
+from vit_cls.signals import SIGNALS, Stopped, watched
 from vit_cls.training.launch import is_first_process
 
 log = logging.getLogger("vit_cls")
@@ -250,6 +250,7 @@ class Company(_SubprocessScriptLauncher):
             end.setblocking(False)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._signals[0].fileno(), warn_on_full_buffer=False)
+            watched(True)
         threading.Thread(target=self._look, daemon=True, name="company").start()
 
     def _look(self) -> None:
@@ -291,6 +292,7 @@ class Company(_SubprocessScriptLauncher):
             self._over.set()
             if self._store is not None and threading.current_thread() is threading.main_thread():
                 signal.set_wakeup_fd(-1)
+                watched(False)
 
     def end_children(self, patience: float) -> None:
         """Wait so many seconds for the processes that this one started, then kill them."""

@@ -81,7 +81,7 @@ def fit(
     Raises:
         VitClsError: If the request cannot be carried out. Before the first epoch is complete nothing is
             left behind.
-        Stopped: If SIGINT or SIGTERM came; complete epochs are kept.
+        Stopped: If a signal came; the step was finished and is kept.
     """
     quiet_lightning()
     arguments = with_defaults(trainer_options or {})
@@ -190,12 +190,12 @@ def _train(
             folder.write_history(result.history)
         if not take_up.is_over:
             end_logging(loggers, told, result.top1)
-    shown = ("folder", "history", "kept")
-    summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in shown}
-    if trainer.is_global_zero:
-        record["optim"]["peak_lr"] = task.lr  # LearningRateFinder may have set it
-        record["data"]["bad_images"] = data.bad_images
-        folder.write_record({**record, "status": "finished", "finished": now(), "result": summary})
+        shown = ("folder", "history", "kept")
+        summary = {k: v for k, v in dataclasses.asdict(result).items() if k not in shown}
+        if trainer.is_global_zero:
+            record["optim"]["peak_lr"] = task.lr  # LearningRateFinder may have set it
+            record["data"]["bad_images"] = data.bad_images
+            folder.write_record({**record, "status": "finished", "finished": now(), "result": summary})
     return result
 
 

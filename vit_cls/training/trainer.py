@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     XLAStrategy,
 )
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -166,10 +167,18 @@ def make_trainer(
         trainer = Trainer(**arguments)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
         trainer.strategy.checkpoint_io = RunCheckpointIO()
+    trainer._signal_connector = _NoSignals(trainer)
     rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     if not _is_supported(trainer.strategy):
         refuse_strategy(type(trainer.strategy).__name__)
     return trainer
+
+
+class _NoSignals(_SignalConnector):
+    """Signals are `StopSignals`' own: Lightning's handlers save within a step, and requeue in Slurm."""
+
+    def register_signal_handlers(self) -> None:
+        """None."""
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
