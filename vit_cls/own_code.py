@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -76,6 +77,14 @@ def import_modules(words: Iterable[str]) -> None:
 def imported() -> dict[str, str]:
     """What was given to ``--import``, as it was written, and the name of the module that it is."""
     return dict(_IMPORTED)
+
+
+def imported_files() -> dict[str, str]:
+    """A digest of the file of each module that was given to ``--import``, by the word."""
+    files = {word: getattr(sys.modules.get(module), "__file__", None) for word, module in _IMPORTED.items()}
+    return {
+        word: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32] for word, file in files.items() if file
+    }
 
 
 def import_options(words: Iterable[str] | None = None) -> str:

@@ -29,7 +29,12 @@ def test_a_run_leaves_the_folder_that_is_promised(image_root, tmp_path):
     folder = tmp_path / "run"
     found = "checkpoints config.yaml metrics.csv model.safetensors run.json tensorboard"
     assert " ".join(sorted(os.listdir(folder))) == found
-    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert sorted(os.listdir(folder / "checkpoints")) == [
+        "best.ckpt",
+        "files.npz",
+        "last.ckpt",
+        "previous.ckpt",
+    ]
     assert any(name.startswith("events.out") for name in os.listdir(folder / "tensorboard"))
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]

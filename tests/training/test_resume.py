@@ -23,6 +23,8 @@ from vit_cls.training.options import OptimOptions
 from vit_cls.training.task import ClassificationTask
 
 EPOCHS, EVERYTHING = 3, os.environ.get("EVERY_STOP") == "1"
+OWN = ("/loops", "/vit_cls_digest", "/vit_cls_run_id")
+"""Of a checkpoint, what counts the parts of a run or is of this one alone."""
 TIMES = {"seconds", "train_images_per_second", "data_wait", "waited", "validated_for"}
 
 PLAIN = {}, {}
@@ -71,7 +73,7 @@ def _state(folder: Path) -> dict[str, object]:
     return {
         path: value
         for path, value in found.items()
-        if path.rsplit("/", 1)[-1] not in TIMES and not path.startswith(("/loops", "/vit_cls_digest"))
+        if path.rsplit("/", 1)[-1] not in TIMES and not path.startswith(OWN)
     }
 
 

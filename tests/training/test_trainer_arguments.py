@@ -255,7 +255,8 @@ def test_the_users_own_bar_is_the_only_one_and_lightnings_callbacks_go_on_after_
     result = fit_tiny(image_root, folder, trainer={"callbacks": callbacks()}, resume="auto")
     assert [row["epoch"] for row in result.history] == [0, 1]
     assert "Epoch 1: 100%" in capsys.readouterr().out
-    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    names = ["best.ckpt", "files.npz", "last.ckpt", "previous.ckpt"]
+    assert sorted(os.listdir(folder / "checkpoints")) == names
     assert (folder / "tensorboard/checkpoints/last.ckpt").is_file()
 
 

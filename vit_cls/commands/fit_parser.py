@@ -15,7 +15,10 @@ from vit_cls.training.options import FitOptions, ModelOptions, OptimOptions
 from vit_cls.training.task import ClassificationTask
 from vit_cls.training.trainer import SHARDED, TRAINER_DEFAULTS, refuse_strategy
 
-FIT_KEYS = ("seed", "run_dir", "resume", "early_stopping_patience", "compile", "metrics", "logger")
+FIT_KEYS = (
+    *("seed", "run_dir", "resume", "resume_changes", "early_stopping_patience", "compile", "metrics"),
+    "logger",
+)
 TRUST_HELP = "resume a run whose configuration names classes other than Lightning's, docs/training.md"
 
 
@@ -82,6 +85,6 @@ class FitCLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration, in a form that ``--config`` takes back, for this run or another."""
         config = self.config.clone()
-        for key in ("config", "run_dir", "resume", "trust_config"):
+        for key in ("config", "run_dir", "resume", "resume_changes", "trust_config"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.data.file_digests import FileDigests
 from vit_cls.errors import ConfigError, DivergedError, RunError
 from vit_cls.files import sweep, write_text
 from vit_cls.locks import LOCK, alone_in
@@ -25,6 +28,7 @@ from vit_cls.training.company import first_process_speaks, one_voice
 from vit_cls.training.determinism import deterministic_attention, numerics, warn_of_threads
 from vit_cls.training.failures import named_failures
 from vit_cls.training.guards import recorded_skips
+from vit_cls.training.identity import check_same_run, run_identity
 from vit_cls.training.launch import is_first_process, take_place
 from vit_cls.training.length import make_schedule_of, run_length
 from vit_cls.training.loggers import begin_logging, end_logging, make_loggers
@@ -36,11 +40,9 @@ from vit_cls.training.runs import (
     announce_run,
     announce_weights,
     check_imports,
-    check_same_run,
     choose_folder,
     is_resumed,
     now,
-    run_identity,
     run_record,
 )
 from vit_cls.training.settings import flat, run_settings, settings_yaml
@@ -139,7 +141,8 @@ def _train(
     torch.manual_seed(options.seed)
     states = RunCheckpoint(folder)
     epoch_log, stop = EpochLog(folder, states), StopSignals(lambda: _how_to_go_on(folder))
-    take_up = TakeUp(_limits(options, arguments))
+    before = folder.read_record() if resuming else {}
+    take_up = TakeUp(_limits(options, arguments), before.get("run_id") or secrets.token_hex(8))
     callbacks: list[Callback] = [epoch_log, take_up, states, StopBetweenSteps(stop, states)]
     trainer = make_trainer(options, arguments, folder=folder.path, loggers=loggers, callbacks=callbacks)
     _check_processes(options, trainer)
@@ -155,11 +158,15 @@ def _train(
         class_weights=_class_weights(options, data),
         seed=options.seed,
     )
-    identity = run_identity(options, data, classifier, schedule)
+    parts = {"train": data.train_source, "val": data.val_source}
+    files = FileDigests(parts, folder.files_file if resuming else None)
+    identity = run_identity(options, data, classifier, schedule, trainer, arguments, files.content)
     record = run_record(options, data, classifier, trainer, schedule, identity, command) | numerics(arguments)
+    record |= {"run_id": take_up.run_id, "segments": [*before.get("segments", []), take_up.segment]}
     if resuming:
-        before = folder.read_record()
-        check_same_run(before.get("identity", {}), identity, folder.path)
+        keys = _words(options.resume_changes)
+        changes = check_same_run(before.get("identity", {}), identity, folder.path, keys)
+        take_up.segment["changes"] = changes
         warn_of_threads(before)
         record["model"]["load_report"] = before.get("model", {}).get("load_report")
         record["imports"] = {**before.get("imports", {}), **record["imports"]}
@@ -173,6 +180,9 @@ def _train(
     ):
         if trainer.is_global_zero:
             text = settings_yaml(settings) if config_yaml is None else config_yaml
+            if take_up.segment["changes"] and folder.config_file.is_file():  # what the steps until now had
+                kept = folder.config_file.with_name(f"config_{len(record['segments']) - 2}.yaml")
+                os.replace(folder.config_file, kept)
             write_text(folder.config_file, text)
         told = flat(settings) if arguments.get("enable_autolog_hparams", True) else {}
         begin_logging(loggers, told)
@@ -183,7 +193,8 @@ def _train(
             img_size=classifier.preprocess.img_size,
         )
         attention = deterministic_attention(arguments.get("deterministic"))
-        with lightnings_refusals(), memory, recorded_skips(task, record), attention:
+        digests = _kept_digests(files, folder, trainer)
+        with lightnings_refusals(), memory, recorded_skips(task, record), attention, digests:
             trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         result = result_of(folder, epoch_log.rows or folder.read_history())
         if take_up.is_over and trainer.is_global_zero:
@@ -204,6 +215,11 @@ def _stem(options: FitOptions) -> str:
     model = options.model
     name = model.name if model.name != AUTO else Path(str(model.pretrained)).stem
     return f"{name}_{model.pool_name.replace(':', '')}"
+
+
+def _words(given: Sequence[str] | str | None) -> list[str]:
+    words = given.split(",") if isinstance(given, str) else given or []
+    return [word.strip() for word in words if word.strip()]
 
 
 def _limits(options: FitOptions, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,12 +287,24 @@ def _run_folder(
         yield
     except BaseException as error:
         diverged = isinstance(error, DivergedError)
-        if folder.has_checkpoint or folder.model_file.exists() or not new or diverged:
+        has_model = folder.model_file.exists() and not isinstance(error, ConfigError)  # asked for wrongly
+        if folder.has_checkpoint or has_model or not new or diverged:
             status = "diverged" if diverged else "failed" if stop.signum is None else "interrupted"
             folder.write_record({**record, "status": status, "finished": now()})
         else:
             folder.clear()
         raise
+
+
+@contextmanager
+def _kept_digests(files: FileDigests, folder: RunFolder, trainer: Trainer) -> Iterator[None]:
+    """A run that is resumed need not read files again that have not changed."""
+    try:
+        yield
+    finally:
+        if trainer.is_global_zero and folder.has_checkpoint:
+            with suppress(OSError):
+                files.save(folder.files_file)
 
 
 def _how_to_go_on(folder: RunFolder) -> str:

@@ -250,6 +250,8 @@ class FitOptions:
         seed: Seed of weights, split, order and augmentation.
         run_dir: The run folder; null means ``runs/NAME_POOL_N`` with the first free N.
         resume: ``auto`` continues ``run_dir`` if it was begun; a run folder continues that one.
+        resume_changes: Keys that a resumed run changes on purpose, separated by commas, such as
+            ``optim.weight_decay,data.augment``; its record then says so.
         early_stopping_patience: Stop when ``val/acc1`` has not improved for this many epochs; null never.
         compile: Whether the encoder's blocks are compiled.
         metrics: More of each validation: ``f1`` and ``auroc``, means over the classes, or
@@ -266,6 +268,7 @@ class FitOptions:
     seed: int = 0
     run_dir: str | None = None
     resume: str | None = None
+    resume_changes: list[str] | str | None = None
     early_stopping_patience: int | None = None
     compile: bool = False
     metrics: list[str] | None = None

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_cls.data.datamodule import ImageDataModule
+from vit_cls.errors import RunError
 from vit_cls.weights.digest import RUN_KEY as POSITION_KEY
 
 log = logging.getLogger("vit_cls")
@@ -119,9 +120,13 @@ class TakeUp(Callback):
 
     Args:
         limits: When the run is over: those of `LIMITS`, the patience of early stopping, the user's callbacks.
+        run_id: Of the run, which its checkpoints have too.
     """
 
-    def __init__(self, limits: Mapping[str, Any]) -> None:
+    def __init__(self, limits: Mapping[str, Any], run_id: str) -> None:
+        self.run_id = run_id
+        self.segment: dict[str, Any] = {"epoch": 0, "batches": 0, "step": 0, "changes": {}}
+        """Where this part of the run begins, and what was changed there."""
         self.limits = {name: None if value is None else str(value) for name, value in limits.items()}
         self.resumed: Position | None = None
         self.is_over = False
@@ -135,16 +140,20 @@ class TakeUp(Callback):
         """Say where the run is."""
         position = position_of(trainer, validate=self._validation_due, limits=self.limits)
         checkpoint[POSITION_KEY] = dataclasses.asdict(position)
+        checkpoint[ID_KEY] = self.run_id
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Set the loops and the data to where the run was; Lightning reads their counters after this."""
+        _check_own(checkpoint, self.run_id)
         given = checkpoint.get(POSITION_KEY)
         position = _old_position(checkpoint) if given is None else Position(**given)
         if position.over and position.limits == self.limits:
             self.is_over = trainer.should_stop = True
         self.resumed = position
+        place = {"epoch": position.epoch, "batches": position.batches, "step": steps_of(checkpoint)}
+        self.segment |= place
         _set_counters(checkpoint, position)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ImageDataModule):
@@ -161,6 +170,7 @@ class TakeUp(Callback):
             return
         loop = trainer.fit_loop.epoch_loop
         _purge_loggers(trainer)
+        _follow_schedule(trainer)
         if position.batches == 0:  # with max_steps Lightning takes any resume for one within an epoch
             trainer.fit_loop._restarting = loop.restarting = False
             trainer.fit_loop.reset_restart_stage()
@@ -203,6 +213,43 @@ class TakeUp(Callback):
         loop.max_steps -= self._steps_added
         loop.batch_progress.is_last_batch = position.batches >= trainer.num_training_batches
         trainer.should_stop = self._stops
+
+
+ID_KEY = "vit_cls_run_id"
+
+
+def _check_own(checkpoint: Mapping[str, Any], run_id: str) -> None:
+    """Refuse (RunError) the state of another run, and one that cannot be trained on."""
+    if checkpoint.get(ID_KEY, run_id) != run_id:
+        raise RunError(
+            "the checkpoint is of another run than run.json beside it. Put the run's own back, or begin a "
+            "new run in another folder."
+        )
+    for name, tensor in checkpoint["state_dict"].items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RunError(
+                f"the checkpoint holds weights that are not finite ({name}): nothing can be trained from "
+                "there. Take an older one of the run, or begin a new run in another folder."
+            )
+
+
+def _follow_schedule(trainer: Trainer) -> None:
+    """Where the run was made longer, or its rates changed: begin with the rate of now, and say so."""
+    if not trainer.lr_scheduler_configs:
+        return
+    schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+    groups = schedule.optimizer.param_groups
+    step = schedule.last_epoch
+    rates = [b * rate(step) for b, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    told, now = groups[0]["lr"], rates[0]
+    if abs(told - now) <= 1e-6 * max(told, now):
+        return
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    if trainer.is_global_zero:
+        log.warning(
+            f"the learning rate goes from {told:.3g} to {now:.3g} here: the schedule is not that of before"
+        )
 
 
 def steps_of(checkpoint: Mapping[str, Any]) -> int:

@@ -76,6 +76,11 @@ class RunFolder:
         return self.checkpoint_dir / BEST
 
     @property
+    def files_file(self) -> Path:
+        """Digests of the single files of the data."""
+        return self.checkpoint_dir / "files.npz"
+
+    @property
     def model_file(self) -> Path:
         """The best model, for everything but resuming."""
         return self.path / MODEL_FILE
@@ -192,28 +197,6 @@ def is_resumed(folder: RunFolder, resume: str | None, *, first_process: bool = T
     return False
 
 
-BEFORE = {
-    "optim.name": "adamw",
-    "optim.loss": "cross_entropy",
-    "optim.ema_decay": None,
-    "optim.max_skipped_steps": 10,
-}
-"""What runs did before there was a setting for it: their records lack it."""
-
-
-def check_same_run(record: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse (RunError) to continue a run whose identity in ``run.json`` has changed; says in what."""
-    record = {**BEFORE, **record}
-    changed = [key for key in now if record.get(key) != now[key]]
-    if changed:
-        key = changed[0]
-        raise RunError(
-            f"the run in {folder} cannot be continued: {', '.join(changed)} changed "
-            f"(then {record.get(key)!r}, now {now[key]!r}). Restore what it was, or begin a new "
-            "run in another folder."
-        )
-
-
 def check_imports(folder: RunFolder) -> None:
     """Refuse (RunError) to continue a run without the own code that it was given; imports nothing."""
     missing = not_imported(folder.read_record().get("imports", {}))
@@ -226,23 +209,6 @@ def check_imports(folder: RunFolder) -> None:
 
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
-
-
-def run_identity(
-    options: FitOptions, data: ImageDataModule, classifier: ImageClassifier, schedule: Schedule
-) -> dict[str, Any]:
-    """What must not change between the parts of a resumed run."""
-    return {
-        "architecture": _plain(classifier.model.config.to_dict()),
-        "class_names": data.class_names,
-        "train_fingerprint": data.train_source.index.fingerprint(),
-        "val_fingerprint": data.val_source.index.fingerprint(),
-        "seed": options.seed,
-        "batch_size": data.batch_size,
-        "augment": data.augment,
-        **{f"optim.{key}": value for key, value in dataclasses.asdict(options.optim).items()},
-        "peak_lr": schedule.lr,
-    }
 
 
 def run_record(

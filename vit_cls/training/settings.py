@@ -15,7 +15,7 @@ from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.training.options import FitOptions
 from vit_cls.training.trainer import TRAINER_DEFAULTS
 
-NOT_REPEATED = ("run_dir", "resume")
+NOT_REPEATED = ("run_dir", "resume", "resume_changes")
 """Another run of the same settings has its own."""
 
 
