@@ -12,17 +12,21 @@ process and no temporary file, and, where it was to be stopped, keep what was do
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +117,13 @@ class Ended:
     err: str
     left: list[str] = field(default_factory=list)
 
-    def faults(self, codes: set[int], *, lines: int = 1) -> list[str]:
+    def faults(self, codes: Collection[int], *, ours: bool = False) -> list[str]:
         """What is not as documented."""
         said = [line for line in self.err.splitlines() if line.startswith("vit-cls: ")]
         wrong = [] if self.code in codes else [f"exit {self.code} and not {sorted(codes)}"]
-        wrong += [f"{len(said)} paragraphs: {said}"] if len(said) != lines and self.code else []
+        wrong += [f"{len(said)} paragraphs: {said}"] if len(said) != 1 and self.code not in (0, 1) else []
         wrong += ["a traceback"] if "Traceback" in self.err or "Exception ignored" in self.err else []
+        wrong += ["taken for a fault of ours"] if "fault of vit-cls" in self.err and not ours else []
         wrong += ["advice of torch"] if "weights_only" in self.err else []
         return wrong + [f"left: {name}" for name in self.left]
 
@@ -161,6 +166,7 @@ def run(words: tuple[str, ...], place: Path, before: Callable[[], object] = lamb
 
 def _be(words: tuple[str, ...], place: Path, logs: list[Path], before: Callable[[], object]) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the script runs under nohup
     os.chdir(place)
     for number, log in enumerate(logs, 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -202,8 +208,188 @@ def _is_gone(group: int, seconds: float = 8.0) -> bool:
 
 def temporary_files(place: Path) -> list[str]:
     """Files that belong to a write that did not come to its end."""
-    hidden = [path for path in place.rglob(".*") if path.is_file() and ".part" not in str(path)]
+    places = [place / name for name in ("run", "out", "cache")]
+    hidden = [
+        path for one in places for path in one.rglob(".*") if path.is_file() and ".part" not in str(path)
+    ]
     return [str(path.relative_to(place)) for path in hidden]
+
+
+@dataclass
+class Fault:
+    """What goes wrong, where, and how a verb must end then.
+
+    Args:
+        act: Does it, in the process itself.
+        phase: A key of `PHASES`; None is before everything.
+        codes: Exit codes that are documented for it.
+        words: Makes other words of a verb's, or the same where they do not suit.
+        goes_on: Whether a training that met it can be resumed when it is gone.
+    """
+
+    act: Callable[[], object]
+    phase: str | None = None
+    codes: frozenset[int] = frozenset({2})
+    words: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
+    goes_on: bool = True
+
+
+def fill(room: int = 0) -> None:
+    """Leave so many bytes on the disk of the working directory."""
+    with contextlib.suppress(OSError), open("filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with open("filler", "r+b") as file:
+        file.truncate(max(0, os.path.getsize("filler") - room))
+
+
+def limit(number: int, value: int) -> None:
+    """A limit on what the process may have."""
+    resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+
+
+def remount() -> None:
+    """Make the disk of the working directory read-only."""
+    subprocess.run(["mount", "-o", "remount,ro", os.getcwd()], check=True, capture_output=True)
+
+
+def take(name: str, *, to: str | None = None) -> None:
+    """Move a folder of the verb's output away, or delete it."""
+    for place in ("run", "out"):
+        path = Path(place, name)
+        if path.exists():
+            shutil.rmtree(path) if to is None else path.rename(to)
+
+
+def in_the_way() -> None:
+    """A folder where the checkpoint belongs."""
+    Path("run/checkpoints/last.ckpt/inside").mkdir(parents=True)
+
+
+def stream(number: int, path: str | None) -> None:
+    """Let a stream go to a file; None closes it, and `|` is a pipe that nobody reads."""
+    name = ("stdin", "stdout", "stderr")[number]
+    if path is None:
+        os.close(number)
+        setattr(sys, name, None)  # as Python finds it
+        return
+    if path == "|":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(path, os.O_RDWR)
+    os.dup2(writer, number)
+    os.close(writer)
+
+
+def tmpdir(path: str, *, full: bool = False, is_new: bool = False) -> None:
+    """Another folder for temporary files."""
+    os.environ["TMPDIR"] = os.path.abspath(path)
+    tempfile.tempdir = None
+    if full or is_new:
+        os.mkdir(path)
+    if full:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", path], check=True)
+        with contextlib.suppress(OSError):
+            Path(path, "filler").write_bytes(bytes(8192))
+
+
+def nobody() -> None:
+    """A user that the system does not know, without a home; all but the images is theirs."""
+    os.environ.pop("HOME", None)
+    os.environ.pop("XDG_CACHE_HOME", None)
+    for path in (".", "images", "model.safetensors"):
+        os.chown(path, 12345, 12345)
+    os.setgid(12345)
+    os.setuid(12345)
+
+
+def unreadable() -> None:
+    """A folder of images that this user may not open."""
+    os.chmod("images/train/a", 0)
+    os.chmod("images/test/a", 0)
+    nobody()
+
+
+def nested(depth: int = 3000) -> None:
+    """An image folder far down."""
+    here = os.getcwd()
+    os.chdir("images/test/a")
+    for _ in range(depth):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(here)
+
+
+def fail(error: BaseException) -> None:
+    """Raise it."""
+    raise error
+
+
+def other(option: str, value: str) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
+    """Other words, in which an option has another value."""
+
+    def change(words: tuple[str, ...]) -> tuple[str, ...]:
+        pairs = zip(("", *words), words, strict=False)
+        return tuple(value if before in option.split() else word for before, word in pairs)
+
+    return change
+
+
+NEED_ROOT = ("disk full", "read-only", "TMPDIR full", "no home", "unreadable")
+SOUND: dict[str, set[int]] = {"doctor": {1}, "predict to stdout": {0}, "verify": {0}}
+"""How verbs may end too: faults in a folder are an answer, and some write nothing, or little."""
+OUTPUT = "--output --run_dir"
+NOTHING = functools.partial(int, 0)
+EITHER = frozenset({0, 2})
+DONE = frozenset({0})
+FAULTS: dict[str, Fault] = {
+    "disk full": Fault(fill),
+    "disk full but for 12 kB": Fault(functools.partial(fill, 12_288)),
+    "disk full in a step": Fault(fill, "step"),
+    "disk full as a checkpoint is written": Fault(fill, "checkpoint is written"),
+    "disk full as the model file is written": Fault(fill, "model file is written"),
+    "disk full as the report is written": Fault(fill, "report is written"),
+    "disk full as an image is read": Fault(fill, "image is read", EITHER),
+    "files of at most 4 kB": Fault(functools.partial(limit, resource.RLIMIT_FSIZE, 4096), codes=EITHER),
+    "files of at most 100 bytes": Fault(functools.partial(limit, resource.RLIMIT_FSIZE, 100), codes=EITHER),
+    "30 open files": Fault(functools.partial(limit, resource.RLIMIT_NOFILE, 30), codes=EITHER),
+    "read-only": Fault(remount, goes_on=False, codes=EITHER),
+    "output deleted in a step": Fault(functools.partial(take, ""), "step", goes_on=False),
+    "output moved in a step": Fault(functools.partial(take, "", to="moved"), "step", goes_on=False),
+    "output deleted as an image is read": Fault(functools.partial(take, ""), "image is read", EITHER),
+    "output deleted as the report is written": Fault(
+        functools.partial(take, ""), "report is written", EITHER
+    ),
+    "checkpoints deleted in a step": Fault(functools.partial(take, "checkpoints"), "step", EITHER),
+    "checkpoints deleted in the validation": Fault(
+        functools.partial(take, "checkpoints"), "validation", EITHER
+    ),
+    "a folder as last.ckpt": Fault(in_the_way, "step", goes_on=False),
+    "TMPDIR missing": Fault(functools.partial(tmpdir, "none"), codes=DONE),
+    "TMPDIR full": Fault(functools.partial(tmpdir, "tmp", full=True), codes=EITHER),
+    "TMPDIR of 120 characters": Fault(functools.partial(tmpdir, "t" * 120, is_new=True), codes=EITHER),
+    "stdout full": Fault(functools.partial(stream, 1, "/dev/full")),
+    "stdout's reader gone": Fault(functools.partial(stream, 1, "|"), codes=DONE),
+    "stdout closed": Fault(functools.partial(stream, 1, None), codes=DONE),
+    "stderr full": Fault(functools.partial(stream, 2, "/dev/full"), codes=DONE),
+    "stderr's reader gone": Fault(functools.partial(stream, 2, "|"), codes=DONE),
+    "stderr closed": Fault(functools.partial(stream, 2, None), codes=DONE),
+    "stdin closed": Fault(functools.partial(stream, 0, None), codes=DONE),
+    "no home": Fault(nobody, codes=EITHER),
+    "unreadable folder": Fault(unreadable, codes=EITHER),
+    "folders nested by the thousand": Fault(nested, codes=EITHER),
+    "a name of 300 characters": Fault(NOTHING, words=other(OUTPUT, "n" * 300), goes_on=False),
+    "a path of 5,000 characters": Fault(NOTHING, words=other(OUTPUT, "n/" * 2500), goes_on=False),
+    "data with a name of 300 characters": Fault(
+        NOTHING, words=other("--data --data.root", "n" * 300), goes_on=False
+    ),
+    "a model with a name of 300 characters": Fault(NOTHING, words=other("--model", "n" * 300)),
+    "no memory in a step": Fault(lambda: fail(MemoryError()), "step"),
+    "no memory as an image is read": Fault(lambda: fail(MemoryError()), "image is read", EITHER),
+    "a fault of ours in a step": Fault(lambda: fail(KeyError("x")), "step"),
+    "a fault of ours in the report": Fault(lambda: fail(KeyError("x")), "report is written"),
+}
 
 
 class Cases:
@@ -230,10 +416,59 @@ class Cases:
         model = create_classifier("vit_pico_patch7_28", ["a", "b"], load_weights=False)
         save_classifier(model, self.sound / "model.safetensors")
 
-    def folder(self) -> Path:
-        """A new copy."""
+    def folder(self, *, is_disk: bool = False) -> Path:
+        """A new copy, on a disk of its own if asked for."""
         self.number += 1
-        return Path(shutil.copytree(self.sound, self.place / f"case_{self.number}"))
+        folder = self.place / f"case_{self.number}"
+        if is_disk:
+            folder.mkdir()
+            if os.geteuid() == 0:
+                mounted = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+                subprocess.run(mounted, check=False, capture_output=True)
+        return Path(shutil.copytree(self.sound, folder, dirs_exist_ok=True))
+
+    def fault(self, verb: str, name: str) -> dict[str, Any] | None:
+        """A verb that meets a fault; None where it does not."""
+        fault, folder = FAULTS[name], self.folder(is_disk=True)
+        if name.startswith(NEED_ROOT) and not os.path.ismount(folder):
+            return None
+        words = VERBS[verb]
+        if fault.words is not None and (words := fault.words(words)) == VERBS[verb]:
+            self.close(folder)
+            return None
+        reached = folder.with_suffix(".reached")
+
+        def disturb() -> None:
+            reached.touch()
+            fault.act()
+
+        def before() -> None:
+            if fault.phase is not None:
+                at(*PHASES[fault.phase], disturb)
+                return
+            disturb()
+
+        ended = run(words, folder, before)
+        if not reached.exists():
+            self.close(folder)
+            return None
+        codes_of_verb = fault.codes | SOUND.get(verb, set())
+        wrong = ended.faults(codes_of_verb, ours=name.startswith("a fault of ours"))
+        with contextlib.suppress(OSError):
+            (folder / "filler").unlink()
+        wrong += [f"left: {path}" for path in temporary_files(folder)]
+        codes = [ended.code]
+        if verb.startswith("fit") and fault.goes_on:
+            again = run((*VERBS[verb], "--resume", "auto"), folder)
+            codes.append(again.code)
+            wrong += [f"then {line}" for line in again.faults({0})]
+        told = {"verb": verb, "what": name, "codes": codes, "wrong": wrong, "said": _last(ended.err)}
+        self.close(folder)
+        return told
+
+    def close(self, folder: Path) -> None:
+        """Take its disk away."""
+        subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
 
     def signal(self, verb: str, phase: str, signum: int) -> dict[str, Any] | None:
         """A signal to the whole group in a phase; None where the verb does not come to the phase."""
@@ -264,6 +499,10 @@ def import_all() -> None:
     """What every process needs, so that forked ones need not."""
     from vit_cls.cli import COMMANDS
 
+    for name in ("popen_fork", "popen_spawn_posix", "resource_sharer", "resource_tracker"):
+        importlib.import_module(f"multiprocessing.{name}")
+    for name in ("unicode-escape", "ascii", "latin-1", "cp1252"):
+        codecs.lookup(name)  # another user may not read the interpreter's files
     for _, module in COMMANDS.values():
         importlib.import_module(module)
 
@@ -273,7 +512,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", choices=["signals"], help="one of the tables")
+    parser.add_argument("--kind", choices=["signals", "faults"], help="one of the tables")
     parser.add_argument("--only", default="", help="verbs, or cases `verb: what`, that begin so, by ;")
     parser.add_argument("--signals", default="INT,TERM,USR1,HUP")
     parser.add_argument("--output", type=Path, help="JSON record")
@@ -281,16 +520,19 @@ def main() -> int:
     torch.set_num_threads(1)
     import_all()
     place = Path(tempfile.mkdtemp(prefix="vit_cls_faults_"))
+    place.chmod(0o755)  # some cases are another user's
     cases, rounds = Cases(place), []
     names = [getattr(signal, f"SIG{name}") for name in given.signals.split(",")]
-    for verb in VERBS:
-        for phase in PHASES:
-            if not any(f"{verb}: {phase}".startswith(start) for start in given.only.split(";")):
-                continue
-            for signum in names:
-                found = cases.signal(verb, phase, signum)
-                if found is None:
-                    break
+    signals = [
+        (cases.signal, (verb, phase, signum)) for verb in VERBS for phase in PHASES for signum in names
+    ]
+    faults = [(cases.fault, (verb, name)) for verb in VERBS for name in FAULTS]
+    tables: dict[str, list[Any]] = {"signals": signals, "faults": faults}
+    for play, arguments in itertools.chain(*(tables[kind] for kind in tables if given.kind in (None, kind))):
+        title = ": ".join(arguments[:2])
+        if any(title.startswith(start) for start in given.only.split(";")):
+            found = play(*arguments)
+            if found is not None:
                 rounds.append(found)
                 print(json.dumps(found), flush=True)
     wrong = [case for case in rounds if case["wrong"]]

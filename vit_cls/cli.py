@@ -8,6 +8,7 @@ import logging
 import sys
 
 from vit_cls import __version__
+from vit_cls.boundary import ReaderGone, fault, paragraph, printing, sturdy_streams
 from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 from vit_cls.own_code import import_modules, take_imports
@@ -43,45 +44,57 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0 done, 1 the answer is bad, 2 the request is wrong, 128 + n after signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+    debug = "--debug" in words
+    with sturdy_streams(is_program=argv is None):
+        try:
+            return _run([word for word in words if word != "--debug"], is_program=argv is None)
+        except ReaderGone as error:
+            return error.exit_code
+        except VitClsError as error:
+            if debug:
+                raise
+            _complain(str(error))
+            return 128 + error.signum if isinstance(error, Stopped) else error.exit_code
+        except Exception as error:  # the one place where what is not ours ends
+            if debug:
+                raise
+            _complain(paragraph(error) or fault(error))
+            return VitClsError.exit_code
+
+
+def _complain(text: str) -> None:
+    print(f"vit-cls: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _run(words: list[str], *, is_program: bool) -> int:
+    if not words or words[0] in ("-h", "--help", "help", "--version"):
+        with printing(sys.stdout):
+            print(f"vit-cls {__version__}" if words[:1] == ["--version"] else _help())
         return 0 if words else 2
-    if words[0] == "--version":
-        print(f"vit-cls {__version__}")
-        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("vit_cls").setLevel(logging.INFO)
     verb, *rest = words
-    as_json, debug = "--json" in rest, "--debug" in rest
+    as_json = "--json" in rest
     VERIFY.set("--no_verify" not in rest)
-    rest = [word for word in rest if word not in ("--json", "--debug", "--no_verify")]
+    rest = [word for word in rest if word not in ("--json", "--no_verify")]
     CALLER.set(Caller(sys.stdout, as_json))
-    try:
-        if verb not in COMMANDS:
-            raise VitClsError(
-                f"there is no verb {verb!r}.{did_you_mean(verb, COMMANDS)} Known: {', '.join(COMMANDS)}."
-            )
-        # Whatever a library prints on the way is not the result, unless it is what was asked for.
-        asked = any(word in ("-h", "--help") or word.startswith("--print_config") for word in rest)
-        stdout = contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr)
-        with StopSignals(is_program=argv is None):
-            with stdout:
-                rest, modules = take_imports(rest)
-                import_modules(modules)  # before the verb has its parser: their names are known to it
-                with held():  # an import that is cut off may end the process
-                    module = importlib.import_module(COMMANDS[verb][1])
-                outcome: Outcome = module.run(rest)
-            with held("all was done by then"):
-                outcome.print(sys.stdout, as_json=as_json)
-                sys.stdout.flush()
-            return outcome.code
-    except VitClsError as error:
-        if debug:
-            raise
-        print(f"vit-cls: {' '.join(str(error).split())}", file=sys.stderr)
-        return 128 + error.signum if isinstance(error, Stopped) else error.exit_code
-    except BrokenPipeError:
-        return 0
+    if verb not in COMMANDS:
+        raise VitClsError(
+            f"there is no verb {verb!r}.{did_you_mean(verb, COMMANDS)} Known: {', '.join(COMMANDS)}."
+        )
+    # Whatever a library prints on the way is not the result, unless it is what was asked for.
+    asked = any(word in ("-h", "--help") or word.startswith("--print_config") for word in rest)
+    stdout = printing(sys.stdout) if asked else contextlib.redirect_stdout(sys.stderr)
+    with StopSignals(is_program=is_program):
+        with stdout:
+            rest, modules = take_imports(rest)
+            import_modules(modules)  # before the verb has its parser: their names are known to it
+            with held():  # an import that is cut off may end the process
+                module = importlib.import_module(COMMANDS[verb][1])
+            outcome: Outcome = module.run(rest)
+        with held("all was done by then"), printing(sys.stdout):
+            outcome.print(sys.stdout, as_json=as_json)
+    return outcome.code
 
 
 def _help() -> str:

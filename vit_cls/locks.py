@@ -103,8 +103,8 @@ def is_lock(path: Path) -> bool:
 def _take(path: Path, option: str) -> Holder:
     now = Holder.this_process()
     own = path.with_name(f"{path.name}.{now.token}")
-    own.write_text(json.dumps(asdict(now)))
     try:
+        own.write_text(json.dumps(asdict(now)))
         while True:
             with contextlib.suppress(FileExistsError):
                 _put(own, path)

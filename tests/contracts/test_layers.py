@@ -19,6 +19,7 @@ BASE = {
     "files",
     "locks",
     "environment",
+    "boundary",
     "checks",
     "formatting",
     "signals",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
+from vit_cls.boundary import printing
 from vit_cls.data.index import EXTENSIONS
 from vit_cls.errors import DataError
 from vit_cls.evaluation.features import feature_chunks, feature_function
@@ -114,24 +115,21 @@ def _print_rows(
     images = failed = 0
     head, line = _text_format(classifier, request)
     with StopSignals() as stop:
-        try:
-            if kept is None:
+        if kept is None:
+            with printing(stdout):
                 stdout.write(head)
-            for records, _ in chunks:
-                stop.check()
-                images += len(records)
-                failed += sum(record["error"] is not None for record in records)
-                if kept is not None:
-                    kept += records
-                else:
-                    text = "".join(map(line, records))
-                    # names that are not UTF-8 go out as they came in
-                    raw = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        for records, _ in chunks:
+            stop.check()
+            images += len(records)
+            failed += sum(record["error"] is not None for record in records)
+            if kept is not None:
+                kept += records
+            else:
+                text = "".join(map(line, records))
+                # names that are not UTF-8 go out as they came in
+                raw = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                with printing(stdout):
                     stdout.write(raw)
-                    stdout.flush()
-        except BrokenPipeError:  # `| head`: without this Python complains at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-            raise
     return Saved(images, failed, 0, time.perf_counter() - started)
 
 

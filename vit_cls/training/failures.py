@@ -33,9 +33,8 @@ def named_failures(*, batch_size: int, accumulate: int, img_size: tuple[int, int
 
 def _out_of_memory(error: BaseException, batch_size: int, accumulate: int, img_size: tuple[int, int]) -> str:
     pixels = "x".join(map(str, img_size))
-    told = (
-        f"the memory is not enough for data.batch_size {batch_size} at {pixels} pixels ({start_of(error)}). "
-    )
+    said = f" ({start_of(error)})" if str(error) else ""
+    told = f"the memory is not enough for data.batch_size {batch_size} at {pixels} pixels{said}. "
     factor = next((i for i in range(2, batch_size + 1) if batch_size % i == 0), None)
     if factor is not None:
         told += (

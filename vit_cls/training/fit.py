@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
+from vit_cls.boundary import paragraph
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.data.file_digests import FileDigests
-from vit_cls.errors import ConfigError, DivergedError, RunError
+from vit_cls.errors import ConfigError, DivergedError, RunError, VitClsError
 from vit_cls.files import sweep, write_text
 from vit_cls.locks import LOCK, alone_in
 from vit_cls.model.classifier import ImageClassifier
@@ -288,12 +289,16 @@ def _run_folder(
     except BaseException as error:
         diverged = isinstance(error, DivergedError)
         has_model = folder.model_file.exists() and not isinstance(error, ConfigError)  # asked for wrongly
-        if folder.has_checkpoint or has_model or not new or diverged:
-            status = "diverged" if diverged else "failed" if stop.signum is None else "interrupted"
-            folder.write_record({**record, "status": status, "finished": now()})
-        else:
-            folder.clear()
-        raise
+        with suppress(OSError):  # perhaps the very error
+            if folder.has_checkpoint or has_model or not new or diverged:
+                status = "diverged" if diverged else "failed" if stop.signum is None else "interrupted"
+                folder.write_record({**record, "status": status, "finished": now()})
+            else:
+                folder.clear()
+        told = None if isinstance(error, VitClsError) else paragraph(error, f"run_dir {folder.path}")
+        if told is None:
+            raise
+        raise RunError(f"{told} Of the run: {_how_to_go_on(folder)}.") from error
 
 
 @contextmanager
