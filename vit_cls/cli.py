@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import sys
 
 from vit_cls import __version__
@@ -13,6 +12,8 @@ from vit_cls.commands.outcome import CALLER, Caller, Outcome
 from vit_cls.errors import VitClsError, did_you_mean
 from vit_cls.own_code import import_modules, take_imports
 from vit_cls.signals import Stopped, StopSignals, held
+from vit_cls.streams import begin
+from vit_cls.texts import printable
 from vit_cls.verification import VERIFY
 
 # verb: (what it does, module). A module is imported when its verb is chosen, and not before. Its `run` takes
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    print(f"vit-cls: {' '.join(text.split())}", file=sys.stderr)
+    print(printable(f"vit-cls: {' '.join(text.split())}"), file=sys.stderr)
 
 
 def _run(words: list[str], *, is_program: bool) -> int:
@@ -71,8 +72,7 @@ def _run(words: list[str], *, is_program: bool) -> int:
         with printing(sys.stdout):
             print(f"vit-cls {__version__}" if words[:1] == ["--version"] else _help())
         return 0 if words else 2
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("vit_cls").setLevel(logging.INFO)
+    begin(is_program=is_program)
     verb, *rest = words
     as_json = "--json" in rest
     VERIFY.set("--no_verify" not in rest)

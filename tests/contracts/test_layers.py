@@ -26,6 +26,8 @@ BASE = {
     "workers",
     "own_code",
     "verification",
+    "texts",
+    "streams",
 }
 ORDER: tuple[set[str], ...] = (
     BASE,

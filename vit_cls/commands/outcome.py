@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vit_cls.reports.terminal import render, terminal
+from vit_cls.texts import printable
 
 if TYPE_CHECKING:
     from vit_cls.evaluation.predictions import Predictions
@@ -95,4 +96,5 @@ def path_or_none(output: Path | None) -> str | None:
 def tell_unreadable(predictions: Predictions) -> None:
     """Name on stderr the first images that could not be read."""
     for position, reason in list(predictions.errors.items())[:MOST_TOLD]:
-        print(f"could not be read: {predictions.index.path(position)}: {reason}", file=sys.stderr)
+        text = f"could not be read: {predictions.index.path(position)}: {reason}"
+        print(printable(text.replace("\n", "\\n")), file=sys.stderr)

@@ -22,6 +22,7 @@ from vit_cls.evaluation.row_formats import FORMATS, Value, as_record, columns_of
 from vit_cls.inference import InferenceConfig
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
+from vit_cls.texts import printable
 
 STDIN = "-"
 READ_BYTES = 65536
@@ -129,7 +130,7 @@ def _print_rows(
                 # names that are not UTF-8 go out as they came in
                 raw = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
                 with printing(stdout):
-                    stdout.write(raw)
+                    stdout.write(printable(raw) if stdout.isatty() else raw)
     return Saved(images, failed, 0, time.perf_counter() - started)
 
 
@@ -148,14 +149,18 @@ def _text_format(
         for ending in ("", *(f"_{k}" for k in range(2, request.top_k + 1))):
             name, probability = record[f"prediction{ending}"], record[f"probability{ending}"]
             number = "" if probability is None else f"{probability:.4f}"
-            cells.append(f"{str(name or '')[:width]:<{width}} {number:>6}")
-        path = str(record["path"])
+            cells.append(f"{_one_line(name or '')[:width]:<{width}} {number:>6}")
+        path = _one_line(record["path"])
         if record["error"] is not None:
-            return f"{path}: {record['error']}\n"
+            return f"{path}: {_one_line(record['error'])}\n"
         return "  ".join([*cells, path if len(path) <= room else f"...{path[3 - room :]}"]) + "\n"
 
     names = [f"{'prediction':<{width}} {'prob':>6}"] * request.top_k
     return "  ".join([*names, "path"]) + "\n", line
+
+
+def _one_line(text: object) -> str:
+    return printable(str(text)).replace("\n", "\\n")
 
 
 def _facts(classifier: ImageClassifier, request: Request) -> dict[str, Any]:

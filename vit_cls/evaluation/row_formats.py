@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vit_cls.errors import ConfigError, DataError, RunError
 from vit_cls.evaluation.predictions import Row
+from vit_cls.texts import csv_row, csv_text
 
 Value = str | float | None
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability", "correct", "error")
@@ -38,11 +39,15 @@ def as_record(row: Row, top_k: int) -> dict[str, Value]:
 
 
 def csv_line(values: Iterable[Value]) -> str:
-    r"""One line of CSV; a float has six decimals, None is empty."""
-    texts = ["" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values]
-    # Not csv.writer: up to Python 3.12 it leaves a carriage return bare, and the line cannot be read back.
-    quoted = [f'"{t.replace(chr(34), chr(34) * 2)}"' if set(t) & set(',"\r\n') else t for t in texts]
-    return ",".join(quoted) + "\n"
+    """One line of CSV, as `vit_cls.texts.csv_row`; a float has six decimals."""
+    return csv_row(_Number(v) if isinstance(v, float) else v for v in values)
+
+
+class _Number(float):
+    """Printed with six decimals."""
+
+    def __str__(self) -> str:
+        return f"{float(self):.6f}"
 
 
 def read_predictions(path: str) -> list[Row]:
@@ -62,7 +67,8 @@ def read_predictions(path: str) -> list[Row]:
             if missing := [column for column in columns if column not in (reader.fieldnames or [])]:
                 raise DataError(f"{wrong}: it has no column {', '.join(missing)}.")
             for record in reader:
-                image, label, prediction, written = (record[column] for column in columns)
+                cells = (record[column] for column in columns)
+                image, label, prediction, written = (cell and csv_text(cell) for cell in cells)
                 where = f"{wrong}: line {reader.line_num}"
                 if not image or not label or prediction is None or written is None:
                     raise DataError(f"{where} is not complete.")
@@ -72,7 +78,7 @@ def read_predictions(path: str) -> list[Row]:
                     best = ((prediction, float(written)),) if prediction else ()
                 except ValueError:
                     raise DataError(f"{where} has the probability {written!r}, not a number.") from None
-                rows[image] = Row(image, best, record.get("error") or None, label)
+                rows[image] = Row(image, best, csv_text(record.get("error") or "") or None, label)
     except OSError as error:
         raise DataError(f"--predictions {path} cannot be read: {error.strerror or error}.") from error
     except csv.Error as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 
 from vit_cls import formatting as fmt
 from vit_cls.reports.svg import svg_file
+from vit_cls.texts import csv_row
 
 DASH = "–"  # noqa: RUF001, a dash stands where there is no value
 
@@ -51,9 +50,7 @@ def file_stem(title: str) -> str:
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table as the text of a CSV file."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue()
+    return "".join(map(csv_row, [header, *rows]))
 
 
 def no_pictures(paths: Sequence[str]) -> dict[str, bytes]:

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vit_cls import formatting as fmt
-from vit_cls.reports.text import clean, printable
+from vit_cls.reports.text import clean
+from vit_cls.texts import printable
 
 # Rooms of results are imported where they are needed, or not at all: some load for seconds.
 

@@ -31,13 +31,3 @@ def shorten(text: str, width: int) -> str:
         'atten…'
     """
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
-
-
-def printable(text: str) -> str:
-    r"""A text in which nothing commands a terminal or turns its lines around.
-
-    Example:
-        >>> printable("a\u202eb\x1b[31m")
-        'a\\u202eb\\x1b[31m'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
