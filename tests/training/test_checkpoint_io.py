@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vit_cls.signals import Stopped
 from vit_cls.training.checkpoint_io import RunCheckpointIO, read_checkpoint
 from vit_cls.weights.bundle import read_own_file
 from vit_cls.weights.digest import RUN_KEY, digest_of
+from vit_cls.weights.tensor_files import read_tensors
 
 FLIPS = int(os.environ.get("BIT_FLIPS", 80))
 
@@ -43,6 +45,7 @@ def test_a_flipped_bit_or_a_cut_of_a_checkpoint_is_told_or_changes_nothing(tmp_p
     path, draws, told = tmp_path / "one.ckpt", random.Random(0), 0
     RunCheckpointIO().save_checkpoint(_state(1), path)
     good, content = digest_of(read_checkpoint(path)), path.read_bytes()
+    tensors = digest_of(read_tensors(path)[0])
     cuts = [content[: draws.randrange(len(content))] for _ in range(FLIPS // 4)]
     for damaged in [flipped(content, draws) for _ in range(FLIPS)] + cuts:
         path.write_bytes(damaged)
@@ -50,6 +53,8 @@ def test_a_flipped_bit_or_a_cut_of_a_checkpoint_is_told_or_changes_nothing(tmp_p
             assert digest_of(read_checkpoint(path)) == good
         except ModelFileError:
             told += 1
+        with contextlib.suppress(ModelFileError):  # as weights of a named architecture
+            assert digest_of(read_tensors(path)[0]) == tensors
     assert told > len(cuts)
 
 
@@ -113,6 +118,30 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was_and_nothing_else(tmp_path, 
     assert _number(tmp_path) == 1
 
 
+def test_a_file_that_cannot_grow_is_told_with_the_systems_reason(tmp_path):
+    path = tmp_path / "last.ckpt"
+    RunCheckpointIO().save_checkpoint(_state(1), path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 100, 1000, path.stat().st_size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                RunCheckpointIO().save_checkpoint(_state(2), path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert os.listdir(tmp_path) == ["last.ckpt"]
+        assert _number(tmp_path) == 1
+
+
+def test_what_a_users_callback_may_keep_has_a_digest_too(tmp_path):
+    kept = {"names": {8, 0}, "conjugate": torch.ones(2, dtype=torch.cfloat).conj()}
+    RunCheckpointIO().save_checkpoint({**_state(1), "callbacks": kept}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt")["callbacks"]["names"] == {0, 8}
+    assert repr({8, 0}) != repr({0, 8})  # as of words in two processes
+    assert digest_of({8, 0}) == digest_of({0, 8}) != digest_of({0, 9})
+    assert digest_of(torch.eye(3).to_sparse()) != digest_of(torch.eye(3).mul(2).to_sparse())
+
+
 def test_of_a_process_that_was_killed_what_it_was_writing_is_swept(tmp_path):
     with pytest.raises(_Cut), replacing(tmp_path / "run.json") as temporary:
         left = temporary.with_name(temporary.name.replace(".tmp", "x.tmp"))
@@ -139,8 +168,8 @@ def stopped(tmp_path, image_root) -> Path:
     return tmp_path / "run"
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
+def _cut(path: Path, length: int = 1000) -> None:
+    path.write_bytes(path.read_bytes()[:length])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +181,11 @@ def _cut(path: Path) -> None:
         (lambda run: (run / "model.safetensors").unlink(), "written anew from the checkpoint"),
         (lambda run: (run / "metrics.csv").unlink(), ""),
         (lambda run: (run / "metrics.csv").write_bytes(b"\xff\x00epoch,step"), ""),
-        (lambda run: (run / "checkpoints/best.ckpt").write_bytes(b""), ""),
+        (lambda run: (run / "checkpoints/best.ckpt").write_bytes(b""), "previous.ckpt is copied to it"),
+        (lambda run: (run / "checkpoints/best.ckpt").unlink(), "previous.ckpt is copied to it"),
+        (lambda run: (run / "run.json").unlink(), "written anew from a checkpoint"),
+        (lambda run: _cut(run / "run.json", 200), "written anew from a checkpoint"),
+        (lambda run: (run / "run.json").write_text("[1]"), "written anew from a checkpoint"),
         (lambda run: (run / "config.yaml").unlink(), ""),
         (lambda run: (run / ".run.json.abcdefgh.tmp").write_text("half"), ""),
     ],
@@ -168,15 +201,28 @@ def test_a_run_whose_files_are_damaged_ends_as_the_whole_one(
     models = [read_own_file(run / "model.safetensors")[1] for run in (whole, stopped)]
     assert same_weights(*models)
     assert not list(stopped.rglob("*.tmp"))
+    assert len(record_of(stopped)["segments"]) == 2
+    assert read_checkpoint(stopped / "checkpoints/best.ckpt")
+
+
+def test_a_finished_run_without_its_model_or_rows_has_them_again(whole, tmp_path, image_root):
+    run = shutil.copytree(whole, tmp_path / "run")
+    for name in ("model.safetensors", "metrics.csv", "run.json"):
+        (run / name).unlink()
+    fit_tiny(image_root, None, epochs=3, resume=str(run))
+    assert same_weights(*(read_own_file(path / "model.safetensors")[1] for path in (whole, run)))
+    assert rows_of(whole) == rows_of(run)
+    assert record_of(run)["identity"] == record_of(whole)["identity"]
+    assert record_of(run)["status"] == "finished"
 
 
 def test_a_run_without_a_whole_checkpoint_or_record_is_refused(stopped, image_root):
-    (stopped / "run.json").rename(stopped / "kept")
-    with pytest.raises(RunError, match=r"run\.json"):
-        fit_tiny(image_root, None, epochs=3, resume=str(stopped))
-    (stopped / "kept").rename(stopped / "run.json")
     for path in (stopped / "checkpoints").iterdir():
         _cut(path)
+    (stopped / "run.json").rename(stopped / "kept")
+    with pytest.raises(RunError, match=r"run\.json cannot be read.*Restore it"):
+        fit_tiny(image_root, None, epochs=3, resume=str(stopped))
+    (stopped / "kept").rename(stopped / "run.json")
     with pytest.raises(RunError, match=r"no checkpoint that is whole.*Begin it again"):
         fit_tiny(image_root, None, epochs=3, resume=str(stopped))
     assert (stopped / "model.safetensors").is_file()

@@ -23,7 +23,7 @@ from vit_cls.training.options import OptimOptions
 from vit_cls.training.task import ClassificationTask
 
 EPOCHS, EVERYTHING = 3, os.environ.get("EVERY_STOP") == "1"
-OWN = ("/loops", "/vit_cls_digest", "/vit_cls_run_id")
+OWN = ("/loops", "/vit_cls_digest", "/vit_cls_run_id", "/vit_cls_record")
 """Of a checkpoint, what counts the parts of a run or is of this one alone."""
 TIMES = {"seconds", "train_images_per_second", "data_wait", "waited", "validated_for"}
 

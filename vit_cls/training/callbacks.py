@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,10 +18,11 @@ from vit_cls import formatting as fmt
 from vit_cls.data.loader import loading_advice
 from vit_cls.environment import environment
 from vit_cls.errors import ModelFileError, RunError
+from vit_cls.files import replacing
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.signals import StopSignals
 from vit_cls.training.batches import images_and_targets
-from vit_cls.training.checkpoint_io import CANDIDATES, read_checkpoint
+from vit_cls.training.checkpoint_io import BEST, LAST, PREVIOUS, read_checkpoint
 from vit_cls.training.company import company_of
 from vit_cls.training.diagnosis import is_finite
 from vit_cls.training.runs import RunFolder
@@ -236,30 +240,39 @@ class RunCheckpoint(Checkpoint):
         save_classifier(classifier, self.folder.model_file, extra=extra)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the best model of a resumed run anew, from its checkpoint, if its file is damaged or gone."""
+        """Write best model and ``best.ckpt`` of a resumed run anew, where they are damaged or gone."""
         if not self.row or not trainer.is_global_zero:
             return
+        best, step = self.folder.best_checkpoint, self.row["step"]
+        found = self._steps_until(step)
+        whole = next((path for path in found if found[path] == step), None)
+        if found.get(best, -1) < step:  # a later one is of steps that are made again
+            if whole is not None:
+                with replacing(best) as temporary:
+                    shutil.copyfile(whole, temporary)
+            become = "there is no other of that step" if whole is None else f"{whole.name} is copied to it"
+            log.warning(f"{best} is damaged or gone: {become}")
         try:
             read_own_file(self.folder.model_file)
         except ModelFileError as error:
-            kept = self._best_in_checkpoints()
-            self._save_model(*kept)
+            if whole is None:
+                raise RunError(
+                    f"{self.folder.model_file} is damaged or gone, and so is the checkpoint of the step of "
+                    f"that best model, {self.row['step']:.0f}. Restore one of them from a copy, or begin the "
+                    "run again in another folder."
+                ) from error
+            self._save_model(load_classifier(whole), read_own_file(whole, weights=False)[0][KEPT])
             log.warning(f"{error} It was written anew from the checkpoint of that step.")
 
-    def _best_in_checkpoints(self) -> tuple[ImageClassifier, str]:
-        """The best model, and which weights it is of."""
-        for name in CANDIDATES:
-            path = self.folder.checkpoint_dir / name
-            try:
-                if read_checkpoint(path)["global_step"] == self.row["step"]:
-                    return load_classifier(path), read_own_file(path, weights=False)[0][KEPT]
-            except ModelFileError:
-                continue
-        raise RunError(
-            f"{self.folder.model_file} is damaged or gone, and so is the checkpoint of the step of that best "
-            f"model, {self.row['step']:.0f}. Restore one of them from a copy, or begin the run again in "
-            "another folder."
-        )
+    def _steps_until(self, step: float) -> dict[Path, float]:
+        """Of the checkpoints that are whole, ``best.ckpt`` first, until one is of that step."""
+        steps: dict[Path, float] = {}
+        for path in (self.folder.checkpoint_dir / name for name in (BEST, LAST, PREVIOUS)):
+            with contextlib.suppress(ModelFileError):
+                steps[path] = read_checkpoint(path)["global_step"]
+                if steps[path] == step:
+                    break
+        return steps
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state of the best within an epoch; that of its end has a place of its own."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -22,6 +24,8 @@ log = logging.getLogger("vit_cls")
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 CANDIDATES = (LAST, PREVIOUS, BEST)
 """From which a run goes on, in this order, where one is damaged."""
+RECORD_KEY = "vit_cls_record"
+"""What ``run.json`` says, as JSON, in every checkpoint."""
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -119,12 +123,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def record_in(folder: Path) -> dict[str, Any] | None:
+    """The record of the run whose checkpoints are in a folder, if one of them is whole."""
+    for name in CANDIDATES:
+        with contextlib.suppress(ModelFileError, KeyError, ValueError):
+            return dict(json.loads(read_checkpoint(folder / name)[RECORD_KEY]))
+    return None
+
+
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         torch.save(checkpoint, path)
         sync_file(path)  # before the one before it gives up its place
-    except RuntimeError as error:  # how torch's writer reports a full disk
-        raise OSError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # torch's writer says that it failed, and not why
+        with path.open("ab") as file:
+            file.write(bytes(2**20))
+            sync_file(path)
+        raise OSError(errno.EIO, f"the checkpoint cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def _keep(path: Path, previous: Path) -> None:

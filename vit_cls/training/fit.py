@@ -133,8 +133,7 @@ def _train(
     *,
     resuming: bool,
 ) -> FitResult:
-    if resuming:
-        check_imports(folder)
+    before = check_imports(folder) if resuming else {}
     loggers = make_loggers(options.logger, arguments.get("logger"), folder.path)
     options = dataclasses.replace(options, optim=options.optim.resolved(options.model.recipe))
     classifier = _prepare(options, data, load_weights=not resuming)
@@ -142,7 +141,6 @@ def _train(
     torch.manual_seed(options.seed)
     states = RunCheckpoint(folder)
     epoch_log, stop = EpochLog(folder, states), StopSignals(lambda: _how_to_go_on(folder))
-    before = folder.read_record() if resuming else {}
     take_up = TakeUp(_limits(options, arguments), before.get("run_id") or secrets.token_hex(8))
     callbacks: list[Callback] = [epoch_log, take_up, states, StopBetweenSteps(stop, states)]
     trainer = make_trainer(options, arguments, folder=folder.path, loggers=loggers, callbacks=callbacks)
@@ -171,6 +169,7 @@ def _train(
         warn_of_threads(before)
         record["model"]["load_report"] = before.get("model", {}).get("load_report")
         record["imports"] = {**before.get("imports", {}), **record["imports"]}
+    take_up.record = record
     settings = run_settings(options, data, arguments)
     announce_run(record, data, schedule)
     announce_weights(options, classifier, schedule)

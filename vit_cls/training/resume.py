@@ -8,6 +8,7 @@ place, to what was done and what is left.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import RunError
+from vit_cls.training.checkpoint_io import RECORD_KEY
 from vit_cls.weights.digest import RUN_KEY as POSITION_KEY
 
 log = logging.getLogger("vit_cls")
@@ -127,6 +129,8 @@ class TakeUp(Callback):
         self.run_id = run_id
         self.segment: dict[str, Any] = {"epoch": 0, "batches": 0, "step": 0, "changes": {}}
         """Where this part of the run begins, and what was changed there."""
+        self.record: Mapping[str, Any] = {}
+        """Of the run, which its checkpoints have too."""
         self.limits = {name: None if value is None else str(value) for name, value in limits.items()}
         self.resumed: Position | None = None
         self.is_over = False
@@ -141,6 +145,7 @@ class TakeUp(Callback):
         position = position_of(trainer, validate=self._validation_due, limits=self.limits)
         checkpoint[POSITION_KEY] = dataclasses.asdict(position)
         checkpoint[ID_KEY] = self.run_id
+        checkpoint[RECORD_KEY] = json.dumps(self.record)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

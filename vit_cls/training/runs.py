@@ -24,7 +24,7 @@ from vit_cls.files import TEMPORARY, write_text
 from vit_cls.locks import is_lock
 from vit_cls.model.classifier import ImageClassifier
 from vit_cls.own_code import import_options, imported, not_imported
-from vit_cls.training.checkpoint_io import BEST, LAST, has_checkpoint
+from vit_cls.training.checkpoint_io import BEST, LAST, has_checkpoint, record_in
 from vit_cls.training.launch import is_first_process
 from vit_cls.training.losses import is_smoothed
 from vit_cls.training.optim import lr_table, optimizer_groups
@@ -111,13 +111,20 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def read_record(self) -> dict[str, Any]:
-        """What ``run.json`` holds; RunError if it is missing or damaged."""
+        """What ``run.json`` holds, or else the checkpoints; RunError if both are missing or damaged."""
         try:
-            return json.loads(self.record_file.read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{self.record_file} cannot be read ({error}); it is written when a run begins."
-            ) from error
+            record = json.loads(self.record_file.read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not isinstance(record.get("identity", {}), dict):
+                raise ValueError("no record of a run")
+            return record
+        except (OSError, ValueError, RecursionError) as error:
+            if (kept := record_in(self.checkpoint_dir)) is None:
+                raise RunError(
+                    f"{self.record_file} cannot be read ({error}), and no whole checkpoint says the same. "
+                    "Restore it from a copy, or begin the run again in another folder."
+                ) from error
+            log.warning(f"{self.record_file} cannot be read ({error}): it is written anew from a checkpoint")
+            return kept
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace ``run.json``."""
@@ -197,14 +204,16 @@ def is_resumed(folder: RunFolder, resume: str | None, *, first_process: bool = T
     return False
 
 
-def check_imports(folder: RunFolder) -> None:
-    """Refuse (RunError) to continue a run without the own code that it was given; imports nothing."""
-    missing = not_imported(folder.read_record().get("imports", {}))
+def check_imports(folder: RunFolder) -> dict[str, Any]:
+    """The record of a run; RunError if the own code that it was given is missing now; imports nothing."""
+    record = folder.read_record()
+    missing = not_imported(record.get("imports", {}))
     if missing:
         raise RunError(
             f"the run in {folder.path} was given own code: {', '.join(missing)}. Give it again: --resume "
             f"{folder.path}{import_options(missing)}. Nothing is imported by itself."
         )
+    return record
 
 
 def _number(value: float) -> str:

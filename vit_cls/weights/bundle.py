@@ -19,7 +19,7 @@ from vit_cls.model.config import ViTConfig
 from vit_cls.model.pooling import POOLINGS
 from vit_cls.weights.architecture import architecture_from_dict, build_model, check_shapes
 from vit_cls.weights.archives import check_archive, check_pickle, check_tensors
-from vit_cls.weights.digest import DIGEST_KEY, check_seal, check_tensors_of, tensor_digests
+from vit_cls.weights.digest import DIGEST_KEY, check_metadata_of, check_seal, check_tensors_of, tensor_digests
 from vit_cls.weights.metadata import check_metadata, parse_json
 from vit_cls.weights.tensor_files import check_weights_file
 
@@ -67,13 +67,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise ModelFileError(f"{path} is not a file. --model takes a run folder or its {MODEL_FILE}.")
     try:
         with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(METADATA_KEY)
+            texts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
             f"{path} is not a model file: it cannot be read as safetensors ({error}). "
             f"--model takes a run folder, or the {MODEL_FILE} that `vit-cls fit` wrote."
         ) from error
-    if raw is None:
+    if (raw := texts.get(METADATA_KEY)) is None:
         raise ModelFileError(
             f"{path} holds tensors but no vit_cls metadata (architecture, preprocessing, class names), so it "
             f"cannot be rebuilt from it alone. Name its architecture: --model NAME={path} (`vit-cls "
@@ -89,6 +89,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise ModelFileError(
             f"{path} has format version {version}; this vit_cls reads up to {FORMAT_VERSION}. Upgrade it."
         )
+    if DIGEST_KEY in texts or version >= SEALED_SINCE:
+        check_metadata_of(raw, texts.get(DIGEST_KEY), path)
     return check_metadata(metadata, path)
 
 

@@ -24,7 +24,7 @@ def digest_of(content: Any) -> str:
     """SHA-256 of nested plain data and tensors: of names, kinds, dtypes, shapes and bytes.
 
     Args:
-        content: Dictionaries, lists, tuples, tensors, numbers, texts, None; of others what they print.
+        content: Dictionaries, lists, tuples, sets, tensors, numbers, texts, None; of others what they print.
 
     Example:
         >>> digest_of({"a": torch.zeros(2)}) == digest_of({"a": torch.zeros(2)})
@@ -40,10 +40,17 @@ def digest_of(content: Any) -> str:
 def _add(digest: Any, content: Any) -> None:
     if isinstance(content, Tensor):
         digest.update(f"T{content.dtype}{tuple(content.shape)}".encode())
-        flat = content.detach().cpu().contiguous().reshape(-1)
+        plain = content.detach().cpu()
+        if plain.layout != torch.strided:
+            plain = plain.to_dense()
+        elif plain.is_quantized:
+            plain = plain.int_repr()
+        flat = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     elif isinstance(content, Mapping):
         digest.update(f"D{len(content)}".encode())
+        if (versions := getattr(content, "_metadata", None)) is not None:  # of a module's state_dict
+            _add(digest, versions)
         for key, value in content.items():
             _add(digest, key)
             _add(digest, value)
@@ -51,6 +58,8 @@ def _add(digest: Any, content: Any) -> None:
         digest.update(f"{'L' if isinstance(content, list) else 'P'}{len(content)}".encode())
         for value in content:
             _add(digest, value)
+    elif isinstance(content, set | frozenset):  # their order is another in each process
+        digest.update(f"S{len(content)}{''.join(sorted(map(digest_of, content)))}".encode())
     else:
         text = repr(content).encode("utf-8", errors="surrogatepass")
         digest.update(f"{type(content).__name__}{len(text)}:".encode() + text)
@@ -88,6 +97,27 @@ def tensor_digests(tensors: Mapping[str, Tensor], metadata: str) -> str:
     return json.dumps(digests, sort_keys=True)
 
 
+def check_metadata_of(metadata: str, told: str | None, path: Path) -> dict[str, str]:
+    """Compare the metadata of a model file with their digest, and give those of the tensors.
+
+    Args:
+        told: See `check_tensors_of`.
+
+    Raises:
+        ModelFileError: If they differ, or there is no digest.
+    """
+    if not VERIFY.get():
+        return {}
+    try:
+        known = {} if told is None else json.loads(told)
+        digests: Any = known.get("tensors")
+        if not isinstance(digests, dict) or known.get("metadata") != digest_of(metadata):
+            raise ValueError
+    except (ValueError, RecursionError, AttributeError):
+        raise _damaged(path, "its metadata") from None
+    return digests
+
+
 def check_tensors_of(tensors: Mapping[str, Tensor], metadata: str, told: str | None, path: Path) -> None:
     """Compare a model file with the digests in it.
 
@@ -97,15 +127,9 @@ def check_tensors_of(tensors: Mapping[str, Tensor], metadata: str, told: str | N
     Raises:
         ModelFileError: Names the tensors that are damaged.
     """
+    digests = check_metadata_of(metadata, told, path)
     if not VERIFY.get():
         return
-    try:
-        known = {} if told is None else json.loads(told)
-        digests: Any = known.get("tensors")
-        if not isinstance(digests, dict) or known.get("metadata") != digest_of(metadata):
-            raise ValueError
-    except (ValueError, RecursionError, AttributeError):
-        raise _damaged(path, "its metadata") from None
     names = [name for name in {**digests, **tensors} if name not in digests or name not in tensors]
     names += [name for name in tensors if name in digests and digest_of(tensors[name]) != digests[name]]
     if names:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vit_cls.errors import ModelFileError
 from vit_cls.weights.archives import asked_for, check_archive, check_pickle, check_tensors
+from vit_cls.weights.digest import check_seal
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", ".npz", *PICKLE_SUFFIXES)
@@ -116,6 +117,8 @@ def _read_pickle(path: Path) -> Any:
         problem = "is not a file of torch's" if whole else "is damaged (truncated?) or no file of torch's"
         raise ModelFileError(f"{path} {problem}{_reason(error)}. Copy or download it again.") from error
     check_tensors(content, path)
+    if isinstance(content, dict):  # also one of ours that is too damaged to be told as such
+        check_seal(content, path)
     return content
 
 
