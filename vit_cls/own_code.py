@@ -79,9 +79,9 @@ def imported() -> dict[str, str]:
     return dict(_IMPORTED)
 
 
-def imported_files() -> dict[str, str]:
-    """A digest of the file of each module that was given to ``--import``, by the word."""
-    files = {word: getattr(sys.modules.get(module), "__file__", None) for word, module in _IMPORTED.items()}
+def file_digests(modules: Mapping[str, str]) -> dict[str, str]:
+    """A digest of the file of each module of `imported`, by the word."""
+    files = {word: getattr(sys.modules.get(module), "__file__", None) for word, module in modules.items()}
     return {
         word: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32] for word, file in files.items() if file
     }

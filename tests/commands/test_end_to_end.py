@@ -108,7 +108,8 @@ def test_ctrl_c_ends_a_run_with_130_and_it_resumes(image_root, place, json_of):
     assert "Traceback" not in errors
     assert json.loads((place / "run/run.json").read_text())["status"] == "interrupted"
     epochs = len(_rows(place / "run/metrics.csv"))
-    resumed = json_of("fit", "--resume", "run", "--trainer.max_epochs", epochs + 1)
+    on_purpose = ("--resume_changes", "trainer.max_epochs")
+    resumed = json_of("fit", "--resume", "run", "--trainer.max_epochs", epochs + 1, *on_purpose)
     assert resumed["epochs"] == epochs + 1
     assert "resume" not in (place / "run/config.yaml").read_text()
 

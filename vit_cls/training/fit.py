@@ -22,7 +22,7 @@ from vit_cls.errors import ConfigError, DivergedError, RunError, VitClsError
 from vit_cls.files import sweep, write_text
 from vit_cls.locks import LOCK, alone_in
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.own_code import import_options
+from vit_cls.own_code import import_options, imported
 from vit_cls.signals import StopSignals
 from vit_cls.training.callbacks import EpochLog, RunCheckpoint, StopBetweenSteps
 from vit_cls.training.company import first_process_speaks, one_voice
@@ -159,8 +159,11 @@ def _train(
     )
     parts = {"train": data.train_source, "val": data.val_source}
     files = FileDigests(parts, folder.files_file if resuming else None)
-    identity = run_identity(options, data, classifier, schedule, trainer, arguments, files.content)
-    record = run_record(options, data, classifier, trainer, schedule, identity, command) | numerics(arguments)
+    imports = {**before.get("imports", {}), **imported()}
+    identity = run_identity(options, data, classifier, schedule, trainer, arguments, files.content, imports)
+    record = run_record(options, data, classifier, trainer, schedule, identity, imports, command) | numerics(
+        arguments
+    )
     record |= {"run_id": take_up.run_id, "segments": [*before.get("segments", []), take_up.segment]}
     if resuming:
         keys = _words(options.resume_changes)
@@ -168,7 +171,6 @@ def _train(
         take_up.segment["changes"] = changes
         warn_of_threads(before)
         record["model"]["load_report"] = before.get("model", {}).get("load_report")
-        record["imports"] = {**before.get("imports", {}), **record["imports"]}
     take_up.record = record
     settings = run_settings(options, data, arguments)
     announce_run(record, data, schedule)

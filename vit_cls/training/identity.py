@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from vit_cls.data.datamodule import ImageDataModule
 from vit_cls.errors import ConfigError, RunError, did_you_mean
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.own_code import imported_files
+from vit_cls.own_code import file_digests
 from vit_cls.training.optim import Schedule
 from vit_cls.training.options import FitOptions
 from vit_cls.training.settings import flat, run_settings
@@ -68,6 +68,7 @@ def run_identity(
     trainer: Trainer,
     arguments: Mapping[str, Any],
     content: Mapping[str, str],
+    imports: Mapping[str, str],
 ) -> dict[str, Any]:
     """The settings that must stay, and digests of files, of names and of labels; plain data.
 
@@ -75,6 +76,7 @@ def run_identity(
         trainer: Made of the arguments.
         arguments: Lightning's.
         content: Digests of the files.
+        imports: The modules of own code, as `vit_cls.own_code.imported` gives them.
     """
     settings = flat(run_settings(options, data, arguments))
     kept = {k: v for k, v in settings.items() if k not in FREE and not k.startswith("trainer.")}
@@ -94,7 +96,7 @@ def run_identity(
         "device": trainer.strategy.root_device.type,
         "processes": trainer.world_size,
         "peak_lr": schedule.lr,
-        "own_code": imported_files(),
+        "own_code": file_digests(imports),
     }
 
 

@@ -23,7 +23,7 @@ from vit_cls.errors import ConfigError, RunError
 from vit_cls.files import TEMPORARY, write_text
 from vit_cls.locks import is_lock
 from vit_cls.model.classifier import ImageClassifier
-from vit_cls.own_code import import_options, imported, not_imported
+from vit_cls.own_code import import_options, not_imported
 from vit_cls.training.checkpoint_io import BEST, LAST, has_checkpoint, record_in
 from vit_cls.training.launch import is_first_process
 from vit_cls.training.losses import is_smoothed
@@ -227,6 +227,7 @@ def run_record(
     trainer: Trainer,
     schedule: Schedule,
     identity: dict[str, Any],
+    imports: Mapping[str, str],
     command: list[str] | None,
 ) -> dict[str, Any]:
     """What ``run.json`` says from the start."""
@@ -234,7 +235,7 @@ def run_record(
     return {
         "format_version": 1,
         "command": command,
-        "imports": imported(),
+        "imports": dict(imports),
         "started": now(),
         **environment(),
         "seed": options.seed,
