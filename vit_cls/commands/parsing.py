@@ -117,6 +117,9 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         args = parser.parse_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), known_keys(parser))) from error
+    for group in dict.fromkeys(key.partition(".")[0] for key in known_keys(parser) if "." in key):
+        if group in args and args[group] is None:
+            raise ConfigError(f"{group} has no settings. Give it some, or leave the line out.")
     check_finite("", args.as_flat().__dict__)
     return args
 

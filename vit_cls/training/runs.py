@@ -131,11 +131,17 @@ class RunFolder:
         write_text(self.record_file, json.dumps(record, indent=2) + "\n")
 
     def read_history(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``; empty where there is none yet."""
+        """The rows of ``metrics.csv``; empty where there is none yet, RunError where it is damaged."""
         if not self.metrics_file.is_file():
             return []
-        with self.metrics_file.open(newline="") as file:
-            return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        try:
+            with self.metrics_file.open(newline="", encoding="utf-8") as file:
+                return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        except (ValueError, TypeError, csv.Error) as error:  # TypeError: a row with too few or too many cells
+            raise RunError(
+                f"{self.metrics_file} is damaged ({error}), and the checkpoint is of an older version, which "
+                "does not hold the rows. Restore it from a copy; or take it away, to go on without them."
+            ) from error
 
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replace ``metrics.csv``; whole numbers are written as such."""

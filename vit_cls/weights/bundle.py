@@ -81,11 +81,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         )
     try:
         metadata = parse_json(raw)
-        version = metadata["format_version"]
-        newer = version > FORMAT_VERSION
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ModelFileError(f"{path} has damaged metadata: {error}.") from error
-    if newer:
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if type(version) is not int:
+        raise ModelFileError(f"{path} has damaged metadata: no format_version that is a whole number.")
+    if version > FORMAT_VERSION:
         raise ModelFileError(
             f"{path} has format version {version}; this vit_cls reads up to {FORMAT_VERSION}. Upgrade it."
         )
