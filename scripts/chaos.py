@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -91,7 +92,10 @@ def child(arguments: list[str]) -> None:
 
 
 class Run:
-    """One `vit-cls fit` in a process group of its own, forked off here: imports take longer than training."""
+    """One `vit-cls fit` in a process group of its own, forked off here: imports take longer than training.
+
+    What is imported here is there; a second process of the run is started by Lightning, and imports all.
+    """
 
     def __init__(self, options: list[str], environ: dict[str, str], log: Path) -> None:
         self.log = log
@@ -323,6 +327,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON record")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    for module in ("vit_cls.commands.fit", "torchvision", "matplotlib.figure", "tensorboard", "scipy.stats"):
+        importlib.import_module(module)
     wanted = set(given.events.split(",")) if given.events else set(EVENTS)
     place = Path(tempfile.mkdtemp(prefix="vit_cls_chaos_"))
     chaos, rounds = Chaos(place, given.seed, given.fault), []

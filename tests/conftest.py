@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.forked import Server
+
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4}
 
 
@@ -26,6 +28,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Server]:
+    """Starts programs that have the heavy libraries already."""
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture

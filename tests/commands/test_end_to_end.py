@@ -32,11 +32,18 @@ def _process(*words):
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=240)
 
 
+def _forked(python, *words):
+    """The same sooner."""
+    process = python.start("-m", "vit_cls", *words)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
 def _rows(path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_fit_then_evaluate_from_the_command_line(image_root, place, json_of):
+def test_fit_then_evaluate_from_the_command_line(image_root, place, json_of, python):
     words = ("--data.root", image_root, "--run_dir", "run", "--trainer.max_epochs", 5)
     fit = _process("fit", *TINY, *words, "--json")
     assert fit.returncode == 0, fit.stderr
@@ -53,7 +60,7 @@ def test_fit_then_evaluate_from_the_command_line(image_root, place, json_of):
     # The model file alone is enough, whatever is in the run folder.
     (place / "run/model.safetensors").rename(place / "model.safetensors")
     words = ("--data", image_root / "val", "--output", "out", "--device", "cpu", "--json")
-    evaluate = _process("evaluate", "--model", "model.safetensors", *words)
+    evaluate = _forked(python, "evaluate", "--model", "model.safetensors", *words)
     assert evaluate.returncode == 0, evaluate.stderr
     result = json.loads(evaluate.stdout)
     assert set(result) >= PRESENT_KEYS
@@ -84,22 +91,22 @@ def test_fit_and_evaluate_need_the_data_alone(image_root, json_of):
     assert (found["correct"], found["images"]) == (fitted["correct"], 8)
 
 
-def test_two_processes_train_together_and_count_every_validation_image_once(image_root, place, refused):
+def test_two_processes_train_together_and_count_every_validation_image_once(
+    image_root, place, refused, python
+):
     shutil.copytree(image_root, place / "data")
     (place / "data/val/red/3.png").unlink()  # 7 images: two processes cannot share them evenly
     words = [*TINY, "--data.root", "data", "--trainer.max_epochs", 1, "--trainer.devices", 2, "--json"]
-    fit = _process("fit", *words, "--run_dir", "run")
+    fit = _forked(python, "fit", *words, "--run_dir", "run")
     assert fit.returncode == 0, fit.stderr
     assert json.loads(fit.stdout)["images"] == 7
     assert json.loads((place / "run/run.json").read_text())["processes"] == 2
     refused(["fit", *words], "run_dir is missing: 2 processes must agree")
 
 
-def test_ctrl_c_ends_a_run_with_130_and_it_resumes(image_root, place, json_of):
+def test_ctrl_c_ends_a_run_with_130_and_it_resumes(image_root, place, json_of, python):
     words = (*TINY, "--data.root", image_root, "--run_dir", "run", "--trainer.max_epochs", "100000")
-    with subprocess.Popen(
-        command("fit", *words), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with python.start("-m", "vit_cls", "fit", *words) as process:
         until((place / "run/model.safetensors").exists, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading processes get it, too
         _, errors = process.communicate(timeout=60)

@@ -220,21 +220,22 @@ def test_parquet_without_pyarrow_says_what_to_install(place, capsys, monkeypatch
     ids=["int", "term"],
 )
 def test_a_signal_keeps_the_rows_and_resume_completes_them(
-    signum, code, workers, place, json_of, monkeypatch
+    signum, code, workers, place, json_of, monkeypatch, python
 ):
     paths = [str(path) for path in sorted(Path("images").rglob("*.png"))] * 40
     words = ["predict", "--model", "model.safetensors", "--device", "cpu", "-", "--batch_size", "8"]
     words += ["--num_workers", workers]
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(
-        command(*words, "--output", "out"), text=True, start_new_session=True, **pipes
-    ) as process:
-        process.stdin.write("\n".join(paths[:200]) + "\n")
-        process.stdin.flush()  # and left open: the signal comes while it waits for more
+    os.mkfifo("names")
+    with (
+        python.start("-m", "vit_cls", *words, "--output", "out", stdin="names") as process,
+        Path("names").open("w") as names,  # and left open: the signal comes while it waits for more
+    ):
+        names.write("\n".join(paths[:200]) + "\n")
+        names.flush()
         until((Path("out/.predictions.csv.part") / "000000").exists, process)  # the first rows
         os.killpg(process.pid, signum)  # the loading processes get it too
-        assert process.wait(timeout=60) == code
-        err = process.stderr.read()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
     kept = r"vit-cls: stopped by \w+; \d+ rows are kept in out/.predictions.csv.part.*--resume"
     assert re.search(kept, err)
     # multiprocessing's own thread may complain of a worker that the signal ended, too

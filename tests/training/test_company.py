@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked import Forked
 from tests.training import two_processes
 from tests.training.runs import record_of, rows_of
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = Path(sys.executable).with_name("torchrun")
 LIMIT_SECONDS = 240
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC"))},
@@ -36,20 +33,15 @@ WORDS += (
 )
 
 
-def _start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = {**ENVIRONMENT, **environment}
-    return subprocess.Popen([sys.executable, *words], env=env, start_new_session=True, **pipes)
-
-
-def _end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and stderr; fails where somebody still holds the pipe, as a process that was left behind."""
-    try:
+def _end(process: Forked) -> tuple[int, str]:
+    """Exit code and stderr; fails where a process was left behind."""
+    with process:
         _, err = process.communicate(timeout=LIMIT_SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, err
+        end = time.monotonic() + 10
+        while process.left() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not process.left()
+    return process.wait(), err
 
 
 def _own_module(folder: Path, body: str) -> list[str]:
@@ -80,11 +72,12 @@ def few_to_validate(tmp_path_factory, image_root) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, image_root, few_to_validate) -> list[dict]:
+def two(tmp_path_factory, image_root, few_to_validate, python) -> list[dict]:
     """What each of two processes of torchrun saw of the same runs."""
     folder = tmp_path_factory.mktemp("two")
-    words = [str(TORCHRUN), "--standalone", "--nproc_per_node", "2", two_processes.__file__]
-    code, err = _end(_start([*words, *map(str, (folder, image_root, few_to_validate))]))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    words = [two_processes.__file__, folder, image_root, few_to_validate]
+    code, err = _end(python.start(*torchrun, *words, env=ENVIRONMENT))
     assert code == 0, err
     return [json.loads((folder / f"{name}.json").read_text()) for name in ("first", "second")]
 
@@ -135,10 +128,10 @@ def test_an_error_in_one_process_is_said_by_it_alone_and_is_the_others_exit_code
     assert (two[0]["failure"]["class"], two[0]["failure"]["said"]) == ("SystemExit", "2")
 
 
-def test_a_process_that_is_killed_ends_the_run_in_one_paragraph_and_each_line_was_said_once(tmp_path):
+def test_a_process_that_is_killed_ends_the_run_in_one_paragraph_and_each_line_was_said_once(tmp_path, python):
     words = [*WORDS.split(), "--trainer.max_epochs", "9", "--run_dir", str(tmp_path / "run")]
     module = _own_module(tmp_path, "if rank == 1 and task.current_epoch == 1: os.kill(os.getpid(), 9)")
-    code, err = _end(_start(["-m", "vit_cls", *words, *module]))
+    code, err = _end(python.start("-m", "vit_cls", *words, *module, env=ENVIRONMENT))
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("vit-cls:")] == [
         "vit-cls: process 1 of the run was killed by SIGKILL. The others have ended: a run cannot go on "
@@ -168,14 +161,14 @@ def _of_slurm(rank: int, port: int) -> dict[str, str]:
 
 
 def test_tasks_of_slurm_train_together_and_a_second_signal_ends_one_that_waits_for_another(
-    tmp_path, free_port
+    tmp_path, free_port, python
 ):
     """The second process stands still in the second epoch; the first waits for it in a sum of gradients."""
     body = f"open(r'{tmp_path}/at_' + str(rank), 'w').close() if task.current_epoch == 1 else None"
     body += "\n    while rank == 1 and task.current_epoch == 1: time.sleep(1)"
     words = [*WORDS.split(), "--trainer.max_epochs", "9", "--run_dir", str(tmp_path / "run")]
     words = ["-m", "vit_cls", *words, *_own_module(tmp_path, body)]
-    tasks = [_start(words, **_of_slurm(rank, free_port)) for rank in range(2)]
+    tasks = [python.start(*words, env={**ENVIRONMENT, **_of_slurm(rank, free_port)}) for rank in range(2)]
     until = time.monotonic() + LIMIT_SECONDS
     while not all((tmp_path / f"at_{rank}").exists() for rank in range(2)) and time.monotonic() < until:
         time.sleep(0.1)
@@ -190,7 +183,7 @@ def test_tasks_of_slurm_train_together_and_a_second_signal_ends_one_that_waits_f
     assert time.monotonic() - begun < 30
     assert [code for code, _ in ends] == [143, 143], ends
     said = [line for _, err in ends for line in err.splitlines() if line.startswith("vit-cls:")]
-    assert len(said) <= 1, said
+    assert len(said) <= 1, ends
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import operator
+from typing import Any, get_args
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -57,6 +59,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(ImageDataModule, "data")
         parser.add_class_arguments(OptimOptions, "optim")
         parser.add_lightning_class_args(Trainer, "trainer")
+        _take_whole_numbers_for_such(parser)
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -88,3 +91,15 @@ class FitCLI(LightningCLI):
         for key in ("config", "run_dir", "resume", "resume_changes", "trust_config"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
+
+
+def _take_whole_numbers_for_such(parser: LightningArgumentParser) -> None:
+    """Try ``int`` before ``float`` wherever a value may be both: one batch is not all of them, which is 1.0.
+
+    Python keeps one ``Optional[Union[int, float]]`` for both orders, that of whoever wrote it first.
+    """
+    for action in parser._actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            others = [kind for kind in kinds if kind not in (int, float)]
+            action._typehint = functools.reduce(operator.or_, [int, float, *others])  # type: ignore[attr-defined]

@@ -268,7 +268,9 @@ class Company(_SubprocessScriptLauncher):
         if not self._over.is_set():
             self._leave()
             self.end_children(0.0)
-            if len(came) > 1 and self.rank == 0:
+            if len(came) > 1:
+                self._claim(code)
+            if len(came) > 1 and self.speaks:
                 name = signal.Signals(came[-1]).name
                 print(f"vit-cls: stopped by {name}, the second signal, within a step.", file=sys.stderr)
             sys.stderr.flush()
