@@ -71,7 +71,8 @@ def child(arguments: list[str]) -> None:
     from vit_cls.data.sampler import EvenBatches
     from vit_cls.training.task import ClassificationTask
 
-    sys.argv = [__file__, "--child", *arguments]  # processes of the same run are started so
+    os.environ["CHAOS_CHILD"] = "1"
+    sys.argv = [__file__, *arguments]  # processes of the same run are started so
     step: Callable[..., Any] = ClassificationTask.training_step
     nan_at = int(os.environ.get("CHAOS_NAN", -1))
 
@@ -88,7 +89,7 @@ def child(arguments: list[str]) -> None:
             begin(batches, sampler, batch_size, (0, begins[1] if begins else 0))
 
         EvenBatches.__init__ = from_the_start  # type: ignore
-    sys.exit(main(arguments))
+    sys.exit(main())
 
 
 class Run:
@@ -238,7 +239,10 @@ class Chaos:
             codes.append(self._code(run))
         found = end_of(folder) if codes[-1] == 0 else None
         traceback = "Traceback" in run.log.read_text(errors="replace")
-        shutil.rmtree(folder, ignore_errors=True)
+        if found == end:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif home == self.disk:
+            shutil.move(folder, self.place)
         told = {"event": event, "workers": workers, "ranks": ranks, "tmpdir": tmp, "at": round(moment, 2)}
         return {**told, "codes": codes, "traceback": traceback, "same": found == end}
 
@@ -362,6 +366,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
+    if "CHAOS_CHILD" in os.environ:
+        child(sys.argv[1:])
     sys.exit(main())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -143,9 +142,10 @@ def test_a_reader_of_stdout_may_leave_and_a_full_one_is_told():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the script needs Linux")
-def test_what_the_machine_refuses_is_one_paragraph_and_a_training_goes_on_after_it():
+def test_what_the_machine_refuses_is_one_paragraph_and_a_training_goes_on_after_it(python):
     """Every verb through every fault: `scripts/fault_cases.py`, by hand."""
     words = ["--kind", "faults", "--only", ";".join(FEW)]
-    ran = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count('"wrong": []') >= len(FEW)
+    ran = python.start(SCRIPT, *words)
+    out, err = ran.communicate(timeout=250)
+    assert ran.returncode == 0, out + err
+    assert out.count('"wrong": []') >= len(FEW)

@@ -123,6 +123,14 @@ def test_a_signal_that_one_process_gets_stops_all_after_the_same_step_and_the_fi
     assert first["steps"] == second["steps"] == 5
 
 
+def test_a_run_of_two_processes_that_is_stopped_and_resumed_is_the_whole_run(two):
+    resumed, whole = two[0]["resumed"], two[0]["whole"]
+    assert resumed["rows"] == whole["rows"]
+    assert len(whole["rows"]) == 3
+    assert resumed["weights"] == whole["weights"]
+    assert 0 < len(resumed["losses"]) < len(whole["losses"])
+
+
 def test_an_error_in_one_process_is_said_by_it_alone_and_is_the_others_exit_code(two):
     assert two[1]["failure"] == {"class": "DataError", "said": "this disk is gone.", "steps": 4}
     assert (two[0]["failure"]["class"], two[0]["failure"]["said"]) == ("SystemExit", "2")

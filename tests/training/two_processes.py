@@ -22,6 +22,7 @@ from vit_cls.training.launch import is_first_process
 
 STEPS = {"epochs": 7, "optim": {"weight_decay": 0.1}}
 """21 steps of 8 images, nothing of which depends on the number of processes."""
+TIMES = ("seconds", "train_images_per_second", "data_wait")
 ALIKE = {"model": {"drop_path_rate": 0.0}, **STEPS}
 
 
@@ -40,8 +41,8 @@ class Losses(Callback):
             self.act()
 
 
-def train(root: Path, folder: Path, processes: int = 1, **settings: Any) -> dict[str, Any]:
-    """One run; its losses, the last weights and what was validated."""
+def train(root: Path, folder: Path | None, processes: int = 1, **settings: Any) -> dict[str, Any]:
+    """One run; its losses, the last weights, what was validated, and its rows but for times."""
     seen = Losses()
     several = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
     trainer = {"callbacks": [seen], "logger": False, **several, **settings.pop("trainer", {})}
@@ -52,8 +53,9 @@ def train(root: Path, folder: Path, processes: int = 1, **settings: Any) -> dict
         "seeds": seen.seeds,
         "images": [row["val/images"] for row in result.history],
     }
+    found["rows"] = [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
     if is_first_process():
-        weights = weights_of(folder).values()
+        weights = weights_of(result.folder.path).values()
         found["weights"] = [value for tensor in weights for value in tensor.double().flatten().tolist()]
         found["val_loss"] = [row["val/loss"] for row in result.history]
     return found
@@ -89,7 +91,10 @@ def main(folder: Path, root: Path, few: Path) -> None:
     found["few"] = train(few, folder / "few", 2, epochs=1, metrics=["auroc", "f1"])
     is_second = not is_first_process()
     found["other data"] = ended(root, folder / "other", seed=int(is_second))
-    found["SIGTERM"] = ended(root, folder / "stop", stop if is_second else None, epochs=9)
+    found["SIGTERM"] = ended(root, folder / "stop", stop if is_second else None, epochs=3)
+    five = {"batch_size": 5}
+    found["resumed"] = train(root, None, 2, data=five, epochs=3, resume=str(folder / "stop"))
+    found["whole"] = train(root, folder / "whole", 2, data=five, epochs=3)
     found["failure"] = ended(root, folder / "fail", fail if is_second else None, epochs=9)  # parts them
     (folder / ("second.json" if is_second else "first.json")).write_text(json.dumps(found))
 

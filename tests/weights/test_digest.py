@@ -109,3 +109,6 @@ def test_a_digest_tells_names_kinds_dtypes_shapes_and_order():
     ]
     assert len({digest_of(content) for content in contents}) == len(contents)
     assert digest_of(torch.arange(6).reshape(2, 3).t()) == digest_of(torch.tensor([[0, 3], [1, 4], [2, 5]]))
+    assert digest_of(torch.arange(6).reshape(2, 3)[:1, 0]) == digest_of(
+        torch.tensor([0])
+    )  # one value, stride 3

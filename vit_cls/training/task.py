@@ -159,7 +159,7 @@ class ClassificationTask(LightningModule):
         if self._resumed is not None:
             set_generator_states(self._resumed[RNG_KEY], self.device)
             if LOSS_KEY in self._resumed:
-                self.epoch_loss.load_state_dict(self._resumed[LOSS_KEY], self.device)
+                self.epoch_loss.load_state_dict(self._resumed[LOSS_KEY], self.trainer)
             self._resumed = None
         size = torch.tensor(float(batch_size_of(self.trainer.train_dataloader) or 1), device=self.device)
         self._batch_weight = float(self.trainer.strategy.reduce(size, reduce_op="max"))
@@ -353,7 +353,7 @@ class ClassificationTask(LightningModule):
         metadata = self.classifier.to_metadata()
         checkpoint[CHECKPOINT_KEY] = {"format_version": FORMAT_VERSION, **metadata, KEPT: self.kept}
         checkpoint[RNG_KEY] = generator_states(self.device)
-        checkpoint[LOSS_KEY] = self.epoch_loss.state_dict()
+        checkpoint[LOSS_KEY] = self.epoch_loss.state_dict(self.trainer)
         checkpoint[GUARD_KEY] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ def _add(digest: Any, content: Any) -> None:
         elif plain.is_quantized:
             plain = plain.int_repr()
         flat = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
+        if flat.stride() != (1,):  # of one value, which is contiguous for any stride
+            flat = flat.clone(memory_format=torch.contiguous_format)
         digest.update(flat.view(torch.uint8).numpy().data)
     elif isinstance(content, Mapping):
         digest.update(f"D{len(content)}".encode())
