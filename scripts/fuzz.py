@@ -152,6 +152,19 @@ def spoil_value(value: Any, draw: random.Random) -> Any:
     if isinstance(value, list) and value and draw.random() < 0.6:
         at = draw.randrange(len(value))
         return [*value[:at], spoil_value(value[at], draw), *value[at + 1 :]]
+    return near(value, draw) if draw.random() < 0.5 else odd_value(draw)
+
+
+def near(value: Any, draw: random.Random) -> Any:
+    """Another value of the same kind, where there is one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return draw.choice((value + 1, value - 1, value * 2, -value, value * 1000, 0))
+    if isinstance(value, float):
+        return draw.choice((value * 2, value / 3, -value, value * 1e6, 0.0, 1.0))
+    if isinstance(value, str) and value:
+        return draw.choice((value.upper(), value[:-1], value + value, value[::-1], *TEXTS))
     return odd_value(draw)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
+from enum import Enum
 from typing import Any, get_args
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -21,6 +23,8 @@ FIT_KEYS = (
     *("seed", "run_dir", "resume", "resume_changes", "early_stopping_patience", "compile", "metrics"),
     "logger",
 )
+# Defaults of some of Lightning's callbacks, such as Timer's, which YAML would not take.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 TRUST_HELP = "resume a run whose configuration names classes other than Lightning's, docs/training.md"
 
 
@@ -59,7 +63,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(ImageDataModule, "data")
         parser.add_class_arguments(OptimOptions, "optim")
         parser.add_lightning_class_args(Trainer, "trainer")
-        _take_whole_numbers_for_such(parser)
+        whole_numbers_first(parser)
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -93,7 +97,7 @@ class FitCLI(LightningCLI):
         return self.parser.dump(config, skip_unset=False)
 
 
-def _take_whole_numbers_for_such(parser: LightningArgumentParser) -> None:
+def whole_numbers_first(parser: LightningArgumentParser) -> None:
     """Try ``int`` before ``float`` wherever a value may be both: one batch is not all of them, which is 1.0.
 
     Python keeps one ``Optional[Union[int, float]]`` for both orders, that of whoever wrote it first.

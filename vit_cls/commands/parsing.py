@@ -118,8 +118,11 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), known_keys(parser))) from error
     for group in dict.fromkeys(key.partition(".")[0] for key in known_keys(parser) if "." in key):
-        if group in args and args[group] is None:
+        given = args[group] if group in args else Namespace()
+        if given is None:
             raise ConfigError(f"{group} has no settings. Give it some, or leave the line out.")
+        if not isinstance(given, Namespace):
+            raise ConfigError(f"{group} must be settings by name; got {str(given)[:100]!r}.")
     check_finite("", args.as_flat().__dict__)
     return args
 
