@@ -55,3 +55,20 @@ def test_a_group_that_is_none_is_told_by_its_name(group, given, tmp_path):
     with pytest.raises(ConfigError, match=rf"{group}\b") as told:
         FitCLI(_config(tmp_path, {"data": {"name": "digits"}, group: given}))
     assert "object at 0x" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.batch_size", "optim.weight_decay", "trainer.accumulate_grad_batches", "seed"]
+)
+def test_a_null_in_a_file_is_refused_where_a_value_is_needed(key, tmp_path):
+    group, _, name = key.rpartition(".")
+    values = {"data": {"name": "digits"}}
+    (values.setdefault(group, {}) if group else values)[name] = None
+    with pytest.raises(ConfigError, match=f"^{key} must have a value; got null. .* the default is"):
+        FitCLI(_config(tmp_path, values))
+
+
+def test_a_null_is_taken_where_it_means_something(tmp_path):
+    values = {"data": {"name": "digits", "num_workers": None}, "optim": {"lr": None}}
+    values["trainer"] = {"check_val_every_n_epoch": None, "limit_train_batches": None}
+    assert FitCLI(_config(tmp_path, values)).options.optim.lr is None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -123,8 +124,22 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
             raise ConfigError(f"{group} has no settings. Give it some, or leave the line out.")
         if not isinstance(given, Namespace):
             raise ConfigError(f"{group} must be settings by name; got {str(given)[:100]!r}.")
+    _refuse_null(parser, args)
     check_finite("", args.as_flat().__dict__)
     return args
+
+
+def _refuse_null(parser: ArgumentParser, args: Namespace) -> None:
+    """A null in a file passes jsonargparse whatever the option takes."""
+    defaults = parser.get_defaults(skip_validation=True)
+    for action in parser._actions:
+        kind = getattr(action, "_typehint", None)
+        takes = kind in (None, Any) or NoneType in get_args(kind)
+        if not takes and args.get(action.dest, 0) is None and defaults.get(action.dest) is not None:
+            raise ConfigError(
+                f"{action.dest} must have a value; got null. Give it one, or leave the line out: the default "
+                f"is {defaults[action.dest]}."
+            )
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
