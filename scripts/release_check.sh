@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is too heavy for the test suite: run it before a release, on a machine at rest.
-# Run:    bash scripts/release_check.sh [STEP ...]   (all, or some of: golden simulations families timing wheel quickstart lab)
-# Expect: about three quarters of an hour on two CPU cores. Leaves scripts/results/release_check.json and, step by
+# Run:    bash scripts/release_check.sh [STEP ...]   (all, or some of: golden simulations families fuzz chaos timing wheel quickstart lab)
+# Expect: about an hour and a half on two CPU cores. Leaves scripts/results/release_check.json and, step by
 #         step, what was printed in runs/release_check/; exit 1 if a step failed. Needs git and the network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,6 +25,12 @@ simulations() {  # intervals and tests keep their levels, with many times the su
 families() {  # every kind of block of every architecture compiles; timm's logits from the largest model too
     EVERY_FAMILY=1 OMP_NUM_THREADS=1 $python -m pytest -q --timeout=1800 tests/model/test_compile.py \
         tests/parity -k "compile or full_size or full_depth"
+}
+
+fuzz() { OMP_NUM_THREADS=1 $python scripts/fuzz.py --rounds 10000 --output scripts/results/fuzz.json; }
+
+chaos() {  # ten random rounds; all 104 by hand: scripts/chaos.py --output scripts/results/chaos.json
+    OMP_NUM_THREADS=1 $python scripts/chaos.py --rounds 10 --seed $RANDOM
 }
 
 timing() { $python scripts/timing_checks.py; }
@@ -82,7 +88,7 @@ PYTHON
 }
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(golden simulations families timing wheel quickstart lab)
+[ $# -gt 0 ] || steps=(golden simulations families fuzz chaos timing wheel quickstart lab)
 failed=0
 for step in "${steps[@]}"; do
     echo "== $step" >&2
