@@ -49,10 +49,15 @@ class Forked:
             time.sleep(SECONDS)
         return code
 
+    def output(self) -> tuple[bytes, bytes]:
+        """What it has written until now."""
+        return (self.place / "out").read_bytes(), (self.place / "err").read_bytes()
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it wrote, once it has ended."""
         self.wait(timeout)
-        return (self.place / "out").read_text(), (self.place / "err").read_text()
+        out, err = self.output()
+        return out.decode(), err.decode()
 
     def left(self) -> list[str]:
         """Command lines of processes that can still write to its stderr."""
@@ -88,8 +93,14 @@ class Server:
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
 
-    def start(self, *words: object, env: Mapping[str, str] | None = None, stdin: str = os.devnull) -> Forked:
-        """``python WORDS`` in the working folder of now.
+    def start(
+        self,
+        *words: object,
+        env: Mapping[str, str] | None = None,
+        stdin: str = os.devnull,
+        cwd: Path | None = None,
+    ) -> Forked:
+        """``python WORDS``, in the working folder of now unless another is given.
 
         Args:
             words: ``-m`` and a module, or a file; then its arguments.
@@ -99,8 +110,11 @@ class Server:
         place = Path(self.folder.name, str(self.count))
         place.mkdir()
         self.count += 1
-        request = {"words": [str(word) for word in words], "env": dict(os.environ if env is None else env)}
-        request |= {"cwd": os.getcwd(), "place": str(place), "stdin": stdin}
+        request: dict[str, Any] = {
+            "words": list(map(str, words)),
+            "env": dict(os.environ if env is None else env),
+        }
+        request |= {"cwd": str(cwd or os.getcwd()), "place": str(place), "stdin": stdin}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -151,8 +165,9 @@ def _become(request: dict[str, Any]) -> None:
         os.dup2(file, number)
         os.close(file)
     os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
-    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
-    sys.stderr = os.fdopen(2, "w", 1, closefd=False)
+    encoding = os.environ.get("PYTHONIOENCODING")
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)
     tempfile.tempdir = None
     sys.path[:0] = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     first, *rest = request["words"]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forked import Server
 from vit_cls.evaluation.row_formats import csv_line, read_predictions
 from vit_cls.texts import csv_row, csv_text
 
@@ -64,19 +65,25 @@ LOCALES = {
 }
 
 
-def _vit_cls(place: Path, locale: str, *words: object) -> bytes:
+def _vit_cls(place: Path, locale: str, *words: object, python: Server | None = None) -> bytes:
     """What the command says on stdout; nothing that commands a terminal is on either stream."""
-    command = [sys.executable, "-m", "vit_cls", *(os.fspath(word) for word in words)]  # type: ignore[call-overload]
+    command = ["-m", "vit_cls", *(os.fspath(word) for word in words)]  # type: ignore[call-overload]
     env = {**os.environ, **LOCALES[locale]}
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert not CONTROLS & set(done.stdout + done.stderr), words
-    return done.stdout
+    if python is None:  # what follows from the locale before anything is imported
+        done = subprocess.run([sys.executable, *command], cwd=place, env=env, capture_output=True)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        with python.start(*command, env=env, cwd=place) as process:
+            code = process.wait(timeout=250)
+            out, err = process.output()
+    assert code == 0, err.decode(errors="replace")
+    assert not CONTROLS & set(out + err), words
+    return out
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """Images whose names other programs stumble over, and a model trained on them in an ASCII locale."""
+def place(tmp_path_factory, python) -> Path:
+    """Images whose names other programs stumble over, and a model trained on them."""
     here, draws = tmp_path_factory.mktemp("names"), np.random.default_rng(0)
     for part in (b"train", b"val"):
         for name in (b"a\x1b[5m", b"=\xff"):
@@ -90,15 +97,17 @@ def place(tmp_path_factory) -> Path:
     model = ["--model.name", "vit_pico_patch7_28", "--model.embed_dim", "12", "--model.num_heads", "2"]
     data = ["--data.root", here / "data", "--data.max_bad_images", "9", "--data.num_workers", "0"]
     trainer = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    _vit_cls(here, "C", "fit", *model, "--model.depth", "1", *data, *trainer, "--run_dir", "run")
+    words = [*model, "--model.depth", "1", *data, *trainer, "--run_dir", "run"]
+    _vit_cls(here, "cp1252", "fit", *words, python=python)
     return here
 
 
-def test_any_name_goes_through_any_locale_and_commands_no_terminal(place):
+def test_any_name_goes_through_any_locale_and_commands_no_terminal(place, python):
     val = place / "data/val"
     told = _vit_cls(place, "C", "evaluate", "--model", "run", "--data", val, "--output", "out", "--json")
     assert json.loads(told)["failed"] == 2
-    table = _vit_cls(place, "cp1252", "predict", "--model", "run", val, "--format", "table")
+    words = ["predict", "--model", "run", val, "--format", "table"]
+    table = _vit_cls(place, "cp1252", *words, python=python)
     assert len(table.splitlines()) == 1 + 10
     rows = read_predictions(str(place / "out"))
     named = {(val / row.path).resolve() for row in rows}
