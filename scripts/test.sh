@@ -17,14 +17,15 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
-# The commands' tests start processes and wait for them: the others run beside them, on the second core (parity is with
-# the commands so that both end at about the same time). The commands
-# stay in front, since what a script runs in the background does not see Ctrl-C, which some of them send.
+# The commands' tests start processes and wait for them: others run beside them, on the second core, so many that both
+# end at about the same time. The commands stay in front, since what a script runs in the background does not see Ctrl-C,
+# which some of them send.
+front=(tests/commands tests/parity tests/weights tests/contracts tests/lab)
 log=$(mktemp)
-.venv/bin/python -m pytest --durations=15 --ignore=tests/commands --ignore=tests/parity >"$log" 2>&1 &
+.venv/bin/python -m pytest --durations=15 "${front[@]/#/--ignore=}" >"$log" 2>&1 &
 others=$!
 failed=0
-.venv/bin/python -m pytest --durations=15 tests/commands tests/parity || failed=1
+.venv/bin/python -m pytest --durations=15 "${front[@]}" || failed=1
 wait "$others" || failed=1
 cat "$log"
 rm -f "$log"
