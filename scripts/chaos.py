@@ -44,6 +44,8 @@ EVENTS = ("kill", "term", "stop", "disk-full", "nan", "bit-flip", "worker-kill")
 STEP_SECONDS = 0.04
 """Of which a step takes at least so many, so that most of a run is training."""
 PATIENCE_SECONDS = 180.0
+EARLY = 0.25
+"""Share of the rounds that are disturbed before the first checkpoint; the others between it and the end."""
 STARTS = 6
 """Most starts that a round may take."""
 TIMES = ("seconds", "train_images_per_second", "data_wait")
@@ -133,15 +135,20 @@ class Run:
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.pid)], capture_output=True, text=True)
         return [int(pid) for pid in found.stdout.split()]
 
-    def wait(self, seconds: float) -> int | None:
-        """Its exit code, negative for a signal; None where it goes on."""
+    def wait(self, seconds: float, until: Callable[[], bool] = bool) -> int | None:
+        """Its exit code, negative for a signal; None where it goes on, also once something holds."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and not until():
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
         return None
+
+
+def has_begun(folder: Path) -> Callable[[], bool]:
+    """Whether a run has its first checkpoint."""
+    return lambda: (folder / "checkpoints/last.ckpt").exists()
 
 
 def end_of(folder: Path) -> str:
@@ -186,7 +193,7 @@ class Chaos:
         self.disk.mkdir()
         mounted = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(self.disk)]
         self.is_disk = os.geteuid() == 0 and subprocess.run(mounted, capture_output=True).returncode == 0
-        self.whole: dict[tuple[int, int], tuple[str, float]] = {}
+        self.whole: dict[tuple[int, int], tuple[str, float, float]] = {}
         draws = np.random.default_rng(seed)
         for part, count in (("train", 20), ("val", 6)):
             for name in ("a", "b"):
@@ -211,27 +218,31 @@ class Chaos:
         environ["CHAOS_FAULT"] = "" if sound or self.fault is None else self.fault
         return Run(options, environ, self.place / f"{folder.name}.log")
 
-    def undisturbed(self, workers: int, ranks: int) -> tuple[str, float]:
-        """Its end, and its seconds."""
+    def undisturbed(self, workers: int, ranks: int) -> tuple[str, float, float]:
+        """Its end, and its seconds until its first checkpoint and from there on."""
         key = workers, ranks
         if key not in self.whole:
             folder, began = self.place / f"whole_{workers}_{ranks}", time.monotonic()
             run = self.start(folder, workers, ranks, self.place, sound=True)
+            run.wait(PATIENCE_SECONDS, has_begun(folder))
+            early = time.monotonic() - began
             if (code := run.wait(PATIENCE_SECONDS)) != 0:
                 raise SystemExit(f"the undisturbed run ended with {code}: see {run.log}")
-            self.whole[key] = end_of(folder), time.monotonic() - began
+            self.whole[key] = end_of(folder), early, time.monotonic() - began - early
         return self.whole[key]
 
     def round(self, number: int, event: str, workers: int, ranks: int, tmp: str) -> dict[str, Any]:
         """One run, disturbed once, and started again until its end."""
-        end, seconds = self.undisturbed(workers, ranks)
+        end, early, late = self.undisturbed(workers, ranks)
         home = self.disk if event == "disk-full" else self.place
         folder = home / f"round_{number}"
         place = self.other if tmp == "other" else self.place
-        moment = self.random.uniform(0.15, 0.95) * seconds
+        is_early = self.random.random() < EARLY
+        moment = self.random.uniform(0.1, 1) * early if is_early else self.random.uniform(0, 0.95) * late
         nan_at = self.random.randrange(1, 16) if event == "nan" else -1
         run = self.start(folder, workers, ranks, place, nan_at)
-        codes = [self._disturb(run, event, folder, moment)]
+        began = None if is_early else run.wait(PATIENCE_SECONDS, has_begun(folder))
+        codes = [began if began is not None else self._disturb(run, event, folder, moment)]
         while codes[-1] != 0 and len(codes) < STARTS:
             if codes[-1] is None:
                 break
@@ -243,8 +254,8 @@ class Chaos:
             shutil.rmtree(folder, ignore_errors=True)
         elif home == self.disk:
             shutil.move(folder, self.place)
-        told = {"event": event, "workers": workers, "ranks": ranks, "tmpdir": tmp, "at": round(moment, 2)}
-        return {**told, "codes": codes, "traceback": traceback, "same": found == end}
+        told = {"event": event, "workers": workers, "ranks": ranks, "tmpdir": tmp, "early": is_early}
+        return {**told, "at": round(moment, 2), "codes": codes, "traceback": traceback, "same": found == end}
 
     def _code(self, run: Run) -> int | None:
         code = run.wait(PATIENCE_SECONDS)
