@@ -2,7 +2,7 @@
 
 Run:    .venv/bin/python scripts/chaos.py [--rounds 104] [--seed 0] [--output scripts/results/chaos.json]
         .venv/bin/python scripts/chaos.py --rounds 8 --fault epoch-keys     (a fault put back: it must fail)
-Expect: some ten seconds a round on two cores; a table event x workers x processes x place of TMPDIR, and
+Expect: some ten seconds a round on two cores, forty with two processes; a table event x workers x processes x place of TMPDIR, and
         exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root disks are filled for
         true, else the size of files is limited.
 
@@ -359,7 +359,9 @@ def main() -> int:
         chaos.close()
     wrong = [x for x in rounds if not x["same"] or x["traceback"]]
     print(table(rounds))
-    print(f"{len(rounds) - len(wrong)} of {len(rounds)} ended as the undisturbed run, no traceback")
+    print(
+        f"{len(rounds) - len(wrong)} of {len(rounds)} ended as the undisturbed run, no traceback (seed {given.seed})"
+    )
     if given.output:
         codes = Counter(str(code) for x in rounds for code in x["codes"])
         record = {**environment(), "seed": given.seed, "fault": given.fault, "exit_codes": dict(codes)}

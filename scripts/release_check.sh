@@ -27,7 +27,7 @@ families() {  # every kind of block of every architecture compiles; timm's logit
         tests/parity -k "compile or full_size or full_depth"
 }
 
-fuzz() { OMP_NUM_THREADS=1 $python scripts/fuzz.py --rounds 10000 --output scripts/results/fuzz.json; }
+fuzz() { OMP_NUM_THREADS=1 $python scripts/fuzz.py --rounds 3000 --output scripts/results/fuzz.json; }
 
 chaos() {  # ten random rounds; all 104 by hand: scripts/chaos.py --output scripts/results/chaos.json
     OMP_NUM_THREADS=1 $python scripts/chaos.py --rounds 10 --seed $RANDOM
