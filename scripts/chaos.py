@@ -2,9 +2,9 @@
 
 Run:    .venv/bin/python scripts/chaos.py [--rounds 104] [--seed 0] [--output scripts/results/chaos.json]
         .venv/bin/python scripts/chaos.py --rounds 8 --fault epoch-keys     (a fault put back: it must fail)
-Expect: some ten seconds a round on two cores, forty with two processes; a table event x workers x processes x place of TMPDIR, and
-        exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root disks are filled for
-        true, else the size of files is limited.
+Expect: some ten seconds a round on two cores, forty with two processes; a table event x workers x processes
+        x place of TMPDIR, and exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root
+        disks are filled for true, else the size of files is limited.
 
 Each round starts the same `vit-cls fit --resume auto`, disturbs it at a random time, and starts it again
 until it comes to its end. Compared are weights, averages, optimiser, schedule, the rows of metrics.csv
@@ -360,7 +360,8 @@ def main() -> int:
     wrong = [x for x in rounds if not x["same"] or x["traceback"]]
     print(table(rounds))
     print(
-        f"{len(rounds) - len(wrong)} of {len(rounds)} ended as the undisturbed run, no traceback (seed {given.seed})"
+        f"{len(rounds) - len(wrong)} of {len(rounds)} ended as the undisturbed run, no traceback; "
+        f"seed {given.seed}"
     )
     if given.output:
         codes = Counter(str(code) for x in rounds for code in x["codes"])
