@@ -3,7 +3,7 @@
 Run:    .venv/bin/python scripts/chaos.py [--rounds 104] [--seed 0] [--output scripts/results/chaos.json]
         .venv/bin/python scripts/chaos.py --rounds 8 --fault epoch-keys     (a fault put back: it must fail)
 Expect: some ten seconds a round on two cores, forty with two processes; a table event x workers x processes
-        x place of TMPDIR, and exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root
+        x place of TMPDIR, exit 1 if a round ended otherwise than the undisturbed run. Needs Linux; as root
         disks are filled for true, else the size of files is limited.
 
 Each round starts the same `vit-cls fit --resume auto`, disturbs it at a random time, and starts it again
