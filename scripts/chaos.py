@@ -284,7 +284,7 @@ class Chaos:
         code = code if code is not None else self._code(run)
         filler.unlink(missing_ok=True)
         last = folder / "checkpoints/last.ckpt"
-        if event == "bit-flip" and last.is_file():
+        if event == "bit-flip" and code != 0 and last.is_file():  # one that ended just then is read no more
             content = bytearray(last.read_bytes())
             content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
             last.write_bytes(content)
