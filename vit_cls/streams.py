@@ -8,6 +8,9 @@ import sys
 
 from vit_cls.texts import printable
 
+AGAIN = "VIT_CLS_UTF8"
+"""In the environment of a program that has started over."""
+
 
 class _Printable(logging.Formatter):
     """Messages hold names of files and classes."""
@@ -25,9 +28,14 @@ def begin(*, is_program: bool) -> None:
     Args:
         is_program: Whether this process is ours, and may be replaced by itself.
     """
-    if is_program and os.name == "posix" and sys.getfilesystemencoding() != "utf-8":
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if (
+        is_program
+        and os.name == "posix"
+        and sys.getfilesystemencoding() != "utf-8"
+        and AGAIN not in os.environ
+    ):
+        os.environ |= {"PYTHONUTF8": "1", AGAIN: "1"}  # once: what Python was given may come before both
+        os.execv(sys.executable, [sys.executable, "-X", "utf8=1", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test's or a notebook's may be something else
             stream.reconfigure(errors="backslashreplace")

@@ -133,7 +133,7 @@ def test_only_files_whose_size_or_time_has_changed_are_read_again(place, monkeyp
     first = FileDigests({"train": source})
     first.save(place / "files.npz")
     read = []
-    monkeypatch.setattr(file_digests, "_digest", lambda path: read.append(path) or bytes(16))
+    monkeypatch.setattr(file_digests, "_digest", lambda path, size: read.append(path) or bytes(16))
     assert FileDigests({"train": source}, place / "files.npz").content == first.content
     assert read == []
     os.utime(source.index.path(3), (1, 1))
@@ -198,3 +198,12 @@ def test_records_of_before_are_compared_by_what_they_know():
     assert changes_of(record, {"data.batch_size": 9}) == {"data.batch_size": (8, 9)}
     assert changes_of(record, {"optim.name": "sgd"}) == {"optim.name": ("adamw", "sgd")}
     assert all(key.startswith("trainer.") for key in LENGTHS)
+
+
+def test_a_pipe_among_the_images_is_not_opened_for_its_digest(tmp_path, image_root):
+    shutil.copytree(image_root, tmp_path, dirs_exist_ok=True)
+    os.mkfifo(tmp_path / "train/red/pipe.png")
+    os.symlink("/dev/zero", tmp_path / "train/red/zero.png")
+    source = find_parts(str(tmp_path), name="data").read("train")
+    assert len(source.index) == 26
+    assert FileDigests({"train": source}).content

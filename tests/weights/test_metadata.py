@@ -9,6 +9,7 @@ import socket
 import tracemalloc
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
@@ -21,8 +22,10 @@ from vit_cls import create_model
 from vit_cls.errors import ConfigError, ModelFileError
 from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
+from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.adapter import AdapterConfig
 from vit_cls.weights.bundle import METADATA_KEY, load_classifier, save_classifier
+from vit_cls.weights.digest import DIGEST_KEY
 from vit_cls.weights.metadata import ADAPTED, NATIVE, PREPROCESS, TIMM_ARGUMENTS, check_metadata
 from vit_cls.weights.timm_models import make_timm
 
@@ -229,3 +232,53 @@ def test_what_is_written_passes_the_schema(native, adapted):
     for path in (native, adapted):
         assert check_metadata(metadata_of(path), path) == metadata_of(path)
         assert vit_cls.load(path).class_names == ["a", "b", "c"]
+
+
+def _in_a_checkpoint(tmp_path, **more):
+    torch.manual_seed(0)
+    config = ViTConfig(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=2)
+    classifier = ImageClassifier(VisionTransformer(config), Preprocess((8, 8)), ["a", "b"])
+    state = {f"classifier.model.{name}": value for name, value in classifier.model.state_dict().items()}
+    content = {"state_dict": state, "vit_cls_metadata": {"format_version": 2, **classifier.to_metadata()}}
+    torch.save({**content, DIGEST_KEY: "0", **more}, tmp_path / "made_up.ckpt")
+    return tmp_path / "made_up.ckpt"
+
+
+def _nested(times):
+    value = []
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def _itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"state_dict": {1: torch.zeros(1)}}, "tensors by name"),
+        ({"state_dict": {"a": 1}}, "tensors by name"),
+        ({"x": _nested(40)}, "stands for more than"),
+        ({"x": _itself()}, "made up"),
+        ({"x": torch.zeros(1).expand(10**12)}, "not the values for all of it"),
+        ({}, "damaged"),
+    ],
+    ids=["names", "values", "nested", "endless", "expanded", "digest"],
+)
+def test_what_else_a_checkpoint_holds_takes_neither_time_nor_memory(more, told, tmp_path):
+    with pytest.raises(ModelFileError, match=told):
+        load_classifier(_in_a_checkpoint(tmp_path, **more))
+
+
+def test_a_class_name_that_no_file_can_hold_is_refused(native):
+    with safe_open(native, framework="pt") as file:
+        metadata = json.loads(file.metadata()[METADATA_KEY])
+    names = ["\ud800", *metadata["class_names"][1:]]
+    with pytest.raises(ModelFileError, match="class_names"):
+        check_metadata({**metadata, "class_names": names}, native)
+    names[0] = "caf\udcff"  # of a folder whose name is not UTF-8
+    assert check_metadata({**metadata, "class_names": names}, native)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,8 +66,9 @@ def _files(source: FolderSource, known: Table | None) -> Table:
     sizes, times = np.full(count, -1), np.zeros(count, dtype=np.int64)
     for i in range(count):
         with contextlib.suppress(OSError):  # it is told when it is read
-            stat = source.index.path(i).stat()
-            sizes[i], times[i] = stat.st_size, stat.st_mtime_ns
+            status = source.index.path(i).stat()
+            if stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+                sizes[i], times[i] = status.st_size, status.st_mtime_ns
     digests = np.zeros((count, DIGEST_BYTES), dtype=np.uint8)
     read = _sample(sizes)
     if known is not None and len(known[0]) == count:
@@ -76,7 +78,8 @@ def _files(source: FolderSource, known: Table | None) -> Table:
     places = np.flatnonzero(read)
     with ThreadPoolExecutor(cpu_count()) as pool:
         paths = (source.index.path(int(place)) for place in places)
-        for place, digest in zip(places, pool.map(_digest, paths), strict=True):
+        lengths = (int(sizes[place]) for place in places)
+        for place, digest in zip(places, pool.map(_digest, paths, lengths), strict=True):
             digests[place] = np.frombuffer(digest, dtype=np.uint8)
     return sizes, times, digests
 
@@ -87,11 +90,12 @@ def _sample(sizes: np.ndarray) -> np.ndarray:
     return (np.arange(len(sizes)) % every == 0) & (sizes >= 0)
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path, size: int) -> bytes:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     with contextlib.suppress(OSError), path.open("rb") as file:
-        while block := file.read(2**20):
+        while size > 0 and (block := file.read(min(size, 2**20))):
             digest.update(block)
+            size -= len(block)
     return digest.digest()
 
 

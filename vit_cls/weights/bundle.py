@@ -163,12 +163,14 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"].items()
+        if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in checkpoint["state_dict"].items()):
+            raise ValueError("its state_dict is not of tensors by name")
     except Exception as error:  # unpickling a foreign file can raise anything
         raise ModelFileError(
             f"{path} is not a training checkpoint of vit_cls (it is opened for tensors and plain data "
             f"alone): {str(error).splitlines()[0] if str(error) else type(error).__name__}."
         ) from error
-    check_tensors(checkpoint["state_dict"], path)
+    check_tensors(checkpoint, path)
     check_seal(checkpoint, path)
     return checkpoint
 

@@ -67,6 +67,20 @@ def _add(digest: Any, content: Any) -> None:
         digest.update(f"{type(content).__name__}{len(text)}:".encode() + text)
 
 
+def check_content(content: Any, most: int = 1_000_000) -> None:
+    """ValueError for plain data that stands for more than it is: lists in lists, each of them many times."""
+    waiting, looked_at = [content], 0
+    while waiting:
+        value = waiting.pop()
+        looked_at += 1
+        if looked_at > most:
+            raise ValueError(f"it stands for more than {most:,} values")
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+
+
 def seal(checkpoint: dict[str, Any]) -> None:
     """Put the digest of a checkpoint into it."""
     checkpoint.pop(DIGEST_KEY, None)
@@ -82,7 +96,12 @@ def check_seal(checkpoint: dict[str, Any], path: str | Path) -> None:
     told = checkpoint.pop(DIGEST_KEY, None)
     if not VERIFY.get() or (told is None and RUN_KEY not in checkpoint):
         return
-    if told != digest_of(checkpoint):
+    try:
+        check_content(checkpoint)
+        found = digest_of(checkpoint)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path} is damaged or made up: {error or 'nested without end'}.") from error
+    if told != found:
         raise ModelFileError(
             f"{path} is damaged: what it holds is not what was written (SHA-256). Copy it again, or take "
             "another checkpoint of the run."

@@ -48,8 +48,20 @@ def positive(high: float) -> Check:
     return _must(lambda v: type(v) in (int, float) and 0 < v <= high, words)
 
 
+def _can_be_written(text: str) -> bool:
+    """Whether a file can hold it: bytes of names that are not UTF-8 count, half characters do not."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _flag = _must(lambda v: isinstance(v, bool), "true or false")
-_text = _must(lambda v: isinstance(v, str) and len(v) <= MAX_TEXT, f"a text of at most {MAX_TEXT} characters")
+_text = _must(
+    lambda v: isinstance(v, str) and len(v) <= MAX_TEXT and _can_be_written(v),
+    f"a text of at most {MAX_TEXT} characters",
+)
 _pooling = _must(lambda v: isinstance(v, str) and len(v) <= 300, "a text of at most 300 characters")
 _anything = _must(lambda v: True, "")
 
