@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
 import socket
 import tracemalloc
+import zipfile
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from vit_cls.model.classifier import ImageClassifier, Preprocess
 from vit_cls.model.config import ViTConfig
 from vit_cls.model.vit import VisionTransformer
 from vit_cls.weights.adapter import AdapterConfig
+from vit_cls.weights.archives import check_pickle
 from vit_cls.weights.bundle import METADATA_KEY, load_classifier, save_classifier
 from vit_cls.weights.digest import DIGEST_KEY
 from vit_cls.weights.metadata import ADAPTED, NATIVE, PREPROCESS, TIMM_ARGUMENTS, check_metadata
@@ -282,3 +285,15 @@ def test_a_class_name_that_no_file_can_hold_is_refused(native):
         check_metadata({**metadata, "class_names": names}, native)
     names[0] = "caf\udcff"  # of a folder whose name is not UTF-8
     assert check_metadata({**metadata, "class_names": names}, native)
+
+
+def test_a_file_in_which_torch_would_read_another_pickle_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "sound.pth")
+    check_pickle(tmp_path / "sound.pth")
+    (tmp_path / "both.pth").write_bytes(b"\x80\x02}q\x00." + (tmp_path / "sound.pth").read_bytes())
+    shutil.copy(tmp_path / "sound.pth", tmp_path / "decoy.pth")
+    with zipfile.ZipFile(tmp_path / "decoy.pth", "a") as archive:
+        archive.writestr("sound/0data.pkl", b"\x80\x02}q\x00.")
+    for name in ("both.pth", "decoy.pth"):
+        with pytest.raises(ModelFileError, match="several files in one"):
+            check_pickle(tmp_path / name)

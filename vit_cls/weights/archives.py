@@ -45,6 +45,7 @@ def check_archive(path: Path) -> None:
 
 def check_pickle(path: Path) -> None:
     """Refuse (ModelFileError) a pickle that makes memory of nothing by what torch takes for plain data."""
+    _check_one_pickle(path)
     names, texts = asked_for(path)
     if any(name.rpartition(".")[2] == "bytearray" for name in names):
         reason = "bytearray"
@@ -56,6 +57,23 @@ def check_pickle(path: Path) -> None:
         f"{path} asks for {reason}, which no file of weights needs. Nothing of it was read. Ask for a "
         ".safetensors file, or save the state dict alone."
     )
+
+
+def _check_one_pickle(path: Path) -> None:
+    """Refuse a file in which another pickle would be looked at than torch reads."""
+    try:
+        if not zipfile.is_zipfile(path):  # which looks at the end of the file, and torch at its start
+            return
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            pickles = sum(name.endswith("data.pkl") for name in archive.namelist())
+            file.seek(0)
+            is_one = file.read(2) == b"PK" and pickles <= 1
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, UnicodeError):
+        return  # who opens it says what is wrong
+    if not is_one:
+        raise ModelFileError(
+            f"{path} is several files in one, which no program writes. Nothing of it was read."
+        )
 
 
 def asked_for(path: Path, pickles: int = PICKLES) -> tuple[list[str], list[str]]:
